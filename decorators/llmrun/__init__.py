@@ -1,0 +1,14 @@
+"""llmrun: serve LLMs on machines that you own.
+
+from llmrun import llm
+
+@llm("org/model")
+class Assistant: ...
+"""
+
+from llmrun.decorator import llm
+from llmrun.errors import LLMRunError, SpecError
+from llmrun.spec import Secret
+
+__all__ = ["LLMRunError", "Secret", "SpecError", "__version__", "llm"]
+__version__ = "0.1.0"

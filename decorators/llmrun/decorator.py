@@ -1,0 +1,140 @@
+"""`@llm`: turns a class into a model's definition, and refuses a wrong one at once.
+
+Knows nothing of clusters, files or the command line.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from pydantic import JsonValue, ValidationError
+
+from llmrun.errors import SpecError
+from llmrun.spec import ModelSpec, Secret, to_label
+
+T = TypeVar("T", bound=type)
+HOOKS = {"on_start": ("self",), "on_request": ("self", "request")}
+ATTRIBUTE = "__llmrun_spec__"
+
+
+def llm(
+    model: str = "",
+    *,
+    name: str | None = None,
+    aliases: Sequence[str] = (),
+    accelerator: str | Sequence[str] | None = None,
+    gpus: int | None = None,
+    cpus: float = 1,
+    lora: str | None = None,
+    min_replicas: int = 0,
+    max_replicas: int = 1,
+    idle_timeout: float = 300,
+    target_ongoing_requests: int = 32,
+    max_ongoing_requests: int = 256,
+    engine: str = "vllm",
+    engine_args: Mapping[str, JsonValue] | Sequence[str] | str = "",
+    env: Mapping[str, str | Secret] | None = None,
+    requirements: Sequence[str] = (),
+    **unknown: Any,
+) -> Callable[[T], T]:
+    """Serve `model` under the class's name in kebab-case. `@llm("org/model")` alone is enough.
+
+    Args:
+        model: `org/name` on Hugging Face, or a path (`/…`, `./…` from the app file's folder, `~…`, `file://…`).
+        name: the public name, a DNS label; by default the class's name in kebab-case.
+        aliases: further names that clients may ask for. All names are unique on a cluster.
+        accelerator: None: one GPU of any kind if the cluster has any, else CPU. `"cpu"`; `"A10G"`; `"A10G:2"`
+            (two for each replica); `["H100", "A100"]` (the first that the cluster has).
+        gpus: GPUs for each replica; by default 1, or the engine's `tensor_parallel_size`.
+        cpus: CPU cores that each replica reserves.
+        lora: where adapters lie. Accepted, not yet served.
+        min_replicas: replicas that stay when nobody asks. 0 frees everything.
+        max_replicas: replicas at most.
+        idle_timeout: seconds without a request after which replicas above `min_replicas` end.
+        target_ongoing_requests: requests in flight per replica above which another replica starts.
+        max_ongoing_requests: requests in flight per replica at most; more wait in the ingress.
+        engine: the engine's name.
+        engine_args: the engine's arguments: `{"max_model_len": 8192}`, or pasted flags, `"--max-model-len 8192"`.
+        env: variables for the engine. `Secret("NAME")` is read on the node.
+        requirements: packages (PEP 508) for the class's own code, beside the engine's.
+
+    Raises:
+        SpecError: an argument is wrong; the message names it, its value and the fix.
+    """
+    if isinstance(model, type):
+        raise SpecError(f'@llm on {model.__name__} needs a model: write @llm("org/model")')
+    known = [p for p in inspect.signature(llm).parameters if p != "unknown"]
+    for key, value in unknown.items():
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]}=?" if near else "known are " + ", ".join(known)
+        raise SpecError(f"@llm does not know {key}={value!r}: {hint}")
+    if not isinstance(model, str) or not model.strip():
+        raise SpecError(f'model={model!r}: name the weights, like @llm("org/model") or @llm("./folder")')
+
+    def decorate(cls: T) -> T:
+        if not isinstance(cls, type):
+            raise SpecError(f"@llm goes on a class, not on {cls!r}: write `class Assistant: ...` under it")
+        _check_hooks(cls)
+        fields: dict[str, Any] = {
+            "model": model,
+            "name": to_label(cls.__name__) if name is None else name,
+            "aliases": aliases,
+            "accelerator": accelerator,
+            "gpus": gpus,
+            "cpus": cpus,
+            "lora": lora,
+            "min_replicas": min_replicas,
+            "max_replicas": max_replicas,
+            "idle_timeout": idle_timeout,
+            "target_ongoing_requests": target_ongoing_requests,
+            "max_ongoing_requests": max_ongoing_requests,
+            "engine": engine,
+            "engine_args": engine_args,
+            "env": {} if env is None else env,
+            "requirements": requirements,
+        }
+        setattr(cls, ATTRIBUTE, build_spec(fields))
+        return cls
+
+    return decorate
+
+
+def build_spec(fields: Mapping[str, Any]) -> ModelSpec:
+    """Validate `fields`. Raises SpecError with the first thing that is wrong, in one line."""
+    try:
+        return ModelSpec.model_validate(dict(fields))
+    except ValidationError as error:
+        first = error.errors()[0]
+        cause = first.get("ctx", {}).get("error")
+        if isinstance(cause, ValueError):
+            raise SpecError(str(cause)) from None
+        where = ".".join(str(part) for part in first["loc"][:1])
+        message = first["msg"][:1].lower() + first["msg"][1:]
+        raise SpecError(f"{where}={fields.get(where)!r}: {message}") from None
+
+
+def spec_of(cls: type) -> ModelSpec | None:
+    """The spec that `@llm` put on this very class (not on one that it inherits from)."""
+    spec = vars(cls).get(ATTRIBUTE)
+    return spec if isinstance(spec, ModelSpec) else None
+
+
+def hooks_of(cls: type) -> tuple[str, ...]:
+    """The hooks that the class has."""
+    return tuple(hook for hook in HOOKS if callable(getattr(cls, hook, None)))
+
+
+def _check_hooks(cls: type) -> None:
+    for hook in hooks_of(cls):
+        wanted = HOOKS[hook]
+        try:
+            inspect.signature(getattr(cls, hook)).bind(*wanted)
+        except TypeError:
+            kinds = {"on_start": "", "on_request": " -> dict"}
+            raise SpecError(
+                f"{cls.__name__}.{hook} must take ({', '.join(wanted)}): "
+                f"write `def {hook}({', '.join(wanted)}){kinds[hook]}: ...`"
+            ) from None

@@ -1,0 +1,61 @@
+"""Every error that a person can meet.
+
+LLMRunError                what happened, why, what to type
+├── SpecError              an `@llm` is wrong: names the argument, the value and the fix
+├── AppError               an app file is missing, broken or holds no model
+├── ControlError           control is away, or refused what was asked
+│   ├── Unreachable        nothing answers at the URL
+│   └── Refused            control said no; `.status` is the HTTP status
+├── DeployError            a model did not start; the message is the engine's own root cause
+├── ClusterError           a cluster cannot be started, found or stopped
+├── EngineError            an engine did not start or died; the message is one line
+└── HookError              a hook raised, took too long or answered with no request; names it
+"""
+
+
+class LLMRunError(Exception):
+    """The base of all: its text is one line for a person."""
+
+
+class SpecError(LLMRunError, ValueError):
+    """An `@llm` definition is wrong."""
+
+
+class AppError(LLMRunError):
+    """An app file cannot be used; `detail` is the user's own traceback, if there is one."""
+
+    def __init__(self, message: str, detail: str = "") -> None:
+        super().__init__(message)
+        self.detail = detail
+
+
+class ControlError(LLMRunError):
+    """Control could not do what was asked."""
+
+
+class Unreachable(ControlError):
+    """Nothing answers at the URL."""
+
+
+class Refused(ControlError):
+    """Control answered with an error; `status` is its HTTP status."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class DeployError(LLMRunError):
+    """A deployed model did not start."""
+
+
+class ClusterError(LLMRunError):
+    """A cluster cannot be started, found or stopped."""
+
+
+class EngineError(LLMRunError):
+    """An engine did not start, or died."""
+
+
+class HookError(LLMRunError):
+    """A hook raised, took too long or answered with something that is no request."""

@@ -1,0 +1,320 @@
+"""The spec: the frozen, validated description of a model, JSON on the wire, hashed for diffs.
+
+Knows what can be said of a model without a cluster; does not know which accelerators exist.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shlex
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, field_validator, model_validator
+
+from llmrun.errors import SpecError
+
+# RFC 1123: a DNS label, so that a name can be a host name, a metric label and an application's name.
+DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+# What clients may ask for: a Hub name or a label. Spaces, quotes and control characters never.
+ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,254}")
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+OPTIMIZATION = re.compile(r"^-O(?=\d)")  # vLLM's -O3
+PATH_PREFIXES = ("/", "./", "~", "file://")
+
+# llmrun passes these to the engine itself.
+OWN_ENGINE_ARGS = {
+    "model": "say it as the first argument of @llm",
+    "model_tag": "say it as the first argument of @llm",
+    "served_model_name": "use name= and aliases=",
+    "host": "the replica chooses it",
+    "port": "the replica chooses it",
+    "uds": "the replica chooses its address",
+    "api_key": "each replica has a secret token of its own",
+    "middleware": "use on_request in the class",
+    "ssl_keyfile": "put TLS in front of the ingress",
+    "ssl_certfile": "put TLS in front of the ingress",
+    "enable_lora": "use lora=",
+    "lora_modules": "use lora=",
+    "api_server_count": "raise max_replicas instead",
+    "headless": "the replica starts every member of an engine",
+}
+SHORT_FLAGS = {
+    "tp": "tensor_parallel_size",
+    "pp": "pipeline_parallel_size",
+    "dp": "data_parallel_size",
+    "q": "quantization",
+    "cc": "compilation_config",
+    "O": "optimization_level",
+}
+# What changes without a restart: the scaler and the ingress use these, the engine does not.
+SOFT_FIELDS = frozenset(
+    {"min_replicas", "max_replicas", "idle_timeout", "target_ongoing_requests", "max_ongoing_requests"}
+)
+
+
+class Secret(BaseModel):
+    """A variable of the node's own environment, read where the engine starts, never stored or shown.
+
+    `env={"HF_TOKEN": Secret("HF_TOKEN")}` gives the engine the node's `HF_TOKEN`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    secret: str
+
+    def __init__(self, secret: str) -> None:
+        if not isinstance(secret, str) or not VARIABLE.fullmatch(secret):
+            raise SpecError(f"Secret({secret!r}): name a variable of the node's environment, like Secret('HF_TOKEN')")
+        super().__init__(secret=secret)
+
+
+def parse_flags(text: str | Sequence[str]) -> dict[str, JsonValue]:
+    """Turn pasted command-line flags into argument names and values.
+
+    `"--max-model-len 8192 --enable-prefix-caching"` becomes
+    `{"max_model_len": "8192", "enable_prefix_caching": True}`: values stay as they were written. Raises ValueError
+    on a word that belongs to no flag.
+    """
+    try:
+        tokens = shlex.split(text) if isinstance(text, str) else [str(t) for t in text]
+    except ValueError as error:
+        raise ValueError(f"engine_args={text!r}: {error}") from None
+    found: dict[str, list[str]] = {}
+    values: list[str] | None = None
+    for token in tokens:
+        if token.startswith("-") and not re.fullmatch(r"-\d+(\.\d+)?", token):
+            flag, equals, value = OPTIMIZATION.sub("-O=", token).lstrip("-").partition("=")
+            if not flag:
+                raise ValueError(f"engine_args={token!r}: a flag has a name, like '--max-model-len 8192'")
+            name = flag if token.startswith("--") else SHORT_FLAGS.get(flag, flag)
+            values = found.setdefault(_argument(name), [])
+            if equals:
+                values.append(value)
+        elif values is None:
+            raise ValueError(f"engine_args={token!r}: flags start with '--', like '--max-model-len 8192'")
+        else:
+            values.append(token)
+    return {name: True if not got else got[0] if len(got) == 1 else list[JsonValue](got) for name, got in found.items()}
+
+
+def _argument(flag: str) -> str:
+    """`max-model-len` → `max_model_len`; what is after a dot stays as it is."""
+    first, dot, rest = flag.lstrip("-").partition(".")
+    return first.replace("-", "_") + dot + rest
+
+
+def is_path(model: str) -> bool:
+    """Whether `model` names a place on disk. Everything else is a source (`org/name`, `s3://…`)."""
+    return model.startswith(PATH_PREFIXES)
+
+
+def _accelerators(value: Any) -> Any:
+    """`"A10G:2"` → (("A10G",), 2): kinds in order of preference, and how many each replica takes."""
+    if value is None or isinstance(value, dict):
+        return value
+    if not isinstance(value, str | list | tuple):
+        raise ValueError(f"accelerator={value!r}: write a name like 'A10G', 'A10G:2' or 'cpu', or a list of names")  # noqa: TRY004
+    wanted = [value] if isinstance(value, str) else list(value)
+    if not wanted:
+        raise ValueError("accelerator=[]: name at least one, or leave it out for any GPU")
+    kinds: list[str] = []
+    counts: set[int] = set()
+    for item in wanted:
+        kind, colon, count = str(item).partition(":")
+        if not kind or (colon and not (count.isdigit() and int(count) > 0)):
+            raise ValueError(f"accelerator={item!r}: write a name, or a name and a number, like 'A10G:2'")
+        kinds.append(kind)
+        if colon:
+            counts.add(int(count))
+    if len(counts) > 1:
+        raise ValueError(f"accelerator={wanted!r}: every kind needs the same number of GPUs")
+    if "cpu" in kinds and (len(kinds) > 1 or counts):
+        raise ValueError(f"accelerator={wanted!r}: 'cpu' stands alone; cpus= says how many")
+    return {"kinds": kinds, "count": counts.pop() if counts else None}
+
+
+class Accelerator(BaseModel):
+    """What a replica runs on: `kinds` in order of preference; `count` where it was written as `KIND:N`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    kinds: tuple[str, ...]
+    count: int | None = None
+
+    def __str__(self) -> str:
+        suffix = f":{self.count}" if self.count else ""
+        return ", ".join(kind + suffix for kind in self.kinds)
+
+
+class Code(BaseModel):
+    """The user's own code, for a class with hooks or requirements."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    package: str = Field(description="sha256 of the zip")
+    file: str = Field(description="the app file's path inside the zip")
+    cls: str = Field(description="the class's name in that file")
+    hooks: tuple[str, ...] = ()
+
+
+class ModelSpec(BaseModel):
+    """One `@llm`. Times are in seconds. See `llm` for what each field means."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    model: Annotated[str, Field(min_length=1)]
+    aliases: tuple[str, ...] = ()
+    accelerator: Annotated[Accelerator | None, BeforeValidator(_accelerators)] = None
+    gpus: int | None = Field(default=None, ge=0)
+    cpus: float = Field(default=1, gt=0)
+    lora: str | None = None
+    min_replicas: int = Field(default=0, ge=0)
+    max_replicas: int = Field(default=1, ge=1)
+    idle_timeout: float = Field(default=300, gt=0, allow_inf_nan=False)
+    target_ongoing_requests: int = Field(default=32, ge=1)
+    max_ongoing_requests: int = Field(default=256, ge=1)
+    engine: str = "vllm"
+    engine_args: dict[str, JsonValue] = Field(default_factory=dict)
+    env: dict[str, Secret | str] = Field(default_factory=dict)
+    requirements: tuple[str, ...] = ()
+    code: Code | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _label(cls, name: str) -> str:
+        if not DNS_LABEL.fullmatch(name):
+            fixed = to_label(name)
+            hint = f", like {fixed!r}" if fixed else ""
+            raise ValueError(f"name={name!r}: a name is a DNS label: 1 to 63 lower-case letters, digits and '-'{hint}")
+        return name
+
+    @field_validator("model")
+    @classmethod
+    def _source(cls, model: str) -> str:
+        if model.startswith(".") and not is_path(model):
+            raise ValueError(f"model={model!r}: a path begins with '/', './', '~' or 'file://'")
+        return model
+
+    @field_validator("aliases", "requirements", mode="before")
+    @classmethod
+    def _no_bare_string(cls, value: Any, info: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(f"{info.field_name}={value!r}: write a list, {info.field_name}=[{value!r}]")  # noqa: TRY004 - pydantic turns only ValueError into a message
+        return value
+
+    @field_validator("aliases")
+    @classmethod
+    def _alias(cls, aliases: tuple[str, ...]) -> tuple[str, ...]:
+        for alias in aliases:
+            if not ALIAS.fullmatch(alias):
+                raise ValueError(f"aliases={alias!r}: letters, digits, '.', '_', '-' and '/', like 'org/model'")
+        if len(set(aliases)) < len(aliases):
+            raise ValueError(f"aliases={list(aliases)!r}: one of them stands there twice")
+        return aliases
+
+    @field_validator("engine_args", mode="before")
+    @classmethod
+    def _flags(cls, value: Any) -> Any:
+        if isinstance(value, str) or (isinstance(value, list | tuple) and value):
+            return parse_flags(value)
+        if isinstance(value, dict):
+            return {_argument(str(key)): item for key, item in value.items()}
+        return value or {}
+
+    @field_validator("engine_args")
+    @classmethod
+    def _not_ours(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        for key in value:
+            if key in OWN_ENGINE_ARGS:
+                raise ValueError(f"engine_args={key!r}: llmrun sets it; {OWN_ENGINE_ARGS[key]}")
+        return value
+
+    @field_validator("env", mode="before")
+    @classmethod
+    def _strings(cls, env: Any) -> Any:
+        if not isinstance(env, dict):
+            raise ValueError('env: write a dict, like {"HF_TOKEN": Secret("HF_TOKEN")}')  # noqa: TRY004
+        for key, value in env.items():
+            if not isinstance(value, str | Secret | dict):
+                kind = type(value).__name__
+                raise ValueError(f"env={key!r}: its value is a string or a Secret, not {kind}")  # noqa: TRY004
+        return env
+
+    @field_validator("env")
+    @classmethod
+    def _variables(cls, env: dict[str, Secret | str]) -> dict[str, Secret | str]:
+        for key in env:
+            if not VARIABLE.fullmatch(key):
+                raise ValueError(f"env={key!r}: a variable's name has letters, digits and '_'")
+            if key.startswith("LLMRUN_"):
+                raise ValueError(f"env={key!r}: names that start with LLMRUN_ are llmrun's own")
+        return env
+
+    @model_validator(mode="after")
+    def _together(self) -> ModelSpec:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas={self.min_replicas}: more than max_replicas={self.max_replicas}; "
+                f"raise max_replicas or lower min_replicas"
+            )
+        if self.target_ongoing_requests > self.max_ongoing_requests:
+            raise ValueError(
+                f"target_ongoing_requests={self.target_ongoing_requests}: more than "
+                f"max_ongoing_requests={self.max_ongoing_requests}; lower it, or raise the other"
+            )
+        if self.name in self.aliases:
+            raise ValueError(f"aliases={self.name!r}: that is the model's own name; leave it out")
+        parallel = self.engine_args.get("tensor_parallel_size")
+        if parallel is not None and not (str(parallel).isdigit() and int(str(parallel)) > 0):
+            raise ValueError(f"engine_args: tensor_parallel_size={parallel!r}: a number of GPUs, 1 or more")
+        said = {
+            "accelerator": self.accelerator.count if self.accelerator else None,
+            "gpus": self.gpus,
+            "tensor_parallel_size": parallel,
+        }
+        counts = {key: count for key, count in said.items() if count is not None}
+        if len(set(map(str, counts.values()))) > 1:
+            text = ", ".join(f"{key} says {count}" for key, count in counts.items())
+            raise ValueError(f"gpus={self.gpus}: the numbers of GPUs differ ({text}); say it once")
+        if self.on_cpu and self.gpus:
+            raise ValueError(f"gpus={self.gpus}: accelerator='cpu' has none; leave one of the two out")
+        if self.accelerator and not self.on_cpu and self.gpus == 0:
+            raise ValueError(f"gpus=0: accelerator={str(self.accelerator)!r} is a GPU; leave one of the two out")
+        return self
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether the author forced CPU."""
+        return self.accelerator is not None and self.accelerator.kinds == ("cpu",)
+
+    @property
+    def gpu_count(self) -> int:
+        """GPUs that one replica takes where it runs on GPUs: as written, else one."""
+        parallel = self.engine_args.get("tensor_parallel_size")
+        for count in (self.accelerator.count if self.accelerator else None, self.gpus, parallel):
+            if count is not None:
+                return int(str(count))
+        return 1
+
+    @property
+    def path(self) -> str | None:
+        """The weights' place on disk, if `model` is a path."""
+        return self.model.removeprefix("file://") if is_path(self.model) else None
+
+    @property
+    def served_names(self) -> tuple[str, ...]:
+        """All the names that clients may ask for, the public name first."""
+        return (self.name, *self.aliases)
+
+    def fingerprint(self, *, soft: bool = True) -> str:
+        """A hash (hex, sha256) of what was said; without the soft fields, of what a replica runs."""
+        data = self.model_dump(mode="json", exclude=None if soft else set(SOFT_FIELDS))
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def to_label(text: str) -> str:
+    """`QwenChat`, `Qwen/Qwen2.5-7B`, `my_app` → a DNS label in kebab-case; "" if nothing is left."""
+    text = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z0-9])(?=[A-Z][a-z])", "-", text)
+    text = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    return text[:63].rstrip("-")
