@@ -1,0 +1,104 @@
+"""The contract of an engine: how it is started, which paths it speaks, what its log says when it fails.
+
+Knows nothing of Ray, of control or of the ingress. An engine that keeps to this page can be served:
+every one of its processes holds the lease (`lease.hold`), and its HTTP side carries the shim.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from pydantic import JsonValue
+
+# The engine's processes find these in their environment.
+LEASE_ENV = "LLMRUN_LEASE"  # host:port of the replica's lease
+TOKEN_ENV = "LLMRUN_TOKEN"  # the replica's secret
+SHIM_ENV = "LLMRUN_SHIM"  # JSON of ShimConfig
+TOKEN_HEADER = "x-llmrun-token"
+STATE_PATH = "/_llmrun/state"
+IDLE_CONNECTION_S = 60  # for so long the ingress keeps a connection to an engine that nobody uses
+
+
+@dataclass(frozen=True)
+class Member:
+    """One process group of an engine: the node it runs on, its devices there, its rank. Rank 0 serves HTTP."""
+
+    node: str
+    host: str
+    devices: tuple[str, ...] = ()
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class ShimConfig:
+    """What the shim inside the engine must know of the user's own code; no hooks, no code."""
+
+    model: str
+    file: str = ""
+    cls: str = ""
+    hooks: tuple[str, ...] = ()
+    hook_timeout: float = 30
+
+    def to_json(self) -> str:
+        """For the environment of the engine."""
+        return json.dumps(self.__dict__)
+
+    @classmethod
+    def from_json(cls, text: str) -> ShimConfig:
+        """The other way."""
+        data = json.loads(text)
+        return cls(**{**data, "hooks": tuple(data.get("hooks", ()))})
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Everything an engine is started from. `members` has length 1 until engines span nodes."""
+
+    names: tuple[str, ...]
+    weights: str
+    members: tuple[Member, ...]
+    engine_args: dict[str, JsonValue]
+    python: str
+    env: dict[str, str] = field(default_factory=dict)
+    shim: ShimConfig = field(default_factory=lambda: ShimConfig(model=""))
+    log: Path = Path("/dev/null")
+
+
+class Engine(Protocol):
+    """One kind of engine."""
+
+    name: str
+    paths: frozenset[str]
+    """The inference paths that may be reached through the ingress; its administration never."""
+
+    def command(self, launch: Launch) -> list[str]:
+        """The command line of the member of rank 0; the engine listens on that member's host."""
+        ...
+
+    def environment(self, launch: Launch) -> dict[str, str]:
+        """Variables for this engine, over `launch.env`."""
+        ...
+
+    def root_cause(self, log: str) -> str:
+        """The one line of `log` (the end of it) that says why the engine failed; "" if none does."""
+        ...
+
+
+def to_flags(engine_args: dict[str, JsonValue]) -> list[str]:
+    """Argument names and values as command-line flags: True `--x`, False `--no-x`, dicts as JSON."""
+    flags: list[str] = []
+    for key, value in engine_args.items():
+        first, dot, rest = key.partition(".")  # of `a_b.c_d` vLLM keeps what is after the dot
+        name = first.replace("_", "-") + dot + rest
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no-{name}")
+        elif isinstance(value, list):
+            flags += [f"--{name}", *(str(item) for item in value)]
+        else:
+            flags += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+    return flags

@@ -1,0 +1,68 @@
+"""The engine's end of the lease: a process that holds it ends when its replica does.
+
+vLLM loads `hold` as a plugin in each of its processes (entry point `vllm.general_plugins`), so that a
+`kill -9` of the replica or of any of them leaves none behind. Standard library only; outside of an engine
+that llmrun started it does nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+from typing import Any, NoReturn
+
+from llmrun_runtime.engines.base import LEASE_ENV, TOKEN_ENV
+
+CONNECT_TIMEOUT_S = 10
+_connection: socket.socket | None = None
+_owner = 0
+
+
+def hold() -> None:
+    """Connect to the replica and end this process at once when that connection closes.
+
+    Safe to call often; a forked child takes a lease of its own.
+    """
+    global _connection, _owner  # noqa: PLW0603 - one lease per process, whoever asks for it
+    address = os.environ.get(LEASE_ENV)
+    if not address or _owner == os.getpid():
+        return
+    if not _owner:
+        os.register_at_fork(after_in_child=hold)
+    host, _, port = address.rpartition(":")
+    try:
+        connection = socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S)
+    except OSError as error:
+        _end(f"the replica at {address} is gone ({error})")
+    connection.settimeout(None)
+    _connection = connection
+    _owner = os.getpid()
+    tell(token=os.environ.get(TOKEN_ENV, ""), pid=_owner)
+    threading.Thread(target=_watch, args=(connection,), name="llmrun-lease", daemon=True).start()
+
+
+def tell(**message: Any) -> None:
+    """Send the replica a message; nothing without a lease."""
+    if _connection is not None:
+        _connection.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _watch(connection: socket.socket) -> None:
+    try:
+        while connection.recv(1024):
+            pass
+    except OSError:
+        pass
+    _end("the replica let go of its lease")
+
+
+def _end(why: str) -> NoReturn:
+    # No clean-up handlers: they may wait for a peer that ends in this same moment.
+    os.write(
+        sys.__stderr__.fileno() if sys.__stderr__ else 2,
+        f"[llmrun] engine process {os.getpid()} ends: {why}\n".encode(),
+    )
+    os._exit(1)

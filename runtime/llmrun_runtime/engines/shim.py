@@ -1,0 +1,118 @@
+"""The shim: one small ASGI layer around the engine's app, in the engine's process.
+
+Lets in only who carries the replica's token, runs the user's hooks, counts requests in flight, and tells the
+replica when the engine is ready. Does not know which engine it is around.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import os
+import time
+from typing import Any
+
+from llmrun.errors import HookError
+from llmrun_runtime.asgi import App, Message, Receive, Scope, Send, answer, answer_error
+from llmrun_runtime.engines import lease
+from llmrun_runtime.engines.base import SHIM_ENV, STATE_PATH, TOKEN_ENV, TOKEN_HEADER, ShimConfig
+from llmrun_runtime.engines.hooks import Hooks
+
+UNCOUNTED = ("/health", "/metrics", "/ping", "/load", "/version")
+
+
+class Shim:
+    """`Shim(app)` is an ASGI app. Its configuration comes from the engine's environment."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._token = os.environ[TOKEN_ENV].encode()
+        config = ShimConfig.from_json(os.environ[SHIM_ENV])
+        self._hooks = Hooks(config) if config.hooks else None
+        self._in_flight = 0
+        self._served = 0
+        self._last_end = time.monotonic()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, self._announce(send))
+            return
+        headers = dict(scope["headers"])
+        if not hmac.compare_digest(headers.get(TOKEN_HEADER.encode(), b""), self._token):
+            await self._refuse(scope, send)
+            return
+        if scope["path"] == STATE_PATH:
+            await answer(send, 200, self._state())
+            return
+        if scope["path"] in UNCOUNTED:
+            await self._app(scope, receive, send)
+            return
+        self._in_flight += 1
+        try:
+            if self._hooks and scope.get("method") == "POST" and b"json" in headers.get(b"content-type", b"").lower():
+                try:
+                    receive = await self._with_hooks(self._hooks, scope, receive)
+                except HookError as error:
+                    await answer_error(send, 500, str(error), "hook_error", "hook_failed")
+                    return
+            await self._app(scope, receive, send)
+        finally:
+            self._in_flight -= 1
+            self._served += 1
+            self._last_end = time.monotonic()
+
+    def _announce(self, send: Send) -> Send:
+        """Start the hooks when the engine's own start-up is done, then tell the replica."""
+
+        async def announced(message: Message) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                try:
+                    if self._hooks:
+                        await self._hooks.start()
+                except HookError as error:
+                    lease.tell(failed=str(error))
+                    await send({"type": "lifespan.startup.failed", "message": str(error)})
+                    return
+                lease.tell(ready=True)
+            await send(message)
+
+        return announced
+
+    def _state(self) -> dict[str, Any]:
+        idle = 0.0 if self._in_flight else time.monotonic() - self._last_end
+        return {"in_flight": self._in_flight, "served": self._served, "idle_s": round(idle, 3)}
+
+    async def _with_hooks(self, hooks: Hooks, scope: Scope, receive: Receive) -> Receive:
+        """Read the body, let the hooks change it, and hand on a `receive` that gives the changed one."""
+        body, more = b"", True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return _replay(message, receive)
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        try:
+            request = json.loads(body)
+        except ValueError:
+            request = None
+        if isinstance(request, dict):  # anything else is the engine's to refuse
+            body = await hooks.apply(request)
+            scope["headers"] = [(k, v) for k, v in scope["headers"] if k != b"content-length"]
+            scope["headers"].append((b"content-length", str(len(body)).encode()))
+        return _replay({"type": "http.request", "body": body, "more_body": False}, receive)
+
+    async def _refuse(self, scope: Scope, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        text = "this is a replica of llmrun's and takes requests from its ingress only: ask the ingress"
+        await answer_error(send, 401, text, "authentication_error", "invalid_token")
+
+
+def _replay(first: Message, receive: Receive) -> Receive:
+    pending = [first]
+
+    async def replayed() -> Message:
+        return pending.pop() if pending else await receive()
+
+    return replayed

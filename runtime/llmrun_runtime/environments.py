@@ -1,0 +1,127 @@
+"""What a model's own code needs on a node, in the node's home: its package, and its requirements' packages.
+
+Each lies under a hash of what it is, appears whole or not at all, and is made once per node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections.abc import Awaitable, Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+
+from llmrun.errors import EngineError
+
+INSTALL_TIMEOUT_S = 1800
+
+
+class Environments:
+    """The packages under `root`; `fetch` brings a zip by its sha256."""
+
+    def __init__(self, root: Path, fetch: Callable[[str], Awaitable[bytes]]) -> None:
+        self._root = root
+        self._fetch = fetch
+
+    async def code(self, digest: str) -> Path:
+        """The folder of the package with that sha256. Raises EngineError if what comes is not that."""
+        target = self._root / "packages" / digest
+        if target.is_dir():
+            return target
+        data = await self._fetch(digest)
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise EngineError(f"code package {digest[:12]} arrived damaged: deploy again")
+
+        def unpack(folder: Path) -> None:
+            with zipfile.ZipFile(io.BytesIO(data)) as package:
+                package.extractall(folder)  # ZipFile drops '..' and drive letters from names
+
+        await asyncio.to_thread(_make, target, unpack)
+        return target
+
+    async def requirements(self, requirements: Sequence[str]) -> Path:
+        """A folder for PYTHONPATH with what the engine's environment lacks of `requirements`.
+
+        What the engine's environment has is never replaced: a requirement that would is an EngineError.
+        """
+        installed = sorted(f"{d.name}=={d.version}" for d in metadata.distributions() if d.name)
+        said = json.dumps([sorted(requirements), installed, sys.version])
+        target = self._root / "environments" / hashlib.sha256(said.encode()).hexdigest()[:32]
+        if target.is_dir():
+            return target
+        missing = await self._missing(requirements)
+        folder = Path(await asyncio.to_thread(_temporary, target))
+        try:
+            if missing:
+                await _uv("install", "--python", sys.executable, "--no-deps", "--target", str(folder), *missing)
+            _publish(folder, target)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return target
+
+    async def _missing(self, requirements: Sequence[str]) -> list[str]:
+        """`name==version` of all that has to be installed beside the engine's environment."""
+        out = await _uv("install", "--dry-run", "--python", sys.executable, *requirements)
+        replaced = [line[3:] for line in out.splitlines() if line.startswith(" - ")]
+        if replaced:
+            raise EngineError(
+                f"requirements={list(requirements)!r} would replace {', '.join(replaced)} of the engine's environment: "
+                f"ask for versions that go with it"
+            )
+        return [_requirement(line[3:]) for line in out.splitlines() if line.startswith(" + ")]
+
+
+def _requirement(line: str) -> str:
+    """What uv would install, as it takes it: it prints `name==1.0 (from URL)` for what came by a URL."""
+    match = re.fullmatch(r"([^= ]+)==\S+ \(from (.+)\)", line)
+    return f"{match[1]} @ {match[2]}" if match else line
+
+
+async def _uv(*args: str) -> str:
+    from uv import find_uv_bin  # noqa: PLC0415 - only models with requirements need it
+
+    process = await asyncio.create_subprocess_exec(
+        find_uv_bin(), "pip", *args, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    try:
+        out, _ = await asyncio.wait_for(process.communicate(), INSTALL_TIMEOUT_S)
+    except TimeoutError:
+        raise EngineError(f"requirements were not installed within {INSTALL_TIMEOUT_S} s") from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+    text = out.decode(errors="replace")
+    if process.returncode:
+        reason = " ".join(line.strip() for line in text.splitlines() if line.strip())
+        raise EngineError(f"requirements cannot be installed: {reason[:500]}")
+    return text
+
+
+def _make(target: Path, fill: Callable[[Path], None]) -> None:
+    folder = Path(_temporary(target))
+    try:
+        fill(folder)
+        _publish(folder, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _temporary(target: Path) -> str:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return tempfile.mkdtemp(dir=target.parent, prefix=".new-")
+
+
+def _publish(folder: Path, target: Path) -> None:
+    try:
+        os.rename(folder, target)
+    except OSError:
+        if not target.is_dir():  # else another process of this node was first, with the same bytes
+            raise

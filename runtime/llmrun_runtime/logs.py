@@ -1,0 +1,53 @@
+"""Where logs lie on a node: a replica's with its engine's and shim's lines in one file, control's and the ingress's."""
+
+from __future__ import annotations
+
+import logging
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+
+LOG_BYTES, LOG_FILES = 10 * 2**20, 3
+KEEP = 20  # files per model and node
+
+
+def log_to_file(root: Path, name: str) -> None:
+    """Send this process's log to `logs/NAME.log` in the home."""
+    (root / "logs").mkdir(parents=True, exist_ok=True)
+    handler = RotatingFileHandler(root / "logs" / f"{name}.log", maxBytes=LOG_BYTES, backupCount=LOG_FILES)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", handlers=[handler], force=True
+    )
+
+
+def model_logs(root: Path) -> Path:
+    """The folder of all models' logs in a home; besides, only Ray's and the cluster's own lie in `logs`."""
+    return root / "logs" / "models"
+
+
+def log_path(root: Path, model: str, version: int, replica: str) -> Path:
+    """The log of one replica; the oldest of the model's others beyond KEEP are removed."""
+    folder = model_logs(root) / model
+    for old in sorted(_files(folder), key=lambda file: file.stat().st_mtime)[: -(KEEP - 1)]:
+        old.unlink(missing_ok=True)
+    return folder / f"v{version}-{replica[:12]}.log"
+
+
+def read_logs(root: Path, model: str, offsets: dict[str, int], tail: int) -> dict[str, tuple[int, str]]:
+    """New text of each of the model's logs here: file name → (offset after it, text).
+
+    A file that `offsets` does not name starts at its last `tail` lines. At most 1 MiB a file and call.
+    """
+    found: dict[str, tuple[int, str]] = {}
+    for path in sorted(_files(model_logs(root) / model), key=lambda file: file.stat().st_mtime):
+        data = path.read_bytes()
+        if path.name in offsets:
+            chunk = data[offsets[path.name] :][: 2**20]
+            end = offsets[path.name] + len(chunk)
+        else:
+            chunk, end = b"".join(data.splitlines(keepends=True)[-tail:]) if tail else b"", len(data)
+        found[path.name] = (end, chunk.decode(errors="replace"))
+    return found
+
+
+def _files(folder: Path) -> list[Path]:
+    return list(folder.glob("*.log")) if folder.is_dir() else []
