@@ -1,0 +1,173 @@
+"""What should run, stored: apps, models, their versions and code packages. SQLite, or any SQLAlchemy URL.
+
+Control is the only writer.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from sqlalchemy import LargeBinary, String, Text, create_engine, delete, select
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from llmrun.spec import ModelSpec
+from llmrun_runtime.control.placing import Placement
+
+NAME = String(63)  # a DNS label
+PACKAGE_GRACE_S = 3600
+
+
+class Base(DeclarativeBase):
+    """The tables."""
+
+
+class AppRow(Base):
+    """An app and where it was last deployed from."""
+
+    __tablename__ = "apps"
+    name: Mapped[str] = mapped_column(NAME, primary_key=True)
+    source: Mapped[str] = mapped_column(Text)
+
+
+class ModelRow(Base):
+    """A model and the number of its version in force."""
+
+    __tablename__ = "models"
+    name: Mapped[str] = mapped_column(NAME, primary_key=True)
+    app: Mapped[str] = mapped_column(NAME)
+    version: Mapped[int]
+
+
+class VersionRow(Base):
+    """One deployed spec. `engine_version` is the version whose replicas serve it (tuning starts none)."""
+
+    __tablename__ = "versions"
+    model: Mapped[str] = mapped_column(NAME, primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    engine_version: Mapped[int]
+    spec: Mapped[str] = mapped_column(Text)
+    placement: Mapped[str] = mapped_column(Text)
+    proven: Mapped[bool]
+    created: Mapped[float]
+
+
+class PackageRow(Base):
+    """A code package, named by its sha256."""
+
+    __tablename__ = "packages"
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    data: Mapped[bytes] = mapped_column(LargeBinary(2**30))
+    created: Mapped[float]
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A model as it is in force."""
+
+    app: str
+    version: int
+    engine_version: int
+    spec: ModelSpec
+    placement: Placement
+    proven: bool
+    created: float = field(default_factory=time.time)
+    """Unix time."""
+
+    @property
+    def name(self) -> str:
+        """The model's public name."""
+        return self.spec.name
+
+
+class Database:
+    """The tables, behind what control asks of them."""
+
+    def __init__(self, url: str) -> None:
+        self._engine = create_engine(url)
+        Base.metadata.create_all(self._engine)
+
+    def load(self) -> tuple[dict[str, Deployed], dict[str, str]]:
+        """Models in force by name, and apps' sources by app."""
+        with Session(self._engine) as session:
+            query = select(ModelRow, VersionRow).where(
+                VersionRow.model == ModelRow.name, VersionRow.number == ModelRow.version
+            )
+            models = {
+                model.name: Deployed(
+                    app=model.app,
+                    version=version.number,
+                    engine_version=version.engine_version,
+                    spec=ModelSpec.model_validate_json(version.spec),
+                    placement=Placement(**json.loads(version.placement)),
+                    proven=version.proven,
+                    created=version.created,
+                )
+                for model, version in session.execute(query)
+            }
+            return models, {row.name: row.source for row in session.scalars(select(AppRow))}
+
+    def next_version(self, model: str) -> int:
+        """The number for the model's next version; those of failed ones are not used again."""
+        with Session(self._engine) as session:
+            numbers = session.scalars(select(VersionRow.number).where(VersionRow.model == model))
+            return max(numbers, default=0) + 1
+
+    def put_version(self, deployed: Deployed, *, in_force: bool) -> None:
+        """Store a version, and put it in force if so asked."""
+        with Session(self._engine) as session, session.begin():
+            session.merge(
+                VersionRow(
+                    model=deployed.name,
+                    number=deployed.version,
+                    engine_version=deployed.engine_version,
+                    spec=deployed.spec.model_dump_json(),
+                    placement=json.dumps(deployed.placement.__dict__),
+                    proven=deployed.proven,
+                    created=deployed.created,
+                )
+            )
+            if in_force:
+                session.merge(ModelRow(name=deployed.name, app=deployed.app, version=deployed.version))
+
+    def put_app(self, name: str, source: str) -> None:
+        """Store where an app was deployed from."""
+        with Session(self._engine) as session, session.begin():
+            session.merge(AppRow(name=name, source=source))
+
+    def remove(self, models: Iterable[str]) -> None:
+        """Remove models with their versions, apps that have none left, and packages that no version names.
+
+        A package of the last PACKAGE_GRACE_S may belong to a deploy that is under way, and stays.
+        """
+        with Session(self._engine) as session, session.begin():
+            for name in models:
+                session.execute(delete(ModelRow).where(ModelRow.name == name))
+                session.execute(delete(VersionRow).where(VersionRow.model == name))
+            session.execute(delete(AppRow).where(AppRow.name.not_in(select(ModelRow.app))))
+            specs = (json.loads(spec) for spec in session.scalars(select(VersionRow.spec)))
+            used = {spec["code"]["package"] for spec in specs if spec["code"]}
+            old = PackageRow.created < time.time() - PACKAGE_GRACE_S
+            session.execute(delete(PackageRow).where(PackageRow.digest.not_in(used), old))
+
+    def package(self, digest: str) -> bytes | None:
+        """A code package; None if it is not here."""
+        with Session(self._engine) as session:
+            row = session.get(PackageRow, digest)
+            return row.data if row else None
+
+    def has_package(self, digest: str) -> bool:
+        """Whether a code package is here."""
+        with Session(self._engine) as session:
+            return session.scalar(select(PackageRow.digest).where(PackageRow.digest == digest)) is not None
+
+    def put_package(self, digest: str, data: bytes) -> None:
+        """Store a code package."""
+        with Session(self._engine) as session, session.begin():
+            session.merge(PackageRow(digest=digest, data=data, created=time.time()))
+
+    def close(self) -> None:
+        """Let go of the database."""
+        self._engine.dispose()

@@ -1,0 +1,282 @@
+"""Carries out a plan: versions, proofs, handing over, removals, one deploy at a time, each step an event."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import ray
+
+from llmrun.errors import EngineError, LLMRunError, Refused
+from llmrun.settings import Settings
+from llmrun.spec import ModelSpec
+from llmrun.wire import Change, DeployRequest, Plan
+from llmrun_runtime.control.database import Database, Deployed
+from llmrun_runtime.control.events import Deploy
+from llmrun_runtime.control.placing import Node, Placement, could_run, has_room, resolve
+from llmrun_runtime.control.planning import make_plan
+from llmrun_runtime.control.registry import Registry
+from llmrun_runtime.control.scaling import Candidate, Scaling
+from llmrun_runtime.control.serving import Serving, cluster_nodes
+from llmrun_runtime.engines.kinds import get_engine
+from llmrun_runtime.node import agent_on
+from llmrun_runtime.reports import Registration
+from llmrun_runtime.weights import local_path
+
+log = logging.getLogger("llmrun.control")
+PREPARE_TIMEOUT_S = 1800
+POLL_S = 0.1
+KEEP_DEPLOYS = 20
+CHANGED = "what is deployed has changed since the diff was made: run the command again"
+
+
+@dataclass
+class Proof:
+    """A candidate's first replica: whether one was placed, whether it answers, or why not."""
+
+    placed: asyncio.Event = field(default_factory=asyncio.Event)
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+    cause: str = ""
+
+
+class Deployer:
+    """Plans and deploys over control's parts."""
+
+    def __init__(
+        self, settings: Settings, database: Database, registry: Registry, scaling: Scaling, serving: Serving
+    ) -> None:
+        self._settings = settings
+        self._database = database
+        self._registry = registry
+        self._scaling = scaling
+        self._serving = serving
+        self._lock = asyncio.Lock()
+        self._proofs: dict[tuple[str, int], Proof] = {}
+        self._deploys: dict[str, Deploy] = {}
+        self.sources: dict[str, str] = {}
+
+    def plan(self, request: DeployRequest) -> tuple[Plan, dict[str, Placement]]:
+        """What a deploy of `request` would do now. Raises Refused."""
+        nodes = cluster_nodes()
+        for spec in request.specs:
+            self._check(spec, nodes)
+        placements = {spec.name: resolve(spec, nodes) for spec in request.specs}
+        return make_plan(request, self._scaling.deployed, self.sources, placements), placements
+
+    def _check(self, spec: ModelSpec, nodes: list[Node]) -> None:
+        """Refuse what can be known to fail before anything starts."""
+        get_engine(spec.engine)
+        if spec.lora is not None:
+            raise Refused(f"{spec.name}: lora={spec.lora!r}: adapters are not served yet; leave lora= out", 409)
+        if "://" in spec.model and not spec.path:
+            raise Refused(
+                f"{spec.name}: model={spec.model!r}: such sources are not served yet; "
+                f"give org/name of Hugging Face, or a path on the node",
+                409,
+            )
+        real = [node for node in nodes if node.id]
+        path = local_path(spec)
+        if path and len(nodes) == len(real) == 1 and not path.exists():
+            raise Refused(f"{spec.name}: model={spec.model!r}: there is no such path on the cluster's node", 409)
+        if spec.code and not self._database.has_package(spec.code.package):
+            raise Refused(f"{spec.name}: its code package {spec.code.package[:12]} was not uploaded", 409)
+
+    def start(self, request: DeployRequest) -> Deploy:
+        """Begin to carry `request` out; listen to the deploy for how it goes. Raises Refused."""
+        plan, _ = self.plan(request)
+        if request.plan and request.plan != plan.fingerprint:
+            raise Refused(CHANGED, 409)
+        deploy = Deploy()
+        while len(self._deploys) >= KEEP_DEPLOYS:
+            del self._deploys[next(iter(self._deploys))]
+        self._deploys[deploy.id] = deploy
+        deploy.task = asyncio.get_running_loop().create_task(self._run(request, plan.fingerprint, deploy))
+        return deploy
+
+    def find(self, deploy_id: str) -> Deploy:
+        """A deploy by its id. Raises Refused."""
+        if deploy_id not in self._deploys:
+            raise Refused(f"there is no deploy {deploy_id}: control may have been restarted; deploy again", 404)
+        return self._deploys[deploy_id]
+
+    def heard(self, report: Registration, cause: str = "") -> bool:
+        """Pass on a replica's report if it is of a proof; whether it was."""
+        proof = self._proofs.get((report.model, report.version))
+        if not proof:
+            return False
+        proof.placed.set()
+        if cause or report.state == "ready":
+            proof.cause = cause
+            proof.done.set()
+        return True
+
+    async def _run(self, request: DeployRequest, shown: str, deploy: Deploy) -> None:
+        try:
+            if self._lock.locked():
+                await deploy.say("step", text="another deploy is running; this one follows")
+            async with self._lock:
+                plan, placements = self.plan(request)
+                if plan.fingerprint != shown:
+                    raise Refused(CHANGED, 409)
+                specs = {spec.name: spec for spec in request.specs}
+                for change in plan.changes:  # removals first: a renamed model needs the room and the names
+                    if change.kind == "remove" and request.prune:
+                        await self._remove([change.model])
+                        await deploy.say("removed", change.model)
+                for change in plan.changes:
+                    if change.kind in ("add", "change", "tune"):
+                        row = self._new_version(change, specs[change.model], placements[change.model], request.app)
+                        await self._carry_out(change, row, request, deploy)
+        except LLMRunError as error:
+            await deploy.say("failed", text=str(error))
+        except Exception as error:
+            log.exception("deploy %s of %s failed", deploy.id, request.app)
+            await deploy.say("failed", text=f"control failed: {type(error).__name__}: {error}")
+        finally:
+            await deploy.say("end")
+
+    def _new_version(self, change: Change, spec: ModelSpec, placement: Placement, app: str) -> Deployed:
+        number = self._database.next_version(spec.name)
+        old = self._scaling.deployed.get(spec.name)
+        if change.kind == "tune" and old:
+            return replace(old, version=number, spec=spec)
+        return Deployed(app, number, number, spec, placement, proven=False)
+
+    async def _carry_out(self, change: Change, row: Deployed, request: DeployRequest, deploy: Deploy) -> None:
+        if change.kind == "tune":
+            self._put_in_force(row, request.source)
+            await deploy.say("tuned", row.name, f"version {row.version}, without a restart")
+            return
+        try:
+            await self._prepare(row, deploy)
+        except LLMRunError as error:
+            await deploy.say("failed", row.name, str(error))
+            return
+        if request.lazy:
+            await self._replace(row, request.source)
+            await deploy.say("unproven", row.name, f"version {row.version} deployed, not started (--lazy)")
+            return
+        old = self._scaling.deployed.get(row.name)
+        settled = False
+        try:
+            why = await self._make_room(row, old, deploy)
+            cause = "" if why else await self._prove(row, deploy)
+            if why:
+                await self._replace(row, request.source)
+                await deploy.say("unproven", row.name, f"version {row.version} deployed, not proven: {why}")
+            elif cause:
+                self._database.put_version(row, in_force=False)
+                self._scaling.candidates[row.name] = Candidate(row, cause)
+                kept = f"; version {old.version} stays in force" if old else ""
+                await deploy.say("failed", row.name, f"{cause}{kept} (`llmrun logs {row.name}` has all of it)")
+            else:
+                await self._replace(replace(row, proven=True), request.source)
+                await deploy.say("ready", row.name, f"version {row.version}")
+            settled = not cause
+        finally:
+            if not settled:
+                await self._serving.delete(row.name, row.engine_version)
+            self._scaling.held.discard(row.name)
+            self._scaling.kick()
+
+    async def _prepare(self, row: Deployed, deploy: Deploy) -> None:
+        """Bring code and requirements to every node that could run it. Raises LLMRunError."""
+        if not row.spec.code and not row.spec.requirements:
+            return
+        await deploy.say("step", row.name, "preparing nodes")
+        nodes = [node for node in cluster_nodes() if node.id and could_run(row.placement, node)]
+        calls = [agent_on(node.id).prepare.remote(row.spec) for node in nodes]
+        try:
+            async with asyncio.timeout(PREPARE_TIMEOUT_S):
+                await asyncio.gather(*calls)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, LLMRunError):
+                raise error.cause from None
+            raise
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            hosts = ", ".join(node.host for node in nodes)
+            raise EngineError(f"one of the nodes {hosts} could not be prepared: {type(error).__name__}") from error
+
+    async def _make_room(self, row: Deployed, old: Deployed | None, deploy: Deploy) -> str:
+        """See to room for the proof, by draining the version before if need be; why there is none, or ""."""
+        nodes = cluster_nodes()
+        if has_room(row.placement, nodes) or any(not node.id and could_run(row.placement, node) for node in nodes):
+            return ""
+        holders = self._registry.of(row.name)
+        if not old or not holders or not has_room(row.placement, nodes, {r.node: old.placement for r in holders}):
+            return self._scaling.shortage(row, nodes)
+        await deploy.say("step", row.name, f"no room beside version {old.version}: it drains first, requests wait")
+        self._scaling.held.add(row.name)
+        await self._serving.set_target(old, 0)
+        gone = await self._until(lambda: not self._registry.of(row.name), self._settings.drain_timeout)
+        roomy = gone and await self._until(
+            lambda: has_room(row.placement, cluster_nodes()), self._settings.place_timeout
+        )
+        if roomy:
+            return ""
+        self._scaling.held.discard(row.name)
+        return self._scaling.shortage(row) or "the version before did not drain in time"
+
+    async def _prove(self, row: Deployed, deploy: Deploy) -> str:
+        """Start one replica: "" when it answers, the cause if it does not."""
+        proof = self._proofs[row.name, row.engine_version] = Proof()
+        self._scaling.candidates[row.name] = Candidate(row)
+        try:
+            await deploy.say("step", row.name, f"version {row.version}: placing a replica on {row.placement}")
+            await self._serving.set_target(row, 1)
+            if not await self._until(proof.placed.is_set, self._settings.place_timeout):
+                trouble = await self._serving.trouble(row.name, row.engine_version) or self._scaling.shortage(row)
+                limit = f"no replica was placed within {self._settings.place_timeout:g} s (LLMRUN_PLACE_TIMEOUT)"
+                return f"{limit}: {trouble or 'Ray does not say why'}"
+            place = next((report.host for report in self._registry.of(row.name, row.engine_version)), "")
+            await deploy.say("step", row.name, f"starting the engine on node {place}")
+            # The replica keeps start_timeout itself; the rest is for preparing its node and for its report.
+            limit_s = self._settings.start_timeout + PREPARE_TIMEOUT_S
+            if not await self._until(proof.done.is_set, limit_s):
+                return f"nothing was heard of the replica for {limit_s:g} s"
+            return proof.cause
+        finally:
+            del self._proofs[row.name, row.engine_version]
+
+    async def _replace(self, row: Deployed, source: str) -> None:
+        """Put `row` in force and drain what was."""
+        old = self._scaling.deployed.get(row.name)
+        self._put_in_force(row, source)
+        if old and old.engine_version != row.engine_version:
+            await self._serving.delete(old.name, old.engine_version)
+
+    def _put_in_force(self, row: Deployed, source: str) -> None:
+        self.sources[row.app] = source
+        self._database.put_app(row.app, source)
+        self._database.put_version(row, in_force=True)
+        self._scaling.put(row)
+
+    async def _remove(self, models: list[str]) -> None:
+        """Take models out of force, forget them, and drain what runs of them."""
+        rows = [self._scaling.deployed[name] for name in models if name in self._scaling.deployed]
+        self._database.remove(models)
+        for name in models:
+            self._scaling.candidates.pop(name, None)
+        for row in rows:
+            self._scaling.drop(row.name)
+            await self._serving.delete(row.name, row.engine_version)
+        apps = {row.app for row in self._scaling.deployed.values()}
+        self.sources = {app: source for app, source in self.sources.items() if app in apps}
+
+    async def delete(self, models: list[str]) -> None:
+        """Remove models as a deploy with `prune` does. Raises Refused while a deploy runs."""
+        if self._lock.locked():
+            raise Refused("a deploy is running: try again when it has ended (`llmrun status` shows it)", 409)
+        async with self._lock:
+            await self._remove(models)
+
+    async def _until(self, condition: Callable[[], bool], timeout: float) -> bool:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(POLL_S)
+        return True

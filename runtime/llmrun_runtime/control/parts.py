@@ -1,0 +1,61 @@
+"""Control's parts, wired together; no actor, no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from llmrun.errors import ClusterError
+from llmrun.settings import Settings
+from llmrun_runtime.control.database import Database
+from llmrun_runtime.control.deploying import Deployer
+from llmrun_runtime.control.registry import Registry
+from llmrun_runtime.control.scaling import Scaling
+from llmrun_runtime.control.serving import Serving, cluster_nodes
+from llmrun_runtime.node import agent_on
+
+log = logging.getLogger("llmrun.control")
+AGENT_TIMEOUT_S = 30
+
+
+class ControlParts:
+    """Control without Ray's actor around it."""
+
+    def __init__(self, settings: Settings, url: str, address: tuple[str, int]) -> None:
+        self.url = url
+        settings.make_home()
+        self.admin_key = settings.resolved_admin_key()
+        if not self.admin_key:  # an empty one would let everybody run code
+            raise ClusterError(f"{settings.admin_key_file} is empty: remove it, and a new key is made")
+        try:
+            self.database = Database(settings.resolved_database_url())
+        except (SQLAlchemyError, ImportError) as error:
+            reason = str(error).splitlines()[0]
+            raise ClusterError(f"the database cannot be used ({reason}): see LLMRUN_DATABASE_URL") from error
+        self.registry = Registry()
+        self.serving = Serving(settings)
+        self.scaling = Scaling(self.serving, self.registry, address)
+        self.deployer = Deployer(settings, self.database, self.registry, self.scaling, self.serving)
+        self.scaling.on_proven = lambda row: self.database.put_version(row, in_force=True)
+
+    async def load(self) -> None:
+        """Take up what is stored, and what outlived an earlier control; end what is in force no more."""
+        rows, self.deployer.sources = self.database.load()
+        for row in rows.values():
+            self.scaling.put(row)
+        in_force = {(row.name, row.engine_version) for row in rows.values()}
+        for model, version in await self.serving.load():
+            if (model, version) not in in_force:
+                log.warning("ending %s v%d, which is not in force", model, version)
+                await self.serving.delete(model, version)
+
+    async def read_logs(
+        self, model: str, offsets: dict[str, dict[str, int]], tail: int
+    ) -> dict[str, dict[str, tuple[int, str]]]:
+        """New log text by node and file."""
+        nodes = [node.id for node in cluster_nodes() if node.id]
+        calls = [agent_on(node).logs.remote(model, offsets.get(node, {}), tail) for node in nodes]
+        async with asyncio.timeout(AGENT_TIMEOUT_S):
+            return dict(zip(nodes, await asyncio.gather(*calls), strict=True))

@@ -1,0 +1,81 @@
+"""What runs now: replicas as they report themselves, requests as the ingress counts them. In memory, pure.
+
+Nothing here is stored: after a crash of control all of it comes back with the next reports.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from llmrun_runtime.reports import LEASE_S, Registration, Traffic
+
+
+@dataclass
+class Registry:
+    """Reports by replica and by ingress, with the time of each."""
+
+    replicas: dict[str, tuple[Registration, float]] = field(default_factory=dict)
+    ingresses: dict[str, tuple[dict[str, Traffic], float]] = field(default_factory=dict)
+    last_used: dict[str, float] = field(default_factory=dict)
+
+    def report(self, report: Registration, now: float) -> bool:
+        """Take a replica's report; whether the routing table changed by it. A draining one does not turn back."""
+        known = self.replicas.get(report.id)
+        if known and known[0].state == "draining":
+            report = replace(report, state="draining")
+        self.replicas[report.id] = (report, now)
+        if report.state == "ready":
+            if not known or known[0].state != "ready":
+                self.used(report.model, now)
+            self.used(report.model, now - report.idle_s)
+        return not known or _routed(known[0]) != _routed(report)
+
+    def demand(self, ingress: str, traffic: dict[str, Traffic], now: float) -> None:
+        """Take an ingress's counts."""
+        self.ingresses[ingress] = (traffic, now)
+        for model, counts in traffic.items():
+            if counts.waiting or counts.in_flight:
+                self.used(model, now)
+
+    def used(self, model: str, when: float) -> None:
+        """Note that a request waited or was in flight then."""
+        self.last_used[model] = max(when, self.last_used.get(model, when))
+
+    def remove(self, replica: str) -> bool:
+        """Forget a replica; whether it was known."""
+        return self.replicas.pop(replica, None) is not None
+
+    def expire(self, now: float) -> list[Registration]:
+        """Forget who has been silent for LEASE_S; the replicas among them."""
+        gone = [report for report, seen in self.replicas.values() if now - seen > LEASE_S]
+        for report in gone:
+            del self.replicas[report.id]
+        self.ingresses = {key: row for key, row in self.ingresses.items() if now - row[1] <= LEASE_S}
+        return gone
+
+    def of(self, model: str, version: int | None = None) -> list[Registration]:
+        """The replicas of a model, or of one version of it."""
+        rows = (report for report, _ in self.replicas.values())
+        return [r for r in rows if r.model == model and version in (None, r.version)]
+
+    def ready(self, model: str, version: int) -> list[Registration]:
+        """Those that requests may go to."""
+        return [report for report in self.of(model, version) if report.state == "ready"]
+
+    def waiting(self, model: str) -> int:
+        """Requests that wait in all ingresses."""
+        return sum(traffic.waiting for traffic in self._traffic(model))
+
+    def in_flight(self, model: str) -> int:
+        """Requests at replicas: as the ingresses count them, or the shims, whichever knows of more."""
+        by_shims = sum(report.in_flight for report in self.of(model))
+        return max(by_shims, sum(traffic.in_flight for traffic in self._traffic(model)))
+
+    def _traffic(self, model: str) -> Iterable[Traffic]:
+        return (traffic[model] for traffic, _ in self.ingresses.values() if model in traffic)
+
+
+def _routed(report: Registration) -> tuple[object, ...]:
+    """What the ingress's table has of a replica."""
+    return (report.state, report.version, report.host, report.port, report.token)

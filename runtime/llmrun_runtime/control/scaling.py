@@ -1,0 +1,269 @@
+"""Keeps what runs in step with what is asked: the scaler's inputs and effects, failures, and the routing table.
+
+The rule itself is `scaler.decide`; deploys hold a model here while they steer it themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import ray
+
+from llmrun.wire import ModelStatus, ReplicaStatus, State
+from llmrun_runtime.control.database import Deployed
+from llmrun_runtime.control.placing import Node, has_room, shortage
+from llmrun_runtime.control.registry import Registry
+from llmrun_runtime.control.serving import Serving, cluster_nodes
+from llmrun_runtime.engines.kinds import get_engine
+from llmrun_runtime.reports import Registration
+from llmrun_runtime.scaler import Demand, Failure, Limits, decide
+from llmrun_runtime.table import ModelRoute, ReplicaRoute, Table, by_names
+
+log = logging.getLogger("llmrun.control")
+TICK_S = 0.25
+# A replica that Serve could not place reports nothing; for so long that may be a worker's start.
+PLACING_S = 4.0
+
+
+@dataclass
+class Facts:
+    """What is remembered of one model in force beside its row."""
+
+    failure: Failure | None = None
+    death: str = ""
+    low_since: float = 0
+    unplaced_since: float = 0
+    shortage: str = ""
+    task: asyncio.Task[None] | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A version that is not in force: it is being proven, or `cause` says why it could not be."""
+
+    row: Deployed
+    cause: str = ""
+
+
+class Scaling:
+    """All models in force, what they should run, and the table made of that."""
+
+    def __init__(self, serving: Serving, registry: Registry, control: tuple[str, int]) -> None:
+        self.deployed: dict[str, Deployed] = {}
+        self.held: set[str] = set()
+        """Models that a deploy steers."""
+        self.candidates: dict[str, Candidate] = {}
+        """Versions that are being proven, and those of new models that could not be."""
+        self.table = Table(epoch=uuid.uuid4().hex, control=control)
+        self.on_proven: Callable[[Deployed], None] = lambda row: None
+        self._serving = serving
+        self._registry = registry
+        self._facts: dict[str, Facts] = {}
+        self._kick = asyncio.Event()
+        self._changed = asyncio.Condition()
+
+    def kick(self) -> None:
+        """Look again now, not at the next tick."""
+        self._kick.set()
+
+    def put(self, row: Deployed) -> None:
+        """Put a version in force; with a new engine, earlier failures are forgotten."""
+        before = self.deployed.get(row.name)
+        if not before or before.engine_version != row.engine_version:
+            self._facts[row.name] = Facts()
+        self.deployed[row.name] = row
+        self.candidates.pop(row.name, None)
+        self._registry.used(row.name, time.monotonic())
+        self.kick()
+
+    def drop(self, model: str) -> None:
+        """Take a model out of force."""
+        self.deployed.pop(model, None)
+        self._facts.pop(model, None)
+        self._registry.last_used.pop(model, None)
+        self.kick()
+
+    def failed(self, report: Registration, cause: str) -> None:
+        """A replica of what is in force did not start: its waiters hear why, and it is scaled back."""
+        row = self.deployed.get(report.model)
+        if not row or row.engine_version != report.version:
+            return
+        facts = self._facts[row.name]
+        count = facts.failure.count + 1 if facts.failure else 1
+        facts.failure = Failure(count, cause, time.monotonic())
+        log.warning("%s v%d did not start (%d in a row): %s", row.name, row.version, count, cause)
+        self.kick()
+
+    def started(self, report: Registration) -> None:
+        """A replica has become ready: earlier failures of its version are over."""
+        row = self.deployed.get(report.model)
+        if row and row.engine_version == report.version:
+            self._facts[row.name].failure, self._facts[row.name].death = None, ""
+
+    def died(self, report: Registration, cause: str) -> None:
+        """The engine of a replica has died after it was ready; Serve starts another one."""
+        row = self.deployed.get(report.model)
+        log.warning("%s v%d: %s", report.model, report.version, cause)
+        if row and row.engine_version == report.version:
+            self._facts[row.name].death = cause
+
+    async def watch(self, epoch: str, number: int, timeout: float) -> Table:
+        """The table, as soon as it differs from the one named, or after `timeout` as it is."""
+        async with self._changed:
+            if (self.table.epoch, self.table.number) == (epoch, number):
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(timeout):
+                        await self._changed.wait()
+            return self.table
+
+    async def run(self) -> None:
+        """Tick for ever, and at once when kicked."""
+        while True:
+            self._kick.clear()
+            try:
+                await self.tick()
+            except Exception:
+                log.exception("a tick of the scaler failed; the next one tries again")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TICK_S):
+                    await self._kick.wait()
+
+    async def tick(self) -> None:
+        """Forget who is silent, decide every model's target, set those that changed, publish the table."""
+        now = time.monotonic()
+        for report in self._registry.expire(now):
+            log.warning("no report from %r for a while: taken out of the table", report)
+        for row in list(self.deployed.values()):
+            if row.name not in self.held:
+                self._decide(row, now)
+        models = {row.name: self._route(row, now) for row in self.deployed.values()}
+        if models != self.table.models:
+            async with self._changed:
+                self.table = replace(self.table, number=self.table.number + 1, models=models, names=by_names(models))
+                self._changed.notify_all()
+
+    def _decide(self, row: Deployed, now: float) -> None:
+        spec, facts, registry = row.spec, self._facts[row.name], self._registry
+        target = self._serving.target(row.name, row.engine_version)
+        ready = len(registry.ready(row.name, row.engine_version))
+        if ready and not row.proven:
+            self.deployed[row.name] = row = replace(row, proven=True)
+            self.on_proven(row)
+        waiting, in_flight = registry.waiting(row.name), registry.in_flight(row.name)
+        limits = Limits(spec.min_replicas, spec.max_replicas, spec.target_ongoing_requests, spec.idle_timeout)
+        if limits.needed(waiting + in_flight) >= target:
+            facts.low_since = now
+        demand = Demand(
+            now=now,
+            target=target,
+            ready=ready,
+            waiting=waiting,
+            in_flight=in_flight,
+            last_used=registry.last_used.setdefault(row.name, now),
+            low_since=facts.low_since,
+            failure=facts.failure,
+        )
+        wanted = decide(limits, demand).target
+        self._look_for_room(row, facts, now, unplaced=target > len(registry.of(row.name, row.engine_version)))
+        sure = self._serving.is_sure(row.name, row.engine_version)
+        if (wanted != target or not sure) and (facts.task is None or facts.task.done()):
+            facts.task = asyncio.get_running_loop().create_task(self._set(row, wanted))
+
+    async def _set(self, row: Deployed, replicas: int) -> None:
+        log.info("%s v%d: target %d", row.name, row.engine_version, replicas)
+        try:
+            await self._serving.set_target(row, replicas)
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            log.warning("Serve did not take the target of %s; tried again: %r", row.name, error)
+
+    def _look_for_room(self, row: Deployed, facts: Facts, now: float, *, unplaced: bool) -> None:
+        """Note why a replica is not placed, once that takes longer than a worker's start."""
+        if not unplaced:
+            facts.unplaced_since, facts.shortage = 0, ""
+            return
+        facts.unplaced_since = facts.unplaced_since or now
+        if now - facts.unplaced_since > PLACING_S:
+            facts.shortage = self.shortage(row)
+
+    def shortage(self, row: Deployed, nodes: list[Node] | None = None) -> str:
+        """Why there is no room for a replica of it now, and who holds it; "" if there is room."""
+        nodes = cluster_nodes() if nodes is None else nodes
+        if has_room(row.placement, nodes):
+            return ""
+        holders = sorted({report.model for report, _ in self._registry.replicas.values()})
+        return shortage(row.placement, nodes, holders)
+
+    def _route(self, row: Deployed, now: float) -> ModelRoute:
+        facts = self._facts[row.name]
+        failure = facts.failure
+        ready = self._registry.ready(row.name, row.engine_version)
+        return ModelRoute(
+            name=row.name,
+            app=row.app,
+            version=row.version,
+            state=self._state(row),
+            created=int(row.created),
+            names=row.spec.served_names,
+            paths=get_engine(row.spec.engine).paths,
+            max_ongoing=row.spec.max_ongoing_requests,
+            replicas=tuple(ReplicaRoute(r.id, r.host, r.port, r.token) for r in ready),
+            failures=failure.count if failure else 0,
+            paused=failure is not None and failure.refuses(now),
+            cause=self._cause(row),
+        )
+
+    def _state(self, row: Deployed) -> State:
+        reports = self._registry.of(row.name)
+        if self._registry.ready(row.name, row.engine_version):
+            return "hot"
+        if self._serving.target(row.name, row.engine_version) or row.name in self.held:
+            return "waking"
+        if reports:
+            return "draining"
+        return "failed" if self._facts[row.name].failure else "cold"
+
+    def statuses(self) -> tuple[ModelStatus, ...]:
+        """All models as a person sees them: those in force, then new ones that are being proven."""
+        rows = [self._status(row, self._state(row), self._cause(row)) for row in self.deployed.values()]
+        for name, candidate in self.candidates.items():
+            if name not in self.deployed:
+                rows.append(self._status(candidate.row, "failed" if candidate.cause else "waking", candidate.cause))
+        return tuple(rows)
+
+    def _cause(self, row: Deployed) -> str:
+        facts = self._facts[row.name]
+        return facts.failure.cause if facts.failure else facts.death or facts.shortage
+
+    def _status(self, row: Deployed, state: State, cause: str) -> ModelStatus:
+        reports = self._registry.of(row.name)
+        return ModelStatus(
+            name=row.name,
+            app=row.app,
+            state=state,
+            version=row.version,
+            proven=row.proven,
+            replicas=len(self._registry.ready(row.name, row.engine_version)),
+            in_flight=self._registry.in_flight(row.name),
+            waiting=self._registry.waiting(row.name),
+            model=row.spec.model,
+            aliases=row.spec.aliases,
+            placement=str(row.placement),
+            cause=cause,
+            details=tuple(
+                ReplicaStatus(
+                    id=r.id[:12],
+                    version=r.version,
+                    state=r.state,
+                    node=r.node[:12],
+                    address=f"{r.host}:{r.port}" if r.port else "",
+                    in_flight=r.in_flight,
+                )
+                for r in reports
+            ),
+        )

@@ -1,0 +1,53 @@
+"""Runs an ASGI app on a port inside an actor's event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import uvicorn
+
+from llmrun.errors import ClusterError
+from llmrun_runtime.asgi import App
+
+# Longer than the ingress keeps an idle connection to control.
+KEEP_ALIVE_S = 75
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 is the kernel's choice. Raises ClusterError if the port is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise ClusterError(
+            f"{host}:{port} cannot be listened on ({error.strerror}): end what uses the port, or choose another "
+            f"with --port"
+        ) from error
+    sock.listen(2048)
+    return sock
+
+
+async def serve(app: App, sock: socket.socket) -> None:
+    """Serve until cancelled."""
+    config = uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+    )
+    server = uvicorn.Server(config)
+    try:
+        await server.serve(sockets=[sock])
+    except asyncio.CancelledError:
+        server.should_exit = server.force_exit = True
+        raise
+    finally:
+        sock.close()

@@ -1,0 +1,47 @@
+"""Specs → Ray Serve configuration, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ray import serve
+
+from llmrun.spec import ModelSpec
+from llmrun_runtime.control.placing import ACCELERATOR_SHARE, TYPE, Placement
+from llmrun_runtime.replica import Replica, ReplicaConfig
+
+PREFIX = "llmrun-"
+DEPLOYMENT = "replica"
+# Serve replaces a replica whose engine died after three looks.
+HEALTH_CHECK_S = 1
+
+
+def app_name(model: str, version: int) -> str:
+    """The Serve application of one version of a model."""
+    return f"{PREFIX}{model}-v{version}"
+
+
+def parse_app_name(name: str) -> tuple[str, int] | None:
+    """The model and version of one of our applications; None for anybody else's."""
+    model, dash, version = name.removeprefix(PREFIX).rpartition("-v")
+    if not name.startswith(PREFIX) or not dash or not version.isdigit():
+        return None
+    return model, int(version)
+
+
+def application(spec: ModelSpec, placement: Placement, config: ReplicaConfig, replicas: int, drain: float) -> Any:
+    """The Serve application (`Replica.bind(...)`) that runs `replicas` copies of one version at first."""
+    options: dict[str, Any] = {"num_cpus": placement.cpus, "num_gpus": placement.gpus}
+    if placement.accelerator:
+        options["resources"] = {TYPE + placement.accelerator: ACCELERATOR_SHARE}
+    deployment = serve.deployment(
+        name=DEPLOYMENT,
+        num_replicas=replicas,
+        max_ongoing_requests=spec.max_ongoing_requests,
+        ray_actor_options=options,
+        health_check_period_s=HEALTH_CHECK_S,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=drain,
+        graceful_shutdown_wait_loop_s=0.1,
+    )(Replica)
+    return deployment.bind(config.to_dict())

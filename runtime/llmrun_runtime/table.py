@@ -1,0 +1,56 @@
+"""The routing table: what control tells every ingress, whole, whenever it changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llmrun.wire import State
+
+
+@dataclass(frozen=True)
+class ReplicaRoute:
+    """Where one replica's engine answers, and the token that it asks for."""
+
+    id: str
+    host: str
+    port: int
+    token: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class ModelRoute:
+    """One model: the replicas of its version in force, and what to tell callers while it has none."""
+
+    name: str
+    app: str
+    version: int
+    state: State
+    created: int
+    names: tuple[str, ...]
+    paths: frozenset[str]
+    max_ongoing: int
+    replicas: tuple[ReplicaRoute, ...] = ()
+    failures: int = 0
+    """Failed starts of this version so far; grows by one with each."""
+    paused: bool = False
+    """No start is tried now; whoever asks hears `cause` at once."""
+    cause: str = ""
+    """Why the last start failed, or why there is no replica yet."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """All models by name. `epoch` names one life of control; `number` grows within it."""
+
+    epoch: str = ""
+    number: int = 0
+    models: dict[str, ModelRoute] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    """Every name that clients may ask for → the model's name."""
+    control: tuple[str, int] = ("", 0)
+    """Where control's HTTP API listens."""
+
+
+def by_names(models: dict[str, ModelRoute]) -> dict[str, str]:
+    """The index of all names and aliases."""
+    return {served: model.name for model in models.values() for served in model.names}
