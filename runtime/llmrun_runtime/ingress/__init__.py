@@ -1,0 +1,1 @@
+"""The ingress: the one OpenAI endpoint that all apps share."""

@@ -1,0 +1,77 @@
+"""The ingress as an actor: keeps its table fresh, reports what waits, and listens on the public port."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import uuid
+from typing import Any
+
+import ray
+
+from llmrun.settings import Settings
+from llmrun_runtime import http
+from llmrun_runtime.actors import control_handle
+from llmrun_runtime.ingress.app import Ingress
+from llmrun_runtime.ingress.waiting import Waiting
+from llmrun_runtime.logs import log_to_file
+
+log = logging.getLogger("llmrun.ingress")
+POLL_S = 10.0
+REPORT_S = 0.5
+CALL_TIMEOUT_S = 5.0
+RETRY_S = 0.2
+
+
+class IngressActor:
+    """The actor's class; it serves from its last table while control is away."""
+
+    async def __init__(self, settings: dict[str, Any], host: str, port: int) -> None:  # type: ignore[misc] # Ray awaits it
+        parsed = Settings.model_validate(settings)
+        log_to_file(parsed.root, "ingress")
+        self._id = uuid.uuid4().hex
+        self._control = control_handle()
+        self._dirty = asyncio.Event()
+        self._waiting = Waiting(parsed.wake_timeout, self._dirty.set)
+        self._socket = http.bind(host, port)
+        loop = asyncio.get_running_loop()
+        app = Ingress(parsed, self._waiting)
+        self._first_table = asyncio.Event()
+        self._tasks = [loop.create_task(task) for task in (self._watch(), self._report(), self._serve(app))]
+
+    async def start(self) -> None:
+        """Return when the first table has come."""
+        await self._first_table.wait()
+
+    async def _serve(self, app: Ingress) -> None:
+        """Answer once there is a table: until then callers wait in the socket's backlog."""
+        await self._first_table.wait()
+        await http.serve(app, self._socket)
+
+    async def _watch(self) -> None:
+        while True:
+            known = self._waiting.table
+            try:
+                call = self._control.watch.remote(known.epoch, known.number, POLL_S)
+                table = await asyncio.wait_for(call, POLL_S + CALL_TIMEOUT_S)
+            except (ray.exceptions.RayError, TimeoutError) as error:
+                log.warning("control is away, serving from the last table: %s", type(error).__name__)
+                await asyncio.sleep(RETRY_S)
+                continue
+            if (table.epoch, table.number) != (known.epoch, known.number):
+                self._waiting.update(table)
+            self._first_table.set()
+
+    async def _report(self) -> None:
+        """Tell control what waits: at once when that changes, else every REPORT_S."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REPORT_S):
+                    await self._dirty.wait()
+            self._dirty.clear()
+            try:
+                call = self._control.demand.remote(self._id, self._waiting.traffic())
+                await asyncio.wait_for(call, CALL_TIMEOUT_S)
+            except (ray.exceptions.RayError, TimeoutError):
+                await asyncio.sleep(RETRY_S)

@@ -1,0 +1,86 @@
+"""Which model a request is for, and whether it may go on. Pure: body and table in, a route or a Refusal out."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from llmrun_runtime.table import ModelRoute, Table
+
+ROUTED = ("model", "stream")
+
+
+@dataclass
+class Refusal(Exception):
+    """An answer in OpenAI's error shape instead of the model's."""
+
+    status: int
+    text: str
+    code: str
+    kind: str = "invalid_request_error"
+    param: str | None = None
+    retry_after: int | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is read of a body: nothing else is looked at before the engine does."""
+
+    model: str
+    stream: bool
+
+
+def read_request(body: bytes) -> Asked:
+    """Read `model` and `stream` of a JSON body. Raises Refusal."""
+    try:
+        parsed = json.loads(body)
+        twice = _written_twice(body) if isinstance(parsed, dict) else None
+    except (ValueError, RecursionError) as error:
+        raise Refusal(400, f"the body is no JSON: {error}", "invalid_json") from None
+    if not isinstance(parsed, dict):
+        raise Refusal(400, f"the body must be a JSON object, not {type(parsed).__name__}", "invalid_json")
+    if twice:
+        raise Refusal(400, f"the body has {twice!r} more than once: say it once", "duplicate_key", param=twice)
+    model = parsed.get("model")
+    if model is None:
+        raise Refusal(400, "the body has no 'model': name one of GET /v1/models", "missing_model", param="model")
+    if not isinstance(model, str):
+        raise Refusal(400, f"'model' must be a string, not {type(model).__name__}", "invalid_model", param="model")
+    return Asked(model, parsed.get("stream") is True)
+
+
+def _written_twice(body: bytes) -> str | None:
+    """Which of ROUTED the outermost object has more than once: parsers differ in which one counts."""
+    # The exact look calls Python for each object; most bodies show at a glance that they need none.
+    if b"\\u" not in body and not any(body.count(f'"{key}"'.encode()) > 1 for key in ROUTED):
+        return None
+    top: list[tuple[str, Any]] = []
+
+    def keep(pairs: list[tuple[str, Any]]) -> None:
+        nonlocal top
+        top = pairs  # objects come innermost first: the last one is the body itself
+
+    json.loads(body, object_pairs_hook=keep)
+    names = [name for name, _ in top]
+    return next((key for key in ROUTED if names.count(key) > 1), None)
+
+
+def find_model(table: Table, name: str) -> ModelRoute:
+    """The model that clients call `name`. Raises Refusal, saying what there is."""
+    model = table.names.get(name)
+    if model is not None:
+        return table.models[model]
+    if not table.models:
+        raise Refusal(404, f"the model {name!r} does not exist: nothing is deployed", "model_not_found", param="model")
+    near = difflib.get_close_matches(name, table.names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    text = f"the model {name!r} does not exist: {hint}there are {', '.join(sorted(table.names))}"
+    raise Refusal(404, text, "model_not_found", param="model")
+
+
+def check_path(model: ModelRoute, path: str) -> None:
+    """Raises Refusal if the model's engine does not speak `path`."""
+    if path not in model.paths:
+        raise Refusal(404, f"{model.name} has no {path}: it has {', '.join(sorted(model.paths))}", "path_not_found")

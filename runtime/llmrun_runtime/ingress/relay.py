@@ -1,0 +1,130 @@
+"""Moves bytes between a client and an upstream: an engine, or control. Reads none of them."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+
+from llmrun_runtime.asgi import Receive, Scope, Send
+from llmrun_runtime.engines.base import IDLE_CONNECTION_S
+from llmrun_runtime.ingress.admission import Refusal
+
+CONNECT_TIMEOUT_S = 5
+# RFC 9110, 7.6.1; and what this hop says itself.
+HOP_BY_HOP = frozenset(
+    b"connection keep-alive proxy-authenticate proxy-authorization te trailer transfer-encoding upgrade".split()
+)
+OF_THIS_HOP = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
+OF_THE_ANSWER = HOP_BY_HOP | {b"date", b"server"}
+# What aiohttp would add: the upstream hears what the client said and no more.
+AUTO_HEADERS = ("user-agent", "accept", "accept-encoding", "content-type")
+
+
+class UpstreamGone(Exception):
+    """The upstream could not be reached, or went away before the first byte of its answer.
+
+    `reached` says that the request may have got there.
+    """
+
+    def __init__(self, text: str, reached: bool) -> None:
+        super().__init__(text)
+        self.reached = reached
+
+
+def new_session() -> aiohttp.ClientSession:
+    """A client for upstreams: no limit on connections, no deadline on healthy streams, bytes as they are."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_S, socket_factory=_watched_socket),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
+        auto_decompress=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+    )
+
+
+def _watched_socket(address: aiohttp.AddrInfoType) -> socket.socket:
+    """A socket that notices within about 30 s that the other machine is gone, however quiet the stream is."""
+    family, kind, proto, _, _ = address
+    sock = socket.socket(family=family, type=kind, proto=proto)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        for option, value in ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3)):
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
+    return sock
+
+
+def forwarded_headers(scope: Scope, drop: frozenset[bytes] = frozenset()) -> list[tuple[str, str]]:
+    """The client's headers without those of this hop and of `drop`."""
+    return [
+        (key.decode("latin-1"), value.decode("latin-1"))
+        for key, value in scope["headers"]
+        if key not in OF_THIS_HOP and key not in drop
+    ]
+
+
+async def relay(
+    session: aiohttp.ClientSession,
+    scope: Scope,
+    send: Send,
+    url: str,
+    headers: list[tuple[str, str]],
+    body: bytes | AsyncIterator[bytes] | None,
+    answer_headers: list[tuple[bytes, bytes]],
+) -> None:
+    """Ask `url` and stream its answer to the client as it comes.
+
+    Raises UpstreamGone before the first byte. After it, an upstream that breaks off breaks off the client's answer
+    too, so that nobody takes half an answer for a whole one.
+    """
+    if scope["query_string"]:
+        url += "?" + scope["query_string"].decode("latin-1")
+    # As a file: aiohttp warns of large plain bytes, and writes those in one piece.
+    data = io.BytesIO(body) if isinstance(body, bytes) else body
+    try:
+        upstream = await session.request(
+            scope["method"], url, headers=headers, data=data, allow_redirects=False, skip_auto_headers=AUTO_HEADERS
+        )
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        reached = not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
+        raise UpstreamGone(str(error) or type(error).__name__, reached) from error
+    async with upstream:
+        kept = [(key.lower(), value) for key, value in upstream.raw_headers if key.lower() not in OF_THE_ANSWER]
+        await send({"type": "http.response.start", "status": upstream.status, "headers": [*kept, *answer_headers]})
+        async for chunk in upstream.content.iter_any():
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+    """The whole body. Raises Refusal above `limit` bytes, before it is read where its length is said."""
+    too_large = Refusal(413, f"the body is over {limit >> 20} MiB", "body_too_large")
+    length = dict(scope["headers"]).get(b"content-length", b"0")
+    if length.isdigit() and int(length) > limit:
+        raise too_large
+    chunks: list[bytes] = []
+    size, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise asyncio.CancelledError
+        chunks.append(message.get("body", b""))
+        size += len(chunks[-1])
+        if size > limit:
+            raise too_large
+        more = message.get("more_body", False)
+    return b"".join(chunks)
+
+
+async def stream_body(receive: Receive) -> AsyncIterator[bytes]:
+    """The body piece by piece."""
+    more = True
+    while more:
+        message: Any = await receive()
+        if message["type"] == "http.disconnect":
+            raise asyncio.CancelledError
+        yield message.get("body", b"")
+        more = message.get("more_body", False)
