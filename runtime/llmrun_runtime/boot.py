@@ -1,0 +1,128 @@
+"""`python -m llmrun_runtime.boot`: puts control and the ingress on a Ray cluster, or takes them off. Then it exits.
+
+The address is Ray's own business (`RAY_ADDRESS`); the actors outlive this process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import sys
+import time
+from typing import Any
+
+import ray
+from ray import serve
+
+from llmrun.errors import ClusterError, LLMRunError
+from llmrun.settings import Settings
+from llmrun_runtime.actors import CONTROL, INGRESS, NAMESPACE, control_handle
+from llmrun_runtime.control.actor import Control
+from llmrun_runtime.ingress.actor import IngressActor
+from llmrun_runtime.serveconfig import parse_app_name
+
+READY_TIMEOUT_S = 60
+DRAIN_S = 60  # then replicas go on draining by themselves, with Serve
+POLL_S = 0.2
+# On the head node, which Ray marks with this resource; control's database and keys lie there.
+ON_HEAD = {"node:__internal_head__": 0.001}
+
+
+def start(host: str, port: int, url: str) -> None:
+    """Start Serve without its proxies, control and the ingress. Raises ClusterError."""
+    settings = Settings()
+    serve.start(proxy_location="Disabled")
+    options: dict[str, Any] = {
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "num_cpus": 0,
+        "resources": ON_HEAD,
+        "max_restarts": -1,
+        "max_concurrency": 10_000,
+    }
+    data = settings.model_dump(mode="json")
+    with contextlib.suppress(ValueError):
+        control_handle()
+        raise ClusterError("llmrun runs on this cluster already: set LLMRUN_URL to where its ingress listens")
+    try:
+        _start_actors(options, data, host, port, url)
+    except LLMRunError:
+        stop()
+        raise
+
+
+def _start_actors(options: dict[str, Any], data: dict[str, Any], host: str, port: int, url: str) -> None:
+    control = ray.remote(Control).options(name=CONTROL, **options).remote(data, url)
+    # Should the head be full, a task would wait for ever: own the deadline.
+    _get(control.start.remote())
+    ingress = ray.remote(IngressActor).options(name=INGRESS, **options).remote(data, host, port)
+    _get(ingress.start.remote())
+
+
+def stop() -> None:
+    """End llmrun's actors and applications on a cluster that goes on."""
+    for name in (INGRESS, CONTROL):
+        with contextlib.suppress(ValueError):
+            ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+    ours = [name for name in serve.status().applications if parse_app_name(name)]
+    for name in ours:
+        serve.delete(name, _blocking=False)
+    deadline = time.monotonic() + DRAIN_S
+    while time.monotonic() < deadline and set(ours) & set(serve.status().applications):
+        time.sleep(POLL_S)
+    for entry in ray.util.list_named_actors(all_namespaces=True):
+        if entry["namespace"] == NAMESPACE:
+            ray.kill(ray.get_actor(entry["name"], namespace=NAMESPACE))
+    if not serve.status().applications:
+        serve.shutdown()
+
+
+def _get(call: Any) -> None:
+    try:
+        ray.get(call, timeout=READY_TIMEOUT_S)
+    except ray.exceptions.GetTimeoutError:
+        raise ClusterError(f"the cluster's head gave no place within {READY_TIMEOUT_S} s: see `ray status`") from None
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, LLMRunError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.ActorDiedError as error:
+        raise ClusterError(_root_cause(error)) from error
+
+
+def _root_cause(error: Exception) -> str:
+    """The last line of the exception that an actor died of."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    named = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
+    text = (named or lines or [repr(error)])[-1]
+    return text.partition(": ")[2] if "llmrun" in text.partition(":")[0] else text
+
+
+def main() -> None:
+    """Print one JSON line on standard output: `{}`, or `{"error": …}`."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("action", choices=["start", "stop"])
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--url", default="")
+    args = parser.parse_args()
+    result: dict[str, str] = {}
+    try:
+        ray.init(namespace=NAMESPACE, logging_level=logging.WARNING, log_to_driver=False)
+        if args.action == "start":
+            start(args.host, args.port, args.url)
+        else:
+            stop()
+        ray.shutdown()
+    except LLMRunError as error:
+        result["error"] = str(error)
+    except (TimeoutError, ConnectionError, ray.exceptions.RayError) as error:
+        result["error"] = f"Ray cannot be used: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    print(json.dumps(result))
+    sys.exit(bool(result))
+
+
+if __name__ == "__main__":
+    main()
