@@ -1,0 +1,109 @@
+"""The command line's client of control. Knows HTTP and the wire's messages; nothing of terminals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+
+from llmrun.errors import ControlError, Refused, Unreachable
+from llmrun.settings import Settings
+from llmrun.wire import CONTROL_ROOT, DeployRequest, Event, Plan, Status
+
+CONNECT_TIMEOUT_S = 5
+ANSWER_TIMEOUT_S = 60
+
+
+class Client:
+    """Control at one URL. Every method raises Unreachable or Refused."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.url = settings.resolved_url()
+        key = settings.resolved_admin_key()
+        self._http = httpx.Client(
+            base_url=self.url,
+            headers={"authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+            trust_env=False,
+        )
+
+    def status(self) -> Status:
+        """Everything that is deployed."""
+        return Status.model_validate(self._call("GET", "/status"))
+
+    def plan(self, request: DeployRequest) -> Plan:
+        """What a deploy would do."""
+        return Plan.model_validate(self._call("POST", "/plan", json=request.model_dump(mode="json")))
+
+    def deploy(self, request: DeployRequest) -> str:
+        """Begin a deploy; its id."""
+        return str(self._call("POST", "/deploys", json=request.model_dump(mode="json"))["id"])
+
+    def events(self, deploy: str) -> Iterator[Event]:
+        """A deploy's events as they come, until its end."""
+        for line in self._stream(f"/deploys/{deploy}/events"):
+            yield Event.model_validate(line)
+
+    def has_package(self, digest: str) -> bool:
+        """Whether control has a code package."""
+        return self._send("HEAD", f"/packages/{digest}").status_code == 200
+
+    def put_package(self, digest: str, data: bytes) -> None:
+        """Upload a code package."""
+        self._call("PUT", f"/packages/{digest}", content=data)
+
+    def delete_model(self, model: str) -> list[str]:
+        """Remove a model; what was removed."""
+        return list(self._call("DELETE", f"/models/{quote(model)}")["deleted"])
+
+    def delete_app(self, app: str) -> list[str]:
+        """Remove an app's models; what was removed."""
+        return list(self._call("DELETE", f"/apps/{quote(app)}")["deleted"])
+
+    def logs(self, model: str, tail: int, follow: bool) -> Iterator[dict[str, str]]:
+        """Pieces of the model's logs: `source` and `text`."""
+        query = f"?tail={tail}&follow={str(follow).lower()}"
+        yield from self._stream(f"/logs/{quote(model)}{query}")
+
+    def _call(self, method: str, path: str, **content: Any) -> Any:
+        answer = self._send(method, path, **content)
+        if answer.is_error:
+            raise Refused(error_message(answer), answer.status_code)
+        return answer.json() if answer.content else None
+
+    def _send(self, method: str, path: str, **content: Any) -> httpx.Response:
+        try:
+            return self._http.request(method, CONTROL_ROOT + path, **content)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise self._unreachable(error) from error
+
+    def _stream(self, path: str) -> Iterator[Any]:
+        timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
+        try:
+            with self._http.stream("GET", CONTROL_ROOT + path, timeout=timeout) as answer:
+                if answer.is_error:
+                    answer.read()
+                    raise Refused(error_message(answer), answer.status_code)
+                for line in answer.iter_lines():
+                    yield json.loads(line)
+        except httpx.RemoteProtocolError as error:
+            raise ControlError(f"the connection to {self.url} broke off ({error}): run the command again") from error
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+
+    def _unreachable(self, error: Exception) -> Unreachable:
+        return Unreachable(
+            f"nothing of llmrun's answers at {self.url} ({error}): "
+            f"start a cluster with `llmrun up`, or set LLMRUN_URL to where one runs"
+        )
+
+
+def error_message(answer: httpx.Response) -> str:
+    """What an answer that is an error says."""
+    try:
+        return str(answer.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"{answer.request.url} answered {answer.status_code}, which is not llmrun's: see LLMRUN_URL"

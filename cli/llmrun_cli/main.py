@@ -1,0 +1,57 @@
+"""`llmrun`: the commands, and how errors reach a person."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+import llmrun
+from llmrun.errors import AppError, LLMRunError
+from llmrun_cli import cluster, deploy, model
+from llmrun_cli.terminal import error_line
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Deploy LLMs from a Python file, on machines that you own, behind one OpenAI-compatible endpoint.",
+)
+app.command()(deploy.deploy)
+app.command()(model.status)
+app.command()(model.chat)
+app.command()(model.logs)
+app.command()(model.delete)
+app.command()(cluster.up)
+app.command()(cluster.down)
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"llmrun {llmrun.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    """The options before a command."""
+
+
+def main() -> None:
+    """Run the command line; every error that a person can meet is one line on standard error, and exit code 1."""
+    try:
+        app()
+    except LLMRunError as error:
+        if isinstance(error, AppError) and error.detail:
+            print(error.detail, file=sys.stderr)
+        error_line(str(error))
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""`llmrun status`, `chat`, `logs` and `delete`: the models that are deployed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.table import Table
+
+from llmrun.errors import ControlError, Refused, Unreachable
+from llmrun.settings import Settings
+from llmrun.wire import ModelStatus
+from llmrun_cli.client import Client, error_message
+from llmrun_cli.terminal import note, out, print_whole
+
+STYLES = {"hot": "green", "waking": "yellow", "draining": "yellow", "failed": "red", "cold": "blue"}
+
+
+def status(
+    model: Annotated[str, typer.Argument(help="One model, in detail.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """Show what is deployed and what runs."""
+    client = Client(Settings())
+    found = client.status()
+    if model:
+        found = found.model_copy(update={"models": tuple(m for m in found.models if model in (m.name, *m.aliases))})
+        if not found.models:
+            raise Refused(f"there is no model {model!r}: `llmrun status` lists those that are deployed", 404)
+    if as_json:
+        print(json.dumps(found.model_dump(mode="json"), indent=2))
+        return
+    if not found.models:
+        out.print(f"{found.url}: nothing is deployed; `llmrun deploy app.py` does")
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("MODEL", "APP", "STATE", "VERSION", "REPLICAS", "IN FLIGHT", "ON", "NODE", "ADDRESS"):
+        table.add_column(column, no_wrap=True)
+    for row in found.models:
+        state = f"[{STYLES[row.state]}]{row.state}[/]" + ("" if row.proven else " (not proven)")
+        addresses = " ".join(detail.address or detail.state for detail in row.details)
+        nodes = " ".join(sorted({detail.node for detail in row.details}))
+        counts = (str(row.version), str(row.replicas), str(row.in_flight))
+        table.add_row(row.name, row.app, state, *counts, row.placement, nodes, addresses)
+    print_whole(table)
+    for row in found.models:
+        if row.cause:
+            note(f"{row.name}: {row.cause}", "red" if row.state == "failed" else "yellow")
+    if model:
+        _details(found.models[0])
+
+
+def _details(row: ModelStatus) -> None:
+    out.print(f"\nweights   {row.model}")
+    if row.aliases:
+        out.print(f"aliases   {', '.join(row.aliases)}")
+    out.print(f"waiting   {row.waiting}")
+    for detail in row.details:
+        where = f"node {detail.node} {detail.address}".rstrip()
+        out.print(f"replica   {detail.id} v{detail.version} {detail.state}, {detail.in_flight} in flight, {where}")
+
+
+def delete(
+    model: Annotated[str, typer.Argument(help="The model to remove.")] = "",
+    app: Annotated[str, typer.Option(help="Remove all models of this app.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove a model, or an app with all its models. Requests in flight end in peace."""
+    if bool(model) == bool(app):
+        raise typer.BadParameter("name a model, or an app with --app")
+    client = Client(Settings())
+    if not yes:
+        if not sys.stdin.isatty():
+            raise typer.BadParameter("without a terminal, say --yes")
+        typer.confirm(f"Remove {model or f'all models of {app}'}?", abort=True, err=True)
+    for name in client.delete_model(model) if model else client.delete_app(app):
+        out.print(f"removed {name}")
+
+
+def logs(
+    model: Annotated[str, typer.Argument(help="The model.")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what comes.")] = False,
+    tail: Annotated[int, typer.Option("--tail", "-n", help="Lines of each replica to begin with.", min=0)] = 200,
+) -> None:
+    """Show what a model's engines, shims and replicas have written, on all nodes."""
+    source = ""
+    try:
+        for piece in Client(Settings()).logs(model, tail, follow):
+            if piece["source"] != source:
+                source = piece["source"]
+                note(f"==> {model} {source} <==", "bold")
+            sys.stdout.write(piece["text"])
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def chat(
+    model: Annotated[str, typer.Argument(help="The model.")],
+    prompt: Annotated[str | None, typer.Argument(help="One question; without it, a conversation.")] = None,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.", min=1)] = 512,
+    temperature: Annotated[float | None, typer.Option(help="0: the same answer each time.", min=0)] = None,
+) -> None:
+    """Talk to a model; its answer streams. A cold model wakes first."""
+    url = Settings().resolved_url()
+    options: dict[str, Any] = {"model": model, "max_tokens": max_tokens}
+    if temperature is not None:
+        options["temperature"] = temperature
+    messages: list[dict[str, str]] = []
+    try:
+        while True:
+            question = prompt if prompt is not None else input("> ")
+            if question.strip():
+                messages.append({"role": "user", "content": question})
+                messages.append({"role": "assistant", "content": _ask(url, {**options, "messages": messages})})
+            if prompt is not None:
+                return
+    except EOFError:
+        print()
+    except KeyboardInterrupt:
+        print()
+        raise typer.Exit(130) from None
+
+
+def _ask(url: str, body: dict[str, Any]) -> str:
+    """Stream one answer to standard output; the whole of it. Raises ControlError."""
+    answer = ""
+    timeout = httpx.Timeout(None, connect=5)
+    try:
+        _say_if_cold(url, body["model"])
+        with httpx.stream(
+            "POST", f"{url}/v1/chat/completions", json={**body, "stream": True}, timeout=timeout, trust_env=False
+        ) as response:
+            if response.is_error:
+                response.read()
+                raise Refused(error_message(response), response.status_code)
+            for line in response.iter_lines():
+                data = line.removeprefix("data: ")
+                if line.startswith("data: ") and data != "[DONE]":
+                    event = json.loads(data)
+                    if "error" in event:
+                        raise ControlError(event["error"]["message"])
+                    for choice in event["choices"]:
+                        piece = choice["delta"].get("content") or ""
+                        answer += piece
+                        print(piece, end="", flush=True)
+    except httpx.RemoteProtocolError as error:
+        raise ControlError(f"the answer broke off ({error}): `llmrun logs {body['model']}` may say why") from error
+    except httpx.HTTPError as error:
+        raise Unreachable(f"no answer from {url} ({error}): start a cluster with `llmrun up`") from error
+    print()
+    return answer
+
+
+def _say_if_cold(url: str, model: str) -> None:
+    """A word for whoever waits. Raises httpx.HTTPError."""
+    found = httpx.get(f"{url}/v1/models/{model}", timeout=5, trust_env=False)
+    if found.is_success and (state := found.json().get("llmrun", {}).get("state")) not in ("hot", None):
+        note(f"{model} is {state}: its engine starts first", "dim")
