@@ -1,0 +1,325 @@
+"""The ingress on a real port, in front of a stand-in for engines that fails in ways a real one cannot be made to."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from io import BytesIO
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from llmrun.settings import Settings
+from llmrun_runtime import http
+from llmrun_runtime.engines.base import TOKEN_HEADER
+from llmrun_runtime.ingress.app import Ingress
+from llmrun_runtime.ingress.routing import choose
+from llmrun_runtime.ingress.waiting import Waiting
+from llmrun_runtime.table import ModelRoute, ReplicaRoute, Table, by_names
+
+CHAT = "/v1/chat/completions"
+PIECES = [b"data: {}\n\n", b"data: \xff not json\n\n", b"data: [DONE]\n\n"]
+
+
+class Engine:
+    """A stand-in: what it was asked, and how it misbehaves when the body says so."""
+
+    def __init__(self) -> None:
+        self.asked: list[web.Request] = []
+        self.cancelled = asyncio.Event()
+        self.port = 0
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Stream PIECES; `hang`, `die_early` and `die_late` misbehave."""
+        self.asked.append(request)
+        body = await request.json()
+        if body.get("die_early"):
+            assert request.transport
+            request.transport.abort()
+            await asyncio.sleep(60)
+        answer = web.StreamResponse(headers={"content-type": "text/event-stream", "x-engine": "yes"})
+        await answer.prepare(request)
+        try:
+            for piece in PIECES:
+                await answer.write(piece)
+                if body.get("die_late"):
+                    assert request.transport
+                    request.transport.abort()
+                if body.get("hang"):
+                    await asyncio.sleep(60)
+        except (asyncio.CancelledError, ConnectionError):
+            self.cancelled.set()
+            raise
+        return answer
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[Engine]:
+        """Listen."""
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", self.handle)
+        runner = web.AppRunner(app, handler_cancellation=True)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        self.port = runner.addresses[0][1]
+        yield self
+        await runner.cleanup()
+
+
+class Bench:
+    """An ingress with a table that the test writes."""
+
+    def __init__(self, waiting: Waiting, url: str, session: aiohttp.ClientSession) -> None:
+        self.waiting, self.url, self.session = waiting, url, session
+
+    def table(self, *models: ModelRoute, **more: Any) -> None:
+        """Publish these models."""
+        found = {model.name: model for model in models}
+        number = self.waiting.table.number + 1
+        self.waiting.update(Table("e", number, found, by_names(found), **more))
+
+    async def ask(self, body: Any = None, path: str = CHAT, **more: Any) -> tuple[int, Any, Any]:
+        """Status, headers and the body, parsed if it is JSON."""
+        data = body if isinstance(body, bytes) else json.dumps({"model": "one"} if body is None else body).encode()
+        async with self.session.post(self.url + path, data=BytesIO(data), **more) as answer:
+            raw = await answer.read()
+            parsed = json.loads(raw) if answer.content_type == "application/json" else raw
+            return answer.status, answer.headers, parsed
+
+
+@pytest.fixture
+async def bench() -> AsyncIterator[Bench]:
+    settings = Settings(max_body_bytes=2**20, wake_timeout=1.5)
+    waiting = Waiting(settings.wake_timeout, lambda: None)
+    ingress = Ingress(settings, waiting)
+    sock = http.bind("127.0.0.1", 0)
+    server = asyncio.create_task(http.serve(ingress, sock))
+    async with aiohttp.ClientSession() as session:
+        yield Bench(waiting, f"http://127.0.0.1:{sock.getsockname()[1]}", session)
+    await ingress.close()
+    server.cancel()
+    await asyncio.gather(server, return_exceptions=True)
+
+
+@pytest.fixture
+async def engine() -> AsyncIterator[Engine]:
+    async with Engine().running() as engine:
+        yield engine
+
+
+def route(*ports: int, **more: Any) -> ModelRoute:
+    """A model `one` with replicas at these ports."""
+    facts: dict[str, Any] = {
+        "name": "one",
+        "app": "app",
+        "version": 1,
+        "state": "hot",
+        "created": 7,
+        "names": ("one", "org/one"),
+        "paths": frozenset({CHAT}),
+        "max_ongoing": 2,
+        "replicas": tuple(ReplicaRoute(f"r{port}", "127.0.0.1", port, f"t{port}") for port in ports),
+    }
+    return ModelRoute(**(facts | more))
+
+
+async def test_streams_are_the_engines_byte_for_byte(bench: Bench, engine: Engine) -> None:
+    bench.table(route(engine.port))
+    body = b'{ "model" : "org/one", "odd":  1e3 }'
+    headers = {"authorization": "Bearer mine", "x-request-id": "abc", TOKEN_HEADER: "forged", "x-other": "kept"}
+    status, answered, raw = await bench.ask(body, CHAT + "?a=b%20c", headers=headers)
+    assert (status, raw) == (200, b"".join(PIECES))
+    assert (answered["x-engine"], answered["x-request-id"]) == ("yes", "abc")
+    (asked,) = engine.asked
+    assert await asked.read() == body and asked.rel_url.raw_query_string == "a=b%20c"
+    assert asked.headers[TOKEN_HEADER] == f"t{engine.port}" and asked.headers["x-other"] == "kept"
+    assert "authorization" not in asked.headers and asked.headers["x-request-id"] == "abc"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "words"),
+    [
+        (b"{nonsense", 400, "invalid_json", "no JSON"),
+        (b"\xff\xfe\x00", 400, "invalid_json", "no JSON"),
+        (b"[" * 100_000, 400, "invalid_json", "no JSON"),
+        (b"[1]", 400, "invalid_json", "must be a JSON object, not list"),
+        (b'{"messages": []}', 400, "missing_model", "has no 'model'"),
+        (b'{"model": "one", "x": {"model": 1}, "model": "two"}', 400, "duplicate_key", "'model' more than once"),
+        (b'{"model": "one", "stream": true, "stream": false}', 400, "duplicate_key", "'stream' more than once"),
+        (b'{"model": "one", "mod\\u0065l": "two"}', 400, "duplicate_key", "'model' more than once"),
+        (b'{"model": 7}', 400, "invalid_model", "must be a string, not int"),
+        (b'{"model": "ona"}', 404, "model_not_found", "did you mean 'one'? there are one, org/one"),
+        (b'{"model": "one", "x": "' + b"y" * 2**20 + b'"}', 413, "body_too_large", "over 1 MiB"),
+    ],
+)
+async def test_bad_bodies(bench: Bench, engine: Engine, body: bytes, status: int, code: str, words: str) -> None:
+    bench.table(route(engine.port))
+    got, headers, answer = await bench.ask(body)
+    assert (got, answer["error"]["code"], answer["error"]["type"]) == (status, code, "invalid_request_error")
+    assert words in answer["error"]["message"] and headers["x-request-id"]
+    assert engine.asked == []
+
+
+async def test_a_body_of_unknown_length_is_cut_off_at_the_limit(bench: Bench, engine: Engine) -> None:
+    bench.table(route(engine.port))
+
+    async def endless() -> AsyncIterator[bytes]:
+        for _ in range(64):
+            yield b"x" * 2**16
+
+    async with bench.session.post(bench.url + CHAT, data=endless()) as answer:
+        assert answer.status == 413
+
+
+async def test_a_nested_model_key_is_nobodys_business(bench: Bench, engine: Engine) -> None:
+    bench.table(route(engine.port))
+    assert (await bench.ask(b'{"model": "one", "x": [{"model": 1}, {"model": 2, "model": 3}]}'))[0] == 200
+
+
+async def test_unknown_paths_and_methods(bench: Bench, engine: Engine) -> None:
+    assert "nothing is deployed" in (await bench.ask())[2]["error"]["message"]
+    assert (await bench.ask(b"{nonsense"))[0] == 400
+    bench.table(route(engine.port), route(engine.port, name="two", names=("two",), paths=frozenset({"/v1/embeddings"})))
+    for path in ("/", "/v1", "/v1/load_lora_adapter", "/sleep", "/metrics", CHAT + "/"):
+        status, _, answer = await bench.ask(path=path)
+        assert (status, answer["error"]["code"]) == (404, "path_not_found")
+    status, _, answer = await bench.ask({"model": "two"})
+    assert status == 404 and answer["error"]["message"] == f"two has no {CHAT}: it has /v1/embeddings"
+    async with bench.session.get(bench.url + CHAT) as answer:
+        assert answer.status == 405
+    assert (await bench.ask(path="/v1/models"))[0] == 405
+    assert engine.asked == []
+
+
+async def test_models_come_from_the_table(bench: Bench) -> None:
+    bench.table(route(state="cold"))
+    async with bench.session.get(bench.url + "/v1/models") as answer:
+        (listed,) = (await answer.json())["data"]
+    assert listed["id"] == "one" and listed["created"] == 7 and listed["llmrun"]["state"] == "cold"
+    async with bench.session.get(bench.url + "/v1/models/org/one") as answer:
+        assert (await answer.json())["id"] == "org/one"
+    async with bench.session.get(bench.url + "/v1/models/nobody") as answer:
+        assert (await answer.json())["error"]["param"] == "model"
+
+
+async def test_a_request_at_zero_waits_for_its_replica(bench: Bench, engine: Engine) -> None:
+    bench.table(route(state="cold"))
+    asked = asyncio.create_task(bench.ask())
+    while not bench.waiting.traffic():
+        await asyncio.sleep(0.01)
+    assert bench.waiting.traffic()["one"].waiting == 1
+    bench.table(route(engine.port))
+    assert (await asked)[0] == 200
+    assert bench.waiting.traffic() == {}
+
+
+async def test_who_waits_hears_why_a_start_failed_and_the_next_one_may_wait_again(bench: Bench, engine: Engine) -> None:
+    bench.table(route(state="cold", failures=1, cause="an older one"))
+    asked = asyncio.create_task(bench.ask())
+    while not bench.waiting.traffic():
+        await asyncio.sleep(0.01)
+    bench.table(route(state="cold", failures=2, cause="out of memory"))
+    status, headers, answer = await asked
+    assert status == 503 and answer["error"]["message"] == "one did not start: out of memory"
+    assert int(headers["retry-after"]) > 0
+    bench.table(route(state="failed", failures=3, cause="out of memory", paused=True))
+    assert (await bench.ask())[2]["error"]["code"] == "model_failed"
+
+
+async def test_the_wait_has_a_deadline_and_its_cause(bench: Bench) -> None:
+    bench.table(route(state="waking", cause="no room now: it needs 1 GPU"))
+    status, _, answer = await bench.ask()
+    assert (status, answer["error"]["code"]) == (503, "model_not_ready")
+    assert answer["error"]["message"] == "one was not ready within 1.5 s: no room now: it needs 1 GPU"
+    assert bench.waiting.traffic() == {}
+
+
+async def test_a_model_that_is_deleted_while_callers_wait(bench: Bench) -> None:
+    bench.table(route(state="cold"))
+    asked = asyncio.create_task(bench.ask())
+    while not bench.waiting.traffic():
+        await asyncio.sleep(0.01)
+    bench.table()
+    assert (await asked)[0] == 404
+
+
+async def test_a_replica_that_is_gone_is_left_for_another(bench: Bench, engine: Engine) -> None:
+    gone = http.bind("127.0.0.1", 0)
+    port = gone.getsockname()[1]
+    gone.close()
+    bench.table(route(port, engine.port))
+    assert (await bench.ask())[0] == 200
+
+
+async def test_replicas_that_die_before_their_first_byte(bench: Bench, engine: Engine) -> None:
+    bench.table(route(engine.port))
+    status, _, answer = await bench.ask({"model": "one", "die_early": True})
+    assert (status, answer["error"]["code"]) == (503, "replica_gone")
+    assert len(engine.asked) == 2
+
+
+async def test_a_refused_connection_is_tried_again_until_the_deadline(bench: Bench, engine: Engine) -> None:
+    late = http.bind("127.0.0.1", 0)
+    port = late.getsockname()[1]
+    late.close()
+    bench.table(route(port))
+    asked = asyncio.create_task(bench.ask())
+    while not bench.waiting.traffic():
+        await asyncio.sleep(0.01)
+    bench.table(route(engine.port))
+    assert (await asked)[0] == 200
+    bench.table(route(port))
+    status, _, answer = await bench.ask()
+    assert status == 503 and "had no room within 1.5 s" in answer["error"]["message"]
+
+
+async def test_a_stream_that_breaks_off_is_not_taken_for_whole(bench: Bench, engine: Engine) -> None:
+    bench.table(route(engine.port))
+    with pytest.raises(aiohttp.ClientPayloadError):
+        await bench.ask({"model": "one", "die_late": True})
+    assert bench.waiting.traffic() == {}
+
+
+async def test_the_engine_hears_that_the_client_is_gone(bench: Bench, engine: Engine) -> None:
+    bench.table(route(engine.port))
+    answer = await bench.session.post(bench.url + CHAT, json={"model": "one", "hang": True})
+    assert await answer.content.readany() == PIECES[0]
+    assert bench.waiting.traffic()["one"].in_flight == 1
+    answer.close()
+    await asyncio.wait_for(engine.cancelled.wait(), 1)
+    while bench.waiting.traffic():
+        await asyncio.sleep(0.01)
+
+
+async def test_requests_above_max_ongoing_wait_their_turn(bench: Bench, engine: Engine) -> None:
+    bench.table(route(engine.port, max_ongoing=1))
+    first = await bench.session.post(bench.url + CHAT, json={"model": "one", "hang": True})
+    second = asyncio.create_task(bench.ask())
+    while not bench.waiting.traffic()["one"].waiting:
+        await asyncio.sleep(0.01)
+    first.close()
+    assert (await second)[0] == 200
+
+
+async def test_control_is_relayed_and_missed(bench: Bench, engine: Engine) -> None:
+    bench.table(control=("127.0.0.1", engine.port))
+    status, _, raw = await bench.ask(path="/llmrun/v1/plan", headers={"authorization": "Bearer key"})
+    assert (status, raw) == (200, b"".join(PIECES))
+    assert engine.asked[0].headers["authorization"] == "Bearer key"
+    bench.table(control=("127.0.0.1", 1))
+    status, _, answer = await bench.ask(path="/llmrun/v1/plan")
+    assert (status, answer["error"]["code"]) == (503, "control_away")
+
+
+def test_routing_takes_the_least_busy_that_has_room() -> None:
+    model = route(1, 2, 3)
+    assert choose(model, {}) == model.replicas[0]
+    assert choose(model, {"r1": 1}) == model.replicas[1]
+    assert choose(model, {"r1": 1, "r2": 1, "r3": 1}, avoid=["r1"]) == model.replicas[1]
+    assert choose(model, {"r1": 2, "r2": 2, "r3": 2}) is None
+    assert choose(replace(model, replicas=()), {}) is None
