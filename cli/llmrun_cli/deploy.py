@@ -76,7 +76,7 @@ def deploy(
     if no_wait:
         out.print(f"deploying {plan.app}: `llmrun status` shows how it goes")
         return
-    _follow(client, deploy_id, plan)
+    _follow(client, deploy_id)
 
 
 def _is_file(target: str) -> bool:
@@ -101,7 +101,7 @@ def _from_file(target: str, name: str) -> tuple[DeployRequest, dict[str, bytes]]
     path = path.absolute()
     packages: dict[str, bytes] = {}
     digest = ""
-    if any(item.hooks or item.spec.requirements for item in loaded):
+    if any(item.needs_code for item in loaded):
         weights = {Path(item.spec.path).expanduser() for item in loaded if item.spec.path}  # used in place
         digest, package = pack(path.parent, leave_out=weights)
         packages[digest] = package
@@ -124,7 +124,7 @@ def _app_name(said: str, default: str) -> str:
 
 
 def _with_code(item: Loaded, path: Path, digest: str) -> ModelSpec:
-    if not (item.hooks or item.spec.requirements):
+    if not item.needs_code:
         return item.spec
     code = Code(package=digest, file=path.name, cls=item.cls, hooks=item.hooks)
     return item.spec.model_copy(update={"code": code})
@@ -163,7 +163,7 @@ def _headline(change: Change) -> str:
     return f"{change.model}  (no restart)" if change.kind == "tune" else change.model
 
 
-def _follow(client: Client, deploy_id: str, plan: Plan) -> None:
+def _follow(client: Client, deploy_id: str) -> None:
     """Show a deploy's events until its end. Raises DeployError if a model did not start."""
     failed: list[str] = []
     ready, ended = "", False

@@ -37,6 +37,11 @@ class Loaded(BaseModel):
     hooks: tuple[str, ...]
     spec: ModelSpec
 
+    @property
+    def needs_code(self) -> bool:
+        """Whether the class's own code goes along; without it a version is its spec alone."""
+        return bool(self.hooks or self.spec.requirements)
+
 
 def load_app(path: Path) -> list[Loaded]:
     """The models of an app file, in its order, their paths absolute. Raises AppError."""

@@ -23,16 +23,16 @@ def end_processes(temp: Path, home: Path) -> None:
 
     Raises ClusterError if one does not end.
     """
-    _end([temp], grace=0)
+    _end(temp, grace=0)
     # Python's resource tracker is among the engines' processes: given a moment it removes their shared memory.
-    _end([model_logs(home)], grace=ENGINE_GRACE_S)
+    _end(model_logs(home), grace=ENGINE_GRACE_S)
     sweep_scratch()
     shutil.rmtree(temp, ignore_errors=True)
 
 
-def _end(folders: list[Path], grace: float) -> None:
+def _end(folder: Path, grace: float) -> None:
     begun = time.monotonic()
-    while left := writers(folders):
+    while left := writers(folder):
         waited = time.monotonic() - begun
         if waited > END_TIMEOUT_S:
             raise ClusterError(f"these processes do not end: {', '.join(str(process.pid) for process in left)}")
@@ -42,18 +42,18 @@ def _end(folders: list[Path], grace: float) -> None:
         psutil.wait_procs(left, timeout=0.2)
 
 
-def writers(folders: list[Path]) -> list[psutil.Process]:
-    """The processes that have a file under one of the folders open for writing, but this one.
+def writers(folder: Path) -> list[psutil.Process]:
+    """The processes that have a file under the folder open for writing, but this one.
 
     Each of Ray's processes writes one in the session's folder, each engine one in the home's. (Their environments
     cannot be asked: a process that sets its title overwrites what the system shows of them.)
     """
-    roots = tuple(f"{folder}/" for folder in folders)
+    root = f"{folder}/"
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.pid != os.getpid() and any(
-                file.mode != "r" and file.path.startswith(roots) for file in process.open_files()
+                file.mode != "r" and file.path.startswith(root) for file in process.open_files()
             ):
                 found.append(process)
     return found

@@ -77,8 +77,8 @@ class Ingress:
         elif path.startswith(CONTROL_ROOT + "/"):
             await self._control(scope, receive, send)
         else:
-            spoken = {known for model in self._waiting.table.models.values() for known in model.paths}
-            if path not in spoken | USUAL_PATHS:
+            models = self._waiting.table.models.values()
+            if path not in USUAL_PATHS and not any(path in model.paths for model in models):
                 raise Refusal(404, f"there is no {path} here", "path_not_found")
             if method != "POST":
                 raise Refusal(405, f"{path} takes POST", "method_not_allowed")
