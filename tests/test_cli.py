@@ -100,7 +100,7 @@ def test_the_ingress_is_not_opened_to_others_unasked(home: Home) -> None:
 
 def test_paths_are_from_the_app_files_folder(tmp_path: Path) -> None:
     app = write_app(tmp_path / "apps" / "app.py", '@llm("./weights")\nclass A: ...\n@llm("~/w")\nclass B: ...\n')
-    assert [item.spec.model for item in load_app(app)] == [str(tmp_path / "apps" / "weights"), "~/w"]
+    assert [str(item.spec.model) for item in load_app(app)] == [str(tmp_path / "apps" / "weights"), "~/w"]
 
 
 def test_an_app_file_may_import_its_neighbours_and_print(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

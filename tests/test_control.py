@@ -42,7 +42,9 @@ def plan(
 ) -> Plan:
     """The plan of a deploy of app `app` from `here`."""
     request = DeployRequest(app="app", source="here", specs=specs, **more)
-    return make_plan(request, {row.name: row for row in rows}, sources or {}, {made.name: CPU for made in specs})
+    return make_plan(
+        request, {row.name: row for row in rows}, sources or {}, {made.name: deployed(made) for made in specs}
+    )
 
 
 def test_a_plan_tells_new_changed_tuned_same_and_missing_apart() -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from llmrun import Secret, SpecError, llm
 from llmrun.decorator import hooks_of, spec_of
-from llmrun.spec import ModelSpec, is_path, parse_flags, to_label
+from llmrun.spec import ModelSpec, parse_flags, to_label
+from llmrun.weights import is_path
 
 
 def spec(model: str = "org/model", **arguments: Any) -> ModelSpec:

@@ -11,10 +11,12 @@ import httpx
 
 from llmrun.errors import ControlError, Refused, Unreachable
 from llmrun.settings import Settings
-from llmrun.wire import CONTROL_ROOT, DeployRequest, Event, Plan, Status
+from llmrun.wire import CONTROL_ROOT, DeployRequest, Event, Plan, Status, WeightsRequest, WeightsRow
 
 CONNECT_TIMEOUT_S = 5
 ANSWER_TIMEOUT_S = 60
+# A plan asks the stores what names mean; control bounds that.
+PLAN_TIMEOUT_S = 330
 
 
 class Client:
@@ -36,15 +38,25 @@ class Client:
 
     def plan(self, request: DeployRequest) -> Plan:
         """What a deploy would do."""
-        return Plan.model_validate(self._call("POST", "/plan", json=request.model_dump(mode="json")))
+        return Plan.model_validate(
+            self._call("POST", "/plan", json=request.model_dump(mode="json"), timeout=PLAN_TIMEOUT_S)
+        )
 
     def deploy(self, request: DeployRequest) -> str:
         """Begin a deploy; its id."""
-        return str(self._call("POST", "/deploys", json=request.model_dump(mode="json"))["id"])
+        return str(self._call("POST", "/deploys", json=request.model_dump(mode="json"), timeout=PLAN_TIMEOUT_S)["id"])
 
-    def events(self, deploy: str) -> Iterator[Event]:
-        """A deploy's events as they come, until its end."""
-        for line in self._stream(f"/deploys/{deploy}/events"):
+    def weights(self) -> list[WeightsRow]:
+        """What lies on the nodes."""
+        return [WeightsRow.model_validate(row) for row in self._call("GET", "/weights")]
+
+    def start_weights(self, request: WeightsRequest) -> str:
+        """Begin an errand for weights; the job's id."""
+        return str(self._call("POST", "/weights", json=request.model_dump(mode="json"))["id"])
+
+    def events(self, job: str) -> Iterator[Event]:
+        """A job's events as they come, until its end."""
+        for line in self._stream(f"/jobs/{job}/events"):
             yield Event.model_validate(line)
 
     def has_package(self, digest: str) -> bool:

@@ -11,12 +11,14 @@ import typer
 from rich.text import Text
 
 from llmrun.decorator import build_spec
-from llmrun.errors import AppError, ControlError, DeployError
+from llmrun.errors import AppError, DeployError
 from llmrun.settings import Settings
-from llmrun.spec import DNS_LABEL, Code, ModelSpec, is_path, to_label
+from llmrun.spec import DNS_LABEL, Code, ModelSpec, to_label
+from llmrun.weights import is_path
 from llmrun.wire import Change, DeployRequest, Plan
 from llmrun_cli import cluster
 from llmrun_cli.client import Client
+from llmrun_cli.follow import follow
 from llmrun_cli.load import Loaded, load_app
 from llmrun_cli.package import pack
 from llmrun_cli.terminal import err, note, out
@@ -163,35 +165,20 @@ def _headline(change: Change) -> str:
     return f"{change.model}  (no restart)" if change.kind == "tune" else change.model
 
 
-def _follow(client: Client, deploy_id: str) -> None:
+def _follow(client: Client, job_id: str) -> None:
     """Show a deploy's events until its end. Raises DeployError if a model did not start."""
     failed: list[str] = []
-    ready, ended = "", False
-    try:
-        with err.status("deploying") as status:
-            for event in client.events(deploy_id):
-                ended = event.kind == "end"
-                line = f"{event.model}: {event.text}" if event.model else event.text
-                if event.kind == "step":
-                    status.update(Text(line))
-                    if not err.is_terminal:
-                        note(line)
-                elif event.kind == "failed":
-                    failed.append(line)
-                elif event.kind != "end":
-                    mark, style = {"unproven": ("!", "yellow"), "removed": ("-", "red")}.get(event.kind, ("✓", "green"))
-                    verb = {"ready": "ready", "removed": "removed", "tuned": "changed"}.get(event.kind, "")
-                    words = ", ".join(word for word in (verb, event.text) if word)
-                    note(f"{mark} {event.model} {words}", style)
-                    if event.kind != "removed":
-                        ready = ready or event.model
-    except KeyboardInterrupt:
-        note("\ndetached: the deploy goes on, `llmrun status` shows how; nothing was cancelled", "yellow")
-        raise typer.Exit(130) from None
-    if not ended:
-        raise ControlError(
-            "control was lost before the deploy's end: `llmrun status` says how far it came; deploy again"
-        )
+    ready = ""
+    for event in follow(client, job_id, "deploy"):
+        if event.kind == "failed":
+            failed.append(f"{event.model}: {event.text}" if event.model else event.text)
+            continue
+        mark, style = {"unproven": ("!", "yellow"), "removed": ("-", "red")}.get(event.kind, ("✓", "green"))
+        verb = {"ready": "ready", "removed": "removed", "tuned": "changed"}.get(event.kind, "")
+        words = ", ".join(word for word in (verb, event.text) if word)
+        note(f"{mark} {event.model} {words}", style)
+        if event.kind != "removed":
+            ready = ready or event.model
     if ready:
         out.print(_next_steps(client.url, ready))
     if failed:

@@ -21,6 +21,7 @@ from llmrun.decorator import hooks_of, spec_of
 from llmrun.errors import AppError, SpecError
 from llmrun.loading import load_file
 from llmrun.spec import ModelSpec
+from llmrun.weights import Weights
 
 LOAD_TIMEOUT_S = 120
 EXAMPLE = """\
@@ -93,7 +94,7 @@ def _inspect(path: Path) -> dict[str, Any]:
         owners[spec.name] = cls.__name__
         if spec.path and not spec.path.startswith("~"):
             place = os.path.normpath(path.absolute().parent / spec.path)
-            spec = spec.model_copy(update={"model": place})
+            spec = spec.model_copy(update={"model": Weights(place)})
         models.append(Loaded(cls=cls.__qualname__, hooks=hooks_of(cls), spec=spec).model_dump(mode="json"))
     return {"models": models}
 

@@ -9,7 +9,7 @@ import typer
 
 import llmrun
 from llmrun.errors import AppError, LLMRunError
-from llmrun_cli import cluster, deploy, model
+from llmrun_cli import cluster, deploy, model, weights
 from llmrun_cli.terminal import error_line
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command()(model.status)
 app.command()(model.chat)
 app.command()(model.logs)
 app.command()(model.delete)
+app.add_typer(weights.weights, name="weights")
 app.command()(cluster.up)
 app.command()(cluster.down)
 

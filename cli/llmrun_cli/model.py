@@ -37,14 +37,14 @@ def status(
         out.print(f"{found.url}: nothing is deployed; `llmrun deploy app.py` does")
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("MODEL", "APP", "STATE", "VERSION", "REPLICAS", "IN FLIGHT", "ON", "NODE", "ADDRESS"):
+    for column in ("MODEL", "APP", "STATE", "VERSION", "REPLICAS", "IN FLIGHT", "ON", "WEIGHTS", "NODE", "ADDRESS"):
         table.add_column(column, no_wrap=True)
     for row in found.models:
         state = f"[{STYLES[row.state]}]{row.state}[/]" + ("" if row.proven else " (not proven)")
         addresses = " ".join(detail.address or detail.state for detail in row.details)
         nodes = " ".join(sorted({detail.node for detail in row.details}))
         counts = (str(row.version), str(row.replicas), str(row.in_flight))
-        table.add_row(row.name, row.app, state, *counts, row.placement, nodes, addresses)
+        table.add_row(row.name, row.app, state, *counts, row.placement, row.pin or "in place", nodes, addresses)
     print_whole(table)
     for row in found.models:
         if row.cause:
@@ -54,7 +54,7 @@ def status(
 
 
 def _details(row: ModelStatus) -> None:
-    out.print(f"\nweights   {row.model}")
+    out.print(f"\nweights   {row.model}" + (f" ({row.pin})" if row.pin else ""))
     if row.aliases:
         out.print(f"aliases   {', '.join(row.aliases)}")
     out.print(f"waiting   {row.waiting}")

@@ -14,6 +14,7 @@ from pydantic import JsonValue, ValidationError
 
 from llmrun.errors import SpecError
 from llmrun.spec import ModelSpec, Secret, to_label
+from llmrun.weights import Weights
 
 T = TypeVar("T", bound=type)
 HOOKS = {"on_start": ("self",), "on_request": ("self", "request")}
@@ -21,7 +22,7 @@ ATTRIBUTE = "__llmrun_spec__"
 
 
 def llm(
-    model: str = "",
+    model: str | Weights = "",
     *,
     name: str | None = None,
     aliases: Sequence[str] = (),
@@ -43,7 +44,9 @@ def llm(
     """Serve `model` under the class's name in kebab-case. `@llm("org/model")` alone is enough.
 
     Args:
-        model: `org/name` on Hugging Face, or a path (`/…`, `./…` from the app file's folder, `~…`, `file://…`).
+        model: `org/name` or `org/name@revision` on Hugging Face, an address like `s3://bucket/path` or
+            `gs://bucket/path`, or a path (`/…`, `./…` from the app file's folder, `~…`, `file://…`); `Weights(…)` adds
+            options to one.
         name: the public name, a DNS label; by default the class's name in kebab-case.
         aliases: further names that clients may ask for. All names are unique on a cluster.
         accelerator: None: one GPU of any kind if the cluster has any, else CPU. `"cpu"`; `"A10G"`; `"A10G:2"`
@@ -71,7 +74,7 @@ def llm(
         near = difflib.get_close_matches(key, known, n=1)
         hint = f"did you mean {near[0]}=?" if near else "known are " + ", ".join(known)
         raise SpecError(f"@llm does not know {key}={value!r}: {hint}")
-    if not isinstance(model, str) or not model.strip():
+    if not isinstance(model, Weights) and (not isinstance(model, str) or not model.strip()):
         raise SpecError(f'model={model!r}: name the weights, like @llm("org/model") or @llm("./folder")')
 
     def decorate(cls: T) -> T:

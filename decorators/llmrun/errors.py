@@ -8,6 +8,7 @@ LLMRunError                what happened, why, what to type
 │   └── Refused            control said no; `.status` is the HTTP status
 ├── DeployError            a model did not start; the message is the engine's own root cause
 ├── ClusterError           a cluster cannot be started, found or stopped
+├── WeightsError           weights cannot be found, fetched, checked or kept; names the source and the node
 ├── EngineError            an engine did not start or died; the message is one line
 └── HookError              a hook raised, took too long or answered with no request; names it
 """
@@ -51,6 +52,10 @@ class DeployError(LLMRunError):
 
 class ClusterError(LLMRunError):
     """A cluster cannot be started, found or stopped."""
+
+
+class WeightsError(LLMRunError):
+    """Weights cannot be found, fetched, checked or kept."""
 
 
 class EngineError(LLMRunError):

@@ -29,6 +29,12 @@ class Settings(BaseSettings):
         description=f"The ingress. By default the one that this home's `llmrun up` started, else {DEFAULT_URL}.",
     )
     admin_key: str = Field(default="", description="The key for control. By default the one in the home's `admin.key`.")
+    weights_dir: Path | None = Field(
+        default=None, description="Where a node keeps weights. By default `weights` in the home."
+    )
+    weights_max_bytes: int = Field(
+        default=0, ge=0, description="What weights may take of a node's disk. 0: as much as there is room."
+    )
     database_url: str = Field(
         default="", description="Any SQLAlchemy URL. By default SQLite in the home (`llmrun.db`)."
     )
@@ -53,6 +59,11 @@ class Settings(BaseSettings):
     def root(self) -> Path:
         """The home, absolute."""
         return self.home.expanduser().absolute()
+
+    @property
+    def weights_root(self) -> Path:
+        """Where this node's weights lie, absolute."""
+        return (self.weights_dir or self.root / "weights").expanduser().absolute()
 
     @property
     def admin_key_file(self) -> Path:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from llmrun.errors import SpecError
+from llmrun.weights import AnyWeights
 
 # RFC 1123: a DNS label, so that a name can be a host name, a metric label and an application's name.
 DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -22,7 +23,6 @@ DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,254}")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 OPTIMIZATION = re.compile(r"^-O(?=\d)")  # vLLM's -O3
-PATH_PREFIXES = ("/", "./", "~", "file://")
 
 # llmrun passes these to the engine itself.
 OWN_ENGINE_ARGS = {
@@ -105,11 +105,6 @@ def _argument(flag: str) -> str:
     return first.replace("-", "_") + dot + rest
 
 
-def is_path(model: str) -> bool:
-    """Whether `model` names a place on disk. Everything else is a source (`org/name`, `s3://…`)."""
-    return model.startswith(PATH_PREFIXES)
-
-
 def _accelerators(value: Any) -> Any:
     """`"A10G:2"` → (("A10G",), 2): kinds in order of preference, and how many each replica takes."""
     if value is None or isinstance(value, dict):
@@ -163,7 +158,7 @@ class ModelSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str
-    model: Annotated[str, Field(min_length=1)]
+    model: AnyWeights
     aliases: tuple[str, ...] = ()
     accelerator: Annotated[Accelerator | None, BeforeValidator(_accelerators)] = None
     gpus: int | None = Field(default=None, ge=0)
@@ -188,13 +183,6 @@ class ModelSpec(BaseModel):
             hint = f", like {fixed!r}" if fixed else ""
             raise ValueError(f"name={name!r}: a name is a DNS label: 1 to 63 lower-case letters, digits and '-'{hint}")
         return name
-
-    @field_validator("model")
-    @classmethod
-    def _source(cls, model: str) -> str:
-        if model.startswith(".") and not is_path(model):
-            raise ValueError(f"model={model!r}: a path begins with '/', './', '~' or 'file://'")
-        return model
 
     @field_validator("aliases", "requirements", mode="before")
     @classmethod
@@ -300,7 +288,7 @@ class ModelSpec(BaseModel):
     @property
     def path(self) -> str | None:
         """The weights' place on disk, if `model` is a path."""
-        return self.model.removeprefix("file://") if is_path(self.model) else None
+        return self.model.path
 
     @property
     def served_names(self) -> tuple[str, ...]:

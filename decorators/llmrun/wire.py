@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from llmrun.spec import ModelSpec
+from llmrun.weights import AnyWeights
 
 CONTROL_ROOT = "/llmrun/v1"
 MAX_PACKAGE_BYTES = 100 * 2**20
@@ -55,11 +56,43 @@ class Plan(Message):
 
 
 class Event(Message):
-    """One step of a deploy. `ready`, `unproven`, `failed` and `removed` end a model; `end` ends the deploy."""
+    """One step of a job. `ready`, `unproven`, `failed` and `removed` end a model; `end` ends the job."""
 
-    kind: Literal["step", "ready", "unproven", "failed", "removed", "tuned", "end"]
+    kind: Literal["step", "progress", "done", "ready", "unproven", "failed", "removed", "tuned", "end"]
     model: str = ""
     text: str = ""
+    here: int = 0
+    """Of `progress`: bytes that have come, of `total`, to what `text` names."""
+    total: int = 0
+
+
+class WeightsRow(Message):
+    """Weights that lie on a node."""
+
+    source: str
+    pin: str
+    """Its name on disk."""
+    short: str
+    """What the source's name was pinned to: a commit, or the hash of the manifest."""
+    bytes: int
+    files: int
+    last_used: float
+    """Unix time."""
+    node: str
+    """The node's address."""
+    pinned_by: tuple[str, ...] = ()
+    """The deployed models that have it."""
+
+
+class WeightsRequest(Message):
+    """What `llmrun weights …` asks for."""
+
+    do: Literal["pull", "verify", "remove", "prune", "import", "mirror"]
+    weights: AnyWeights | None = None
+    target: AnyWeights | None = None
+    """For `mirror`: where to."""
+    folder: str = ""
+    """For `import`: an absolute path on a node."""
 
 
 class ReplicaStatus(Message):
@@ -85,6 +118,8 @@ class ModelStatus(Message):
     in_flight: int
     waiting: int
     model: str
+    pin: str
+    """What `model` was pinned to at the deploy: a commit, or the hash of a manifest; empty for a path."""
     aliases: tuple[str, ...]
     placement: str
     cause: str

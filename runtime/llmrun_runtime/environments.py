@@ -1,6 +1,6 @@
-"""What a model's own code needs on a node, in the node's home: its package, and its requirements' packages.
+"""What a model's own code needs on a node: its package and its requirements' packages, in the node's home; variables.
 
-Each lies under a hash of what it is, appears whole or not at all, and is made once per node.
+Each package lies under a hash of what it is, appears whole or not at all, and is made once per node.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import shutil
 import sys
 import tempfile
 import zipfile
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
 from llmrun.errors import EngineError
+from llmrun.spec import Secret
 
 INSTALL_TIMEOUT_S = 1800
 
@@ -77,6 +78,25 @@ class Environments:
                 f"ask for versions that go with it"
             )
         return [_requirement(line[3:]) for line in out.splitlines() if line.startswith(" + ")]
+
+
+def environment(said: Mapping[str, Secret | str], where: str) -> dict[str, str]:
+    """The node's own variables, and then a spec's. Raises EngineError for a secret that the node does not have."""
+    # Ray's and llmrun's are no business of an engine or of hooks (one may be the admin key). Ray sets OMP_NUM_THREADS
+    # to the CPUs that an actor reserves; an engine counts its cores itself.
+    ours = ("RAY_", "LLMRUN_")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(ours) and k != "OMP_NUM_THREADS"}
+    for key, value in said.items():
+        if isinstance(value, Secret):
+            if value.secret not in os.environ:
+                raise EngineError(
+                    f"env={key!r}: the secret {value.secret} is not set on {where}; "
+                    f"set it in the environment that `llmrun up` or `ray start` runs in there"
+                )
+            env[key] = os.environ[value.secret]
+        else:
+            env[key] = value
+    return env
 
 
 def _requirement(line: str) -> str:

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import os
+import socket
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llmrun.settings import Settings
-from llmrun.spec import ModelSpec
+from llmrun.spec import ModelSpec, Secret
+from llmrun.weights import Weights
+from llmrun.wire import WeightsRow
 from llmrun_runtime.actors import NAMESPACE, control_handle
-from llmrun_runtime.environments import Environments
+from llmrun_runtime.environments import Environments, environment
 from llmrun_runtime.logs import read_logs
+from llmrun_runtime.weights.node import NodeWeights
+from llmrun_runtime.weights.pin import Pin
+from llmrun_runtime.weights.sync import Peer
 
 
 class NodeAgent:
-    """What control can ask of a node."""
+    """What control and replicas can ask of a node. What goes wrong is an LLMRunError that names the node."""
 
     def __init__(self) -> None:
-        self._root = Settings().root
-        control = control_handle()
+        settings = Settings()
+        self._root = settings.root
+        self._host = ray.util.get_node_ip_address()
+        self._node = ray.get_runtime_context().get_node_id()
+        self._control = control = control_handle()
+        self._weights = NodeWeights(settings, self._host)
 
         async def fetch(digest: str) -> bytes:
             package: bytes = await control.package.remote(digest)
@@ -37,6 +49,63 @@ class NodeAgent:
     async def logs(self, model: str, offsets: dict[str, int], tail: int) -> dict[str, tuple[int, str]]:
         """See `read_logs`."""
         return read_logs(self._root, model, offsets, tail)
+
+    async def pin(self, weights: Weights, env: Mapping[str, Secret | str]) -> Pin:
+        """What a source means now."""
+        return await self._weights.pin(weights, self._environment(env))
+
+    async def imported(self, weights: Weights) -> Pin | None:
+        """What was imported here under that name."""
+        return self._weights.imported(weights)
+
+    async def bring(self, pin: Pin, env: Mapping[str, Secret | str]) -> str:
+        """The folder of the complete pin, from another node if one has it, else from the store."""
+        if self._weights.has(pin.id):
+            peers, keep = [], []
+        else:
+            peers, keep = await self._control.weights_elsewhere.remote(pin.id, self._node)
+        return str(await self._weights.bring(pin, self._environment(env), peers, keep))
+
+    async def has(self, pin_id: str) -> bool:
+        """Whether a pin is complete here."""
+        return self._weights.has(pin_id)
+
+    async def peer(self) -> Peer:
+        """How other nodes reach the weights that lie here."""
+        return await self._weights.peer()
+
+    async def progress(self, key: str) -> tuple[int, int]:
+        """Bytes here and in all, of what is under way for a pin."""
+        return self._weights.progress(key)
+
+    async def rows(self) -> list[WeightsRow]:
+        """The weights that lie here."""
+        return self._weights.rows()
+
+    async def take(self, folder: str, weights: Weights, keep: list[str]) -> Pin | None:
+        """Import a folder of this node; None if it is not here."""
+        return await self._weights.take(folder, weights, keep, self._environment({}))
+
+    async def mirror(self, pin: Pin, target: Weights) -> dict[str, int]:
+        """Upload a pin that lies here."""
+        return await self._weights.mirror(pin, target, self._environment({}))
+
+    async def verify(self, pin_ids: list[str]) -> dict[str, list[str]]:
+        """Hash the files of those pins that lie here again; what is wrong, by pin."""
+        return await self._weights.verify(pin_ids, self._environment({}))
+
+    async def remove(self, pin_ids: list[str]) -> int:
+        """Remove those pins; the bytes freed."""
+        return await self._weights.remove(pin_ids)
+
+    async def prune(self, keep: list[str]) -> int:
+        """Remove all that is not in `keep`, and what broken-off downloads left; the bytes freed."""
+        return await self._weights.prune(keep)
+
+    def _environment(self, env: Mapping[str, Secret | str]) -> dict[str, str]:
+        """For a worker: the node's variables with the spec's, and llmrun's own settings."""
+        ours = {key: value for key, value in os.environ.items() if key.startswith("LLMRUN_")}
+        return environment(env, f"node {self._host} ({socket.gethostname()})") | ours
 
 
 def agent_on(node_id: str) -> Any:

@@ -19,18 +19,20 @@ from typing import Any
 import ray
 from pydantic import BaseModel, ConfigDict
 
-from llmrun.errors import EngineError
+from llmrun.errors import EngineError, LLMRunError
 from llmrun.settings import Settings
-from llmrun.spec import ModelSpec, Secret
+from llmrun.spec import ModelSpec
 from llmrun.wire import ReplicaState
 from llmrun_runtime.actors import control_handle
 from llmrun_runtime.engines.base import Launch, Member, ShimConfig
 from llmrun_runtime.engines.kinds import get_engine
 from llmrun_runtime.engines.process import EngineProcess
-from llmrun_runtime.environments import Environments
+from llmrun_runtime.environments import Environments, environment
 from llmrun_runtime.logs import log_path
+from llmrun_runtime.node import agent_on
 from llmrun_runtime.reports import REPORT_S, Registration
-from llmrun_runtime.weights import weights_for_engine
+from llmrun_runtime.weights.cache import Cache
+from llmrun_runtime.weights.pin import Pin
 
 log = logging.getLogger("ray.serve")
 # An engine that answers nothing for so long is taken for dead.
@@ -47,6 +49,7 @@ class ReplicaConfig(BaseModel):
     model_config = ConfigDict(frozen=True)
     spec: ModelSpec
     version: int
+    pin: Pin | None
     start_timeout: float
     drain_timeout: float
     hook_timeout: float
@@ -119,9 +122,9 @@ class Replica:
             self._state = "ready"
             await self._report()
         except Exception as error:
-            if not isinstance(error, EngineError):
+            if not isinstance(error, LLMRunError):
                 log.exception("a replica of %s did not start", self._config.spec.name)
-            self._failed = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
+            self._failed = str(error) if isinstance(error, LLMRunError) else f"{type(error).__name__}: {error}"
             self._say(f"did not start: {self._failed}")
             while not await self._tell_control("failed", self._registration(), self._failed):
                 await asyncio.sleep(REPORT_S)
@@ -140,7 +143,7 @@ class Replica:
             shim = replace(shim, file=str(code / spec.code.file), cls=spec.code.cls, hooks=spec.code.hooks)
         launch = Launch(
             names=spec.served_names,
-            weights=weights_for_engine(spec, self._where()),
+            weights=str(await self._weights()),
             members=(Member(self._node, self._host, self._devices),),
             engine_args=spec.engine_args,
             python=sys.executable,
@@ -149,6 +152,28 @@ class Replica:
             log=self._log,
         )
         return EngineProcess(get_engine(spec.engine), launch)
+
+    async def _weights(self) -> Path:
+        """The folder that the engine loads; the node agent brings it if it is not here. Raises LLMRunError."""
+        spec, pin = self._config.spec, self._config.pin
+        if pin is None:
+            path = Path(spec.path or "").expanduser()
+            if not path.exists():
+                raise EngineError(f"model={spec.model.source!r}: there is no such path on {self._where()}")
+            return path
+        settings = Settings()
+        cache = Cache(settings.weights_root, settings.weights_max_bytes)
+        if await asyncio.to_thread(cache.find, pin.id):
+            cache.used(pin.id)
+            return cache.folder(pin.id)
+        self._say(f"bringing the weights {pin.weights} ({pin.short}, {pin.total:,} bytes)")
+        started = time.monotonic()
+        try:
+            folder: str = await agent_on(self._node).bring.remote(pin, spec.env)
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, LLMRunError) else error) from None
+        self._say(f"weights here after {time.monotonic() - started:.1f} s")
+        return Path(folder)
 
     async def _report_always(self) -> None:
         """Report every REPORT_S, from the start to the end; notice when the engine dies."""
@@ -221,20 +246,7 @@ class Replica:
 
 def engine_environment(spec: ModelSpec, site: Path | None, where: str) -> dict[str, str]:
     """The engine's variables: the node's own, then the spec's. Raises EngineError for a missing secret."""
-    # Ray's and llmrun's are no business of an engine or of hooks (one may be the admin key). Ray sets OMP_NUM_THREADS
-    # to the CPUs that an actor reserves; an engine counts its cores itself.
-    ours = ("RAY_", "LLMRUN_")
-    env = {k: v for k, v in os.environ.items() if not k.startswith(ours) and k != "OMP_NUM_THREADS"}
-    for key, value in spec.env.items():
-        if isinstance(value, Secret):
-            if value.secret not in os.environ:
-                raise EngineError(
-                    f"env={key!r}: the secret {value.secret} is not set on {where}; "
-                    f"set it in the environment that `llmrun up` or `ray start` runs in there"
-                )
-            env[key] = os.environ[value.secret]
-        else:
-            env[key] = value
+    env = environment(spec.env, where)
     if site:
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), env.get("PYTHONPATH")]))
     return env

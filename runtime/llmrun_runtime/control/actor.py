@@ -14,6 +14,7 @@ from llmrun_runtime.control.parts import ControlParts
 from llmrun_runtime.logs import log_to_file
 from llmrun_runtime.reports import Registration, Traffic
 from llmrun_runtime.table import Table
+from llmrun_runtime.weights.sync import Peer
 
 log = logging.getLogger("llmrun.control")
 
@@ -76,6 +77,11 @@ class Control:
         """See `Scaling.watch`."""
         await self.start()
         return await self._parts.scaling.watch(epoch, number, timeout)
+
+    async def weights_elsewhere(self, pin_id: str, node: str) -> tuple[list[Peer], list[str]]:
+        """See `Stock.elsewhere`."""
+        await self.start()
+        return await self._parts.stock.elsewhere(pin_id, node)
 
     async def package(self, digest: str) -> bytes:
         """A code package. Raises KeyError."""

@@ -16,7 +16,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 import llmrun
 from llmrun.errors import LLMRunError, Refused
-from llmrun.wire import CONTROL_ROOT, MAX_PACKAGE_BYTES, DeployRequest, Plan, Status
+from llmrun.wire import CONTROL_ROOT, MAX_PACKAGE_BYTES, DeployRequest, Plan, Status, WeightsRequest, WeightsRow
 from llmrun_runtime.asgi import App, Receive, Scope, Send, answer_error
 from llmrun_runtime.control.parts import ControlParts
 
@@ -75,15 +75,23 @@ def make_api(parts: ControlParts) -> App:
 
     @api.post(f"{root}/plan")
     async def plan(request: DeployRequest) -> Plan:
-        return parts.deployer.plan(request)[0]
+        return (await parts.deployer.plan(request))[0]
 
     @api.post(f"{root}/deploys")
     async def deploy(request: DeployRequest) -> dict[str, str]:
-        return {"id": parts.deployer.start(request).id}
+        return {"id": (await parts.deployer.start(request)).id}
 
-    @api.get(f"{root}/deploys/{{deploy_id}}/events")
-    async def events(deploy_id: str) -> StreamingResponse:
-        found = parts.deployer.find(deploy_id)
+    @api.get(f"{root}/weights")
+    async def weights() -> list[WeightsRow]:
+        return await parts.stock.rows()
+
+    @api.post(f"{root}/weights")
+    async def work_on_weights(request: WeightsRequest) -> dict[str, str]:
+        return {"id": parts.stock.start(request).id}
+
+    @api.get(f"{root}/jobs/{{job_id}}/events")
+    async def events(job_id: str) -> StreamingResponse:
+        found = parts.jobs.find(job_id)
         return _lines(event.model_dump() async for event in found.events())
 
     @api.head(f"{root}/packages/{{digest}}")

@@ -15,6 +15,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from llmrun.spec import ModelSpec
 from llmrun_runtime.control.placing import Placement
+from llmrun_runtime.weights.pin import Pin
 
 NAME = String(63)  # a DNS label
 PACKAGE_GRACE_S = 3600
@@ -54,6 +55,15 @@ class VersionRow(Base):
     created: Mapped[float]
 
 
+class PinRow(Base):
+    """What the weights' name of a version meant when it was deployed (a table of its own: it came later)."""
+
+    __tablename__ = "pins"
+    model: Mapped[str] = mapped_column(NAME, primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    pin: Mapped[str] = mapped_column(Text(2**24))
+
+
 class PackageRow(Base):
     """A code package, named by its sha256."""
 
@@ -73,6 +83,8 @@ class Deployed:
     spec: ModelSpec
     placement: Placement
     proven: bool
+    pin: Pin | None = None
+    """None for weights that are used in place."""
     created: float = field(default_factory=time.time)
     """Unix time."""
 
@@ -92,8 +104,12 @@ class Database:
     def load(self) -> tuple[dict[str, Deployed], dict[str, str]]:
         """Models in force by name, and apps' sources by app."""
         with Session(self._engine) as session:
-            query = select(ModelRow, VersionRow).where(
-                VersionRow.model == ModelRow.name, VersionRow.number == ModelRow.version
+            of_version = (PinRow.model == VersionRow.model) & (PinRow.number == VersionRow.number)
+            in_force = (VersionRow.model == ModelRow.name) & (VersionRow.number == ModelRow.version)
+            query = (
+                select(ModelRow, VersionRow, PinRow.pin)
+                .join(VersionRow, in_force)
+                .join(PinRow, of_version, isouter=True)
             )
             models = {
                 model.name: Deployed(
@@ -103,9 +119,10 @@ class Database:
                     spec=ModelSpec.model_validate_json(version.spec),
                     placement=Placement(**json.loads(version.placement)),
                     proven=version.proven,
+                    pin=Pin.model_validate_json(pin) if pin else None,
                     created=version.created,
                 )
-                for model, version in session.execute(query)
+                for model, version, pin in session.execute(query)
             }
             return models, {row.name: row.source for row in session.scalars(select(AppRow))}
 
@@ -129,6 +146,9 @@ class Database:
                     created=deployed.created,
                 )
             )
+            if deployed.pin:
+                pin = deployed.pin.model_dump_json()
+                session.merge(PinRow(model=deployed.name, number=deployed.version, pin=pin))
             if in_force:
                 session.merge(ModelRow(name=deployed.name, app=deployed.app, version=deployed.version))
 
@@ -146,6 +166,7 @@ class Database:
             for name in models:
                 session.execute(delete(ModelRow).where(ModelRow.name == name))
                 session.execute(delete(VersionRow).where(VersionRow.model == name))
+                session.execute(delete(PinRow).where(PinRow.model == name))
             session.execute(delete(AppRow).where(AppRow.name.not_in(select(ModelRow.app))))
             specs = (json.loads(spec) for spec in session.scalars(select(VersionRow.spec)))
             used = {spec["code"]["package"] for spec in specs if spec["code"]}

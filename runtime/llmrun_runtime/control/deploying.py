@@ -7,29 +7,27 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-import ray
-
-from llmrun.errors import EngineError, LLMRunError, Refused
+from llmrun.errors import LLMRunError, Refused
 from llmrun.settings import Settings
 from llmrun.spec import ModelSpec
 from llmrun.wire import Change, DeployRequest, Plan
 from llmrun_runtime.control.database import Database, Deployed
-from llmrun_runtime.control.events import Deploy
-from llmrun_runtime.control.placing import Node, Placement, could_run, has_room, resolve
+from llmrun_runtime.control.events import Job, Jobs
+from llmrun_runtime.control.placing import Node, could_run, has_room, resolve
 from llmrun_runtime.control.planning import make_plan
 from llmrun_runtime.control.registry import Registry
 from llmrun_runtime.control.scaling import Candidate, Scaling
 from llmrun_runtime.control.serving import Serving, cluster_nodes
+from llmrun_runtime.control.stock import Stock, gather_from
 from llmrun_runtime.engines.kinds import get_engine
 from llmrun_runtime.node import agent_on
 from llmrun_runtime.reports import Registration
-from llmrun_runtime.weights import local_path
 
 log = logging.getLogger("llmrun.control")
 PREPARE_TIMEOUT_S = 1800
 POLL_S = 0.1
-KEEP_DEPLOYS = 20
 CHANGED = "what is deployed has changed since the diff was made: run the command again"
 
 
@@ -46,7 +44,14 @@ class Deployer:
     """Plans and deploys over control's parts."""
 
     def __init__(
-        self, settings: Settings, database: Database, registry: Registry, scaling: Scaling, serving: Serving
+        self,
+        settings: Settings,
+        database: Database,
+        registry: Registry,
+        scaling: Scaling,
+        serving: Serving,
+        stock: Stock,
+        jobs: Jobs,
     ) -> None:
         self._settings = settings
         self._database = database
@@ -55,52 +60,48 @@ class Deployer:
         self._serving = serving
         self._lock = asyncio.Lock()
         self._proofs: dict[tuple[str, int], Proof] = {}
-        self._deploys: dict[str, Deploy] = {}
+        self._stock = stock
+        self._jobs = jobs
         self.sources: dict[str, str] = {}
 
-    def plan(self, request: DeployRequest) -> tuple[Plan, dict[str, Placement]]:
-        """What a deploy of `request` would do now. Raises Refused."""
+    async def plan(self, request: DeployRequest, *, ask: bool = True) -> tuple[Plan, dict[str, Deployed]]:
+        """What a deploy of `request` would do now, and each model as it would be. Raises LLMRunError.
+
+        `ask`: sources are asked what their names mean now; else what they meant at the last plan goes on.
+        """
         nodes = cluster_nodes()
         for spec in request.specs:
             self._check(spec, nodes)
         placements = {spec.name: resolve(spec, nodes) for spec in request.specs}
-        return make_plan(request, self._scaling.deployed, self.sources, placements), placements
+        deployed = self._scaling.deployed
+        found = await asyncio.gather(
+            *(self._stock.pin(spec, placements[spec.name], deployed.get(spec.name), ask=ask) for spec in request.specs)
+        )
+        pins = {spec.name: pin for spec, pin in zip(request.specs, found, strict=True)}
+        rows = {
+            spec.name: Deployed(request.app, 0, 0, spec, placements[spec.name], proven=False, pin=pins[spec.name])
+            for spec in request.specs
+        }
+        return make_plan(request, deployed, self.sources, rows), rows
 
     def _check(self, spec: ModelSpec, nodes: list[Node]) -> None:
         """Refuse what can be known to fail before anything starts."""
         get_engine(spec.engine)
         if spec.lora is not None:
             raise Refused(f"{spec.name}: lora={spec.lora!r}: adapters are not served yet; leave lora= out", 409)
-        if "://" in spec.model and not spec.path:
-            raise Refused(
-                f"{spec.name}: model={spec.model!r}: such sources are not served yet; "
-                f"give org/name of Hugging Face, or a path on the node",
-                409,
-            )
         real = [node for node in nodes if node.id]
-        path = local_path(spec)
+        path = Path(spec.path).expanduser() if spec.path else None
         if path and len(nodes) == len(real) == 1 and not path.exists():
-            raise Refused(f"{spec.name}: model={spec.model!r}: there is no such path on the cluster's node", 409)
+            raise Refused(f"{spec.name}: model={spec.model.source!r}: there is no such path on the cluster's node", 409)
         if spec.code and not self._database.has_package(spec.code.package):
             raise Refused(f"{spec.name}: its code package {spec.code.package[:12]} was not uploaded", 409)
 
-    def start(self, request: DeployRequest) -> Deploy:
-        """Begin to carry `request` out; listen to the deploy for how it goes. Raises Refused."""
-        plan, _ = self.plan(request)
+    async def start(self, request: DeployRequest) -> Job:
+        """Begin to carry `request` out; listen to the job for how it goes. Raises LLMRunError."""
+        plan, _ = await self.plan(request, ask=not request.plan)
         if request.plan and request.plan != plan.fingerprint:
             raise Refused(CHANGED, 409)
-        deploy = Deploy()
-        while len(self._deploys) >= KEEP_DEPLOYS:
-            del self._deploys[next(iter(self._deploys))]
-        self._deploys[deploy.id] = deploy
-        deploy.task = asyncio.get_running_loop().create_task(self._run(request, plan.fingerprint, deploy))
-        return deploy
-
-    def find(self, deploy_id: str) -> Deploy:
-        """A deploy by its id. Raises Refused."""
-        if deploy_id not in self._deploys:
-            raise Refused(f"there is no deploy {deploy_id}: control may have been restarted; deploy again", 404)
-        return self._deploys[deploy_id]
+        return self._jobs.start(f"deploy of {request.app}", lambda job: self._run(request, plan.fingerprint, job))
 
     def heard(self, report: Registration, cause: str = "") -> bool:
         """Pass on a replica's report if it is of a proof; whether it was."""
@@ -113,68 +114,62 @@ class Deployer:
             proof.done.set()
         return True
 
-    async def _run(self, request: DeployRequest, shown: str, deploy: Deploy) -> None:
-        try:
-            if self._lock.locked():
-                await deploy.say("step", text="another deploy is running; this one follows")
-            async with self._lock:
-                plan, placements = self.plan(request)
-                if plan.fingerprint != shown:
-                    raise Refused(CHANGED, 409)
-                specs = {spec.name: spec for spec in request.specs}
-                for change in plan.changes:  # removals first: a renamed model needs the room and the names
-                    if change.kind == "remove" and request.prune:
-                        await self._remove([change.model])
-                        await deploy.say("removed", change.model)
-                for change in plan.changes:
-                    if change.kind in ("add", "change", "tune"):
-                        row = self._new_version(change, specs[change.model], placements[change.model], request.app)
-                        await self._carry_out(change, row, request, deploy)
-        except LLMRunError as error:
-            await deploy.say("failed", text=str(error))
-        except Exception as error:
-            log.exception("deploy %s of %s failed", deploy.id, request.app)
-            await deploy.say("failed", text=f"control failed: {type(error).__name__}: {error}")
-        finally:
-            await deploy.say("end")
+    async def _run(self, request: DeployRequest, shown: str, job: Job) -> None:
+        if self._lock.locked():
+            await job.say("step", text="another deploy is running; this one follows")
+        async with self._lock:
+            plan, rows = await self.plan(request, ask=False)
+            if plan.fingerprint != shown:
+                raise Refused(CHANGED, 409)
+            for change in plan.changes:  # removals first: a renamed model needs the room and the names
+                if change.kind == "remove" and request.prune:
+                    await self._remove([change.model])
+                    await job.say("removed", change.model)
+            for change in plan.changes:
+                if change.kind in ("add", "change", "tune"):
+                    await self._carry_out(change, self._new_version(change, rows[change.model]), request, job)
 
-    def _new_version(self, change: Change, spec: ModelSpec, placement: Placement, app: str) -> Deployed:
-        number = self._database.next_version(spec.name)
-        old = self._scaling.deployed.get(spec.name)
+    def _new_version(self, change: Change, row: Deployed) -> Deployed:
+        number = self._database.next_version(row.name)
+        old = self._scaling.deployed.get(row.name)
         if change.kind == "tune" and old:
-            return replace(old, version=number, spec=spec)
-        return Deployed(app, number, number, spec, placement, proven=False)
+            return replace(old, version=number, spec=row.spec)
+        return replace(row, version=number, engine_version=number)
 
-    async def _carry_out(self, change: Change, row: Deployed, request: DeployRequest, deploy: Deploy) -> None:
+    async def _carry_out(self, change: Change, row: Deployed, request: DeployRequest, job: Job) -> None:
         if change.kind == "tune":
             self._put_in_force(row, request.source)
-            await deploy.say("tuned", row.name, f"version {row.version}, without a restart")
+            await job.say("tuned", row.name, f"version {row.version}, without a restart")
             return
         try:
-            await self._prepare(row, deploy)
+            with self._stock.wanted(row.pin):
+                await self._prepare(row, job, lazy=request.lazy)
+                await self._start_version(row, request, job)
         except LLMRunError as error:
-            await deploy.say("failed", row.name, str(error))
-            return
+            await job.say("failed", row.name, str(error))
+
+    async def _start_version(self, row: Deployed, request: DeployRequest, job: Job) -> None:
+        """Prove it (unless `lazy`) and put it in force."""
         if request.lazy:
             await self._replace(row, request.source)
-            await deploy.say("unproven", row.name, f"version {row.version} deployed, not started (--lazy)")
+            await job.say("unproven", row.name, f"version {row.version} deployed, not started (--lazy)")
             return
         old = self._scaling.deployed.get(row.name)
         settled = False
         try:
-            why = await self._make_room(row, old, deploy)
-            cause = "" if why else await self._prove(row, deploy)
+            why = await self._make_room(row, old, job)
+            cause = "" if why else await self._prove(row, job)
             if why:
                 await self._replace(row, request.source)
-                await deploy.say("unproven", row.name, f"version {row.version} deployed, not proven: {why}")
+                await job.say("unproven", row.name, f"version {row.version} deployed, not proven: {why}")
             elif cause:
                 self._database.put_version(row, in_force=False)
                 self._scaling.candidates[row.name] = Candidate(row, cause)
                 kept = f"; version {old.version} stays in force" if old else ""
-                await deploy.say("failed", row.name, f"{cause}{kept} (`llmrun logs {row.name}` has all of it)")
+                await job.say("failed", row.name, f"{cause}{kept} (`llmrun logs {row.name}` has all of it)")
             else:
                 await self._replace(replace(row, proven=True), request.source)
-                await deploy.say("ready", row.name, f"version {row.version}")
+                await job.say("ready", row.name, f"version {row.version}")
             settled = not cause
         finally:
             if not settled:
@@ -182,25 +177,16 @@ class Deployer:
             self._scaling.held.discard(row.name)
             self._scaling.kick()
 
-    async def _prepare(self, row: Deployed, deploy: Deploy) -> None:
-        """Bring code and requirements to every node that could run it. Raises LLMRunError."""
-        if not row.spec.code and not row.spec.requirements:
-            return
-        await deploy.say("step", row.name, "preparing nodes")
+    async def _prepare(self, row: Deployed, job: Job, *, lazy: bool) -> None:
+        """Bring code, requirements and (not if `lazy`) weights to every node that could run it. Raises LLMRunError."""
         nodes = [node for node in cluster_nodes() if node.id and could_run(row.placement, node)]
-        calls = [agent_on(node.id).prepare.remote(row.spec) for node in nodes]
-        try:
-            async with asyncio.timeout(PREPARE_TIMEOUT_S):
-                await asyncio.gather(*calls)
-        except ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, LLMRunError):
-                raise error.cause from None
-            raise
-        except (ray.exceptions.RayError, TimeoutError) as error:
-            hosts = ", ".join(node.host for node in nodes)
-            raise EngineError(f"one of the nodes {hosts} could not be prepared: {type(error).__name__}") from error
+        if row.spec.code or row.spec.requirements:
+            await job.say("step", row.name, "preparing nodes")
+            await gather_from(nodes, lambda node: agent_on(node.id).prepare.remote(row.spec), PREPARE_TIMEOUT_S)
+        if row.pin and not lazy:
+            await self._stock.spread(row.pin, row.spec.env, nodes, job, row.name)
 
-    async def _make_room(self, row: Deployed, old: Deployed | None, deploy: Deploy) -> str:
+    async def _make_room(self, row: Deployed, old: Deployed | None, job: Job) -> str:
         """See to room for the proof, by draining the version before if need be; why there is none, or ""."""
         nodes = cluster_nodes()
         if has_room(row.placement, nodes) or any(not node.id and could_run(row.placement, node) for node in nodes):
@@ -208,7 +194,7 @@ class Deployer:
         holders = self._registry.of(row.name)
         if not old or not holders or not has_room(row.placement, nodes, {r.node: old.placement for r in holders}):
             return self._scaling.shortage(row, nodes)
-        await deploy.say("step", row.name, f"no room beside version {old.version}: it drains first, requests wait")
+        await job.say("step", row.name, f"no room beside version {old.version}: it drains first, requests wait")
         self._scaling.held.add(row.name)
         await self._serving.set_target(old, 0)
         gone = await self._until(lambda: not self._registry.of(row.name), self._settings.drain_timeout)
@@ -220,19 +206,19 @@ class Deployer:
         self._scaling.held.discard(row.name)
         return self._scaling.shortage(row) or "the version before did not drain in time"
 
-    async def _prove(self, row: Deployed, deploy: Deploy) -> str:
+    async def _prove(self, row: Deployed, job: Job) -> str:
         """Start one replica: "" when it answers, the cause if it does not."""
         proof = self._proofs[row.name, row.engine_version] = Proof()
         self._scaling.candidates[row.name] = Candidate(row)
         try:
-            await deploy.say("step", row.name, f"version {row.version}: placing a replica on {row.placement}")
+            await job.say("step", row.name, f"version {row.version}: placing a replica on {row.placement}")
             await self._serving.set_target(row, 1)
             if not await self._until(proof.placed.is_set, self._settings.place_timeout):
                 trouble = await self._serving.trouble(row.name, row.engine_version) or self._scaling.shortage(row)
                 limit = f"no replica was placed within {self._settings.place_timeout:g} s (LLMRUN_PLACE_TIMEOUT)"
                 return f"{limit}: {trouble or 'Ray does not say why'}"
             place = next((report.host for report in self._registry.of(row.name, row.engine_version)), "")
-            await deploy.say("step", row.name, f"starting the engine on node {place}")
+            await job.say("step", row.name, f"starting the engine on node {place}")
             # The replica keeps start_timeout itself; the rest is for preparing its node and for its report.
             limit_s = self._settings.start_timeout + PREPARE_TIMEOUT_S
             if not await self._until(proof.done.is_set, limit_s):

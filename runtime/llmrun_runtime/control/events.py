@@ -1,38 +1,86 @@
-"""The events of one deploy, as its listeners hear them."""
+"""Jobs: deploys, and errands for weights. What happens in one is heard by any number of listeners."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
+from llmrun.errors import LLMRunError, Refused
 from llmrun.wire import Event
 
+log = logging.getLogger("llmrun.control")
+KEEP_JOBS = 20
 
-class Deploy:
-    """The events of one deploy, for any number of listeners, each from the first one on."""
+
+class Job:
+    """The events of one job, for each listener from the first one on. Of progress only the newest is kept."""
 
     def __init__(self) -> None:
         self.id = uuid.uuid4().hex[:12]
         self.task: asyncio.Task[None] | None = None
         self._events: list[Event] = []
+        self._progress: dict[tuple[str, str], tuple[int, Event]] = {}
+        self._number = 0
         self._more = asyncio.Condition()
 
-    async def say(self, kind: str, model: str = "", text: str = "") -> None:
+    async def say(self, kind: str, model: str = "", text: str = "", here: int = 0, total: int = 0) -> None:
         """Add an event."""
+        said = {"kind": kind, "model": model, "text": text, "here": here, "total": total}
+        event = Event.model_validate(said)
         async with self._more:
-            self._events.append(Event.model_validate({"kind": kind, "model": model, "text": text}))
+            self._number += 1
+            if kind == "progress":
+                self._progress[model, text] = (self._number, event)
+            else:
+                self._events.append(event)
             self._more.notify_all()
 
     async def events(self) -> AsyncIterator[Event]:
         """All events, those to come too, until the end."""
-        seen = 0
+        seen, number = 0, 0
         while True:
             async with self._more:
-                while len(self._events) <= seen:
+                while self._number <= number:
                     await self._more.wait()
-            for event in self._events[seen:]:
-                seen += 1
+            moved = [event for at, event in self._progress.values() if at > number]
+            number = self._number
+            for event in [*moved, *self._events[seen:]]:
                 yield event
                 if event.kind == "end":
                     return
+            seen = len(self._events)
+
+
+class Jobs:
+    """The jobs that run and the last ones that did."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[str, Job] = {}
+
+    def start(self, what: str, work: Callable[[Job], Awaitable[None]]) -> Job:
+        """Begin a job. What `work` raises is its last event before the end."""
+        job = Job()
+        while len(self._jobs) >= KEEP_JOBS:
+            del self._jobs[next(iter(self._jobs))]
+        self._jobs[job.id] = job
+        job.task = asyncio.get_running_loop().create_task(self._run(what, job, work))
+        return job
+
+    def find(self, job_id: str) -> Job:
+        """A job by its id. Raises Refused."""
+        if job_id not in self._jobs:
+            raise Refused(f"there is no job {job_id}: control may have been restarted; run the command again", 404)
+        return self._jobs[job_id]
+
+    async def _run(self, what: str, job: Job, work: Callable[[Job], Awaitable[None]]) -> None:
+        try:
+            await work(job)
+        except LLMRunError as error:
+            await job.say("failed", text=str(error))
+        except Exception as error:
+            log.exception("%s (job %s) failed", what, job.id)
+            await job.say("failed", text=f"control failed: {type(error).__name__}: {error}")
+        finally:
+            await job.say("end")

@@ -11,9 +11,11 @@ from llmrun.errors import ClusterError
 from llmrun.settings import Settings
 from llmrun_runtime.control.database import Database
 from llmrun_runtime.control.deploying import Deployer
+from llmrun_runtime.control.events import Jobs
 from llmrun_runtime.control.registry import Registry
 from llmrun_runtime.control.scaling import Scaling
 from llmrun_runtime.control.serving import Serving, cluster_nodes
+from llmrun_runtime.control.stock import Stock
 from llmrun_runtime.node import agent_on
 
 log = logging.getLogger("llmrun.control")
@@ -37,7 +39,11 @@ class ControlParts:
         self.registry = Registry()
         self.serving = Serving(settings)
         self.scaling = Scaling(self.serving, self.registry, address)
-        self.deployer = Deployer(settings, self.database, self.registry, self.scaling, self.serving)
+        self.jobs = Jobs()
+        self.stock = Stock(self.scaling, self.jobs)
+        self.deployer = Deployer(
+            settings, self.database, self.registry, self.scaling, self.serving, self.stock, self.jobs
+        )
         self.scaling.on_proven = lambda row: self.database.put_version(row, in_force=True)
 
     async def load(self) -> None:

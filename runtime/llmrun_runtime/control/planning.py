@@ -9,16 +9,15 @@ from llmrun.errors import Refused
 from llmrun.spec import ModelSpec, Secret
 from llmrun.wire import Change, DeployRequest, Plan
 from llmrun_runtime.control.database import Deployed
-from llmrun_runtime.control.placing import Placement
 
 
 def make_plan(
     request: DeployRequest,
     deployed: Mapping[str, Deployed],
     sources: Mapping[str, str],
-    placements: Mapping[str, Placement],
+    rows: Mapping[str, Deployed],
 ) -> Plan:
-    """The changes, in the file's order, then removals. `placements` holds one for each spec of the request.
+    """The changes, in the file's order, then removals. `rows` holds each model of the request as it would be.
 
     Raises Refused for an app of another place, or a name that is taken.
     """
@@ -30,7 +29,7 @@ def make_plan(
             409,
         )
     _check_names(request, deployed)
-    changes = [_change(spec, deployed.get(spec.name), placements[spec.name]) for spec in request.specs]
+    changes = [_change(rows[spec.name], deployed.get(spec.name)) for spec in request.specs]
     if not request.only:
         said = {spec.name for spec in request.specs}
         missing = sorted(name for name, row in deployed.items() if row.app == request.app and name not in said)
@@ -63,19 +62,23 @@ def _check_names(request: DeployRequest, deployed: Mapping[str, Deployed]) -> No
             taken[served] = (spec.name, request.app)
 
 
-def _change(spec: ModelSpec, row: Deployed | None, placement: Placement) -> Change:
-    where = str(placement)
+def _change(new: Deployed, row: Deployed | None) -> Change:
+    spec, where = new.spec, str(new.placement)
+    pinned = f" ({new.pin.short})" if new.pin else ""
     if row is None:
-        return Change(model=spec.name, kind="add", lines=(spec.model,), placement=where)
+        return Change(model=spec.name, kind="add", lines=(f"{spec.model}{pinned}",), placement=where)
     lines = [
         f"{field} {_show(getattr(row.spec, field))} → {_show(getattr(spec, field))}"
         for field in ModelSpec.model_fields
         if getattr(row.spec, field) != getattr(spec, field)
     ]
     restarts = spec.fingerprint(soft=False) != row.spec.fingerprint(soft=False)
-    if placement != row.placement:
+    if new.placement != row.placement:
         restarts = True
-        lines.append(f"runs on {row.placement} → {placement}")
+        lines.append(f"runs on {row.placement} → {new.placement}")
+    if new.pin and row.pin and new.pin.id != row.pin.id:
+        restarts = True
+        lines.append(f"weights {row.pin.short} → {new.pin.short}")
     kind = "change" if restarts else "tune" if lines else "same"
     return Change(model=spec.name, kind=kind, lines=tuple(lines), placement=where)
 

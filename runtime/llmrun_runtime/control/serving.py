@@ -98,6 +98,7 @@ class Serving:
         config = ReplicaConfig(
             spec=row.spec,
             version=row.engine_version,
+            pin=row.pin,
             start_timeout=self._settings.start_timeout,
             drain_timeout=self._settings.drain_timeout,
             hook_timeout=self._settings.hook_timeout,

@@ -1,0 +1,61 @@
+"""Copies a pin from this node's cache to a store, with a file of its checksums."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from llmrun.errors import WeightsError
+from llmrun.weights import Weights
+from llmrun_runtime.weights.cache import Cache
+from llmrun_runtime.weights.objects import ObjectStore
+from llmrun_runtime.weights.pin import MANIFEST, File, Pin
+
+FILES_AT_ONCE = 4
+
+
+def mirror(cache: Cache, pin: Pin, target: Weights, report: Callable[[int, int], None]) -> dict[str, int]:
+    """Upload what `target` does not have; how many files went and how many were there. Raises WeightsError."""
+    manifest = cache.find(pin.id)
+    if not manifest:
+        raise WeightsError(f"{pin.weights}: it is not complete on this node: run it again")
+    store = ObjectStore(target, FILES_AT_ONCE)
+    before = {file.name: file for file in _there(store)}
+    sums = store.mirrored() if MANIFEST in before else {}
+    here = 0
+
+    def put(name: str) -> bool:
+        nonlocal here
+        entry = manifest.entries[name]
+        there = before.get(name)
+        known = {**there.digests, **sums.get((name, there.version), {})} if there else {}
+        same = there is not None and there.size == entry.size and bool(known.items() & entry.digests.items())
+        if not same:
+            store.put(cache.folder(pin.id) / name, name)
+        here += entry.size
+        report(here, pin.total)
+        return not same
+
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        sent = sum(pool.map(put, manifest.entries))
+    versions = {file.name: file for file in store.files()}
+    for name, entry in manifest.entries.items():
+        if name not in versions or versions[name].size != entry.size:
+            raise WeightsError(f"{target}: {name} did not arrive there whole: run it again")
+    listed = [
+        {"name": name, "version": versions[name].version, "digests": entry.digests}
+        for name, entry in manifest.entries.items()
+    ]
+    content = {"source": pin.weights.canonical, "revision": pin.revision, "files": listed}
+    store.write(MANIFEST, json.dumps(content, indent=1).encode())
+    return {"sent": sent, "there": len(manifest.entries) - sent}
+
+
+def _there(store: ObjectStore) -> list[File]:
+    try:
+        return store.files()
+    except WeightsError as error:
+        if isinstance(error.__cause__, FileNotFoundError):  # nothing yet
+            return []
+        raise

@@ -1,0 +1,216 @@
+"""A node's weights, as its agent sees them: sends errands to workers, one per pin at a time, and serves other nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import secrets
+import socket
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from llmrun.errors import WeightsError
+from llmrun.settings import Settings
+from llmrun.weights import Weights
+from llmrun.wire import WeightsRow
+from llmrun_runtime.weights.cache import Cache, Manifest
+from llmrun_runtime.weights.pin import Pin
+from llmrun_runtime.weights.sync import Peer
+from llmrun_runtime.weights.worker import Errand
+
+LINE_BYTES = 2**26
+
+
+class NodeWeights:
+    """The cache of this node. `host`: its address for other nodes."""
+
+    def __init__(self, settings: Settings, host: str) -> None:
+        self.cache = Cache(settings.weights_root, settings.weights_max_bytes)
+        self._host = host
+        self._where = f"node {host} ({socket.gethostname()})"
+        self._running: dict[tuple[str, str], asyncio.Task[Any]] = {}
+        self._progress: dict[str, tuple[int, int]] = {}
+        self._peer: Peer | None = None
+        self._runner: web.AppRunner | None = None
+
+    async def pin(self, weights: Weights, env: Mapping[str, str]) -> Pin:
+        """What the source means now, asked with this node's credentials. Raises WeightsError."""
+        return Pin.model_validate(await self._send(Errand(do="pin", weights=weights), env))
+
+    def imported(self, weights: Weights) -> Pin | None:
+        """What was imported here under that name, if anything was."""
+        for manifest, _ in self.cache.manifests():
+            pin = manifest.pin
+            if pin.imported and pin.weights.canonical == weights.canonical:
+                return pin
+        return None
+
+    async def bring(self, pin: Pin, env: Mapping[str, str], peers: Sequence[Peer], keep: Collection[str]) -> Path:
+        """The folder of the complete pin; brought here if need be, once for all who ask. Raises WeightsError."""
+        found = await asyncio.to_thread(self.cache.find, pin.id)
+        if found:
+            self.cache.used(pin.id)
+            return self.cache.folder(pin.id)
+        return Path(await self._once(pin.id, Errand(do="bring", pin=pin, peers=tuple(peers), keep=tuple(keep)), env))
+
+    async def take(self, folder: str, weights: Weights, keep: Collection[str], env: Mapping[str, str]) -> Pin | None:
+        """Import a folder of this node; None if there is no such folder here. Raises WeightsError."""
+        if not Path(folder).is_dir():
+            return None
+        errand = Errand(do="import", folder=folder, weights=weights, keep=tuple(keep))
+        return Pin.model_validate(await self._once(weights.canonical, errand, env))
+
+    async def mirror(self, pin: Pin, target: Weights, env: Mapping[str, str]) -> dict[str, int]:
+        """Upload a complete pin; files sent, and files that were there. Raises WeightsError."""
+        found: dict[str, int] = await self._once(pin.id, Errand(do="mirror", pin=pin, target=target), env)
+        return found
+
+    async def verify(self, pin_ids: Collection[str], env: Mapping[str, str]) -> dict[str, list[str]]:
+        """Hash the files of those pins that are here again; what is wrong, by pin."""
+        return {
+            manifest.pin.id: await self._once(manifest.pin.id, Errand(do="verify", pin=manifest.pin), env)
+            for manifest in self._chosen(pin_ids)
+        }
+
+    async def remove(self, pin_ids: Collection[str]) -> int:
+        """Remove those pins that are here; the bytes freed."""
+        return sum([await asyncio.to_thread(self.cache.remove, manifest) for manifest in self._chosen(pin_ids)])
+
+    async def prune(self, keep: Collection[str]) -> int:
+        """Remove all pins but `keep`, and what nothing uses; the bytes freed."""
+        rest = [manifest.pin.id for manifest, _ in self.cache.manifests() if manifest.pin.id not in keep]
+        return await self.remove(rest) + await asyncio.to_thread(self.cache.prune)
+
+    def _chosen(self, pin_ids: Collection[str]) -> list[Manifest]:
+        return [manifest for manifest, _ in self.cache.manifests() if manifest.pin.id in pin_ids]
+
+    def has(self, pin_id: str) -> bool:
+        """Whether the pin is complete here."""
+        return self.cache.find(pin_id) is not None
+
+    def rows(self) -> list[WeightsRow]:
+        """What lies here."""
+        return [
+            WeightsRow(
+                source=str(manifest.pin.weights),
+                pin=manifest.pin.id,
+                short=manifest.pin.short,
+                bytes=manifest.pin.total,
+                files=len(manifest.entries),
+                last_used=used,
+                node=self._host,
+            )
+            for manifest, used in self.cache.manifests()
+        ]
+
+    def progress(self, key: str) -> tuple[int, int]:
+        """Bytes here, and bytes in all, of what is under way."""
+        return self._progress.get(key, (0, 0))
+
+    async def peer(self) -> Peer:
+        """How other nodes reach what lies here; listens from the first call on."""
+        if self._peer is None:
+            token = secrets.token_hex(32)
+
+            async def give(request: web.Request) -> web.StreamResponse:
+                return await self._give(request, token)
+
+            app = web.Application()
+            app.router.add_get("/{pin}", give)
+            app.router.add_get("/{pin}/{name:.+}", give)
+            self._runner = web.AppRunner(app, access_log=None)
+            await self._runner.setup()
+            listening = socket.create_server((self._host, 0))
+            await web.SockSite(self._runner, listening).start()
+            self._peer = Peer(url=f"http://{self._host}:{listening.getsockname()[1]}", token=token)
+        return self._peer
+
+    async def close(self) -> None:
+        """Stop giving to other nodes, and end the workers."""
+        for task in self._running.values():
+            task.cancel()
+        await asyncio.gather(*self._running.values(), *_reapers, return_exceptions=True)
+        if self._runner:
+            await self._runner.cleanup()
+
+    async def _give(self, request: web.Request, token: str) -> web.StreamResponse:
+        """A manifest, or one of its files (with ranges, by sendfile)."""
+        if not hmac.compare_digest(request.headers.get("Authorization", ""), f"Bearer {token}"):
+            return web.Response(status=401)
+        manifest = await asyncio.to_thread(self.cache.find, request.match_info["pin"])
+        name = request.match_info.get("name")
+        if manifest is None or (name is not None and name not in manifest.entries):
+            return web.Response(status=404)
+        if name is None:
+            return web.Response(text=manifest.model_dump_json(), content_type="application/json")
+        return web.FileResponse(self.cache.where(manifest.entries[name]))
+
+    async def _once(self, key: str, errand: Errand, env: Mapping[str, str]) -> Any:
+        """Send an errand, or wait for the one of that key that is under way. It goes on if who asked goes away."""
+        task = self._running.get((errand.do, key))
+        if task is None:
+            task = asyncio.get_running_loop().create_task(self._send(errand, env, key))
+            self._running[errand.do, key] = task
+            task.add_done_callback(lambda done: self._forget(errand.do, key, done))
+        return await asyncio.shield(task)
+
+    def _forget(self, do: str, key: str, task: asyncio.Task[Any]) -> None:
+        del self._running[do, key]
+        self._progress.pop(key, None)
+        if not task.cancelled():
+            task.exception()  # whoever waited has it
+
+    async def _send(self, errand: Errand, env: Mapping[str, str], key: str = "") -> Any:
+        """Have a worker do it; its result as soon as it is said. Raises WeightsError."""
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "llmrun_runtime.weights.worker"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env=dict(env) or None,
+            limit=LINE_BYTES,
+        )
+        assert process.stdin and process.stdout and process.stderr
+        words = asyncio.get_running_loop().create_task(process.stderr.read())
+        try:
+            process.stdin.write(errand.model_dump_json().encode() + b"\n")
+            with contextlib.suppress(ConnectionError):  # it has died: what it says, or does not, tells
+                await process.stdin.drain()
+            async for line in process.stdout:
+                message = json.loads(line)
+                if "error" in message:
+                    raise WeightsError(f"{message['error']} (on {self._where})")
+                if "result" in message:
+                    # What it still does, waiting for the disk, is no one's to wait for.
+                    _keep(asyncio.get_running_loop().create_task(_reap(process)))
+                    return message["result"]
+                self._progress[key] = (message["here"], message["total"])
+            code = await process.wait()
+            tail = (await words).decode(errors="replace").strip().splitlines()
+            why = tail[-1] if tail else "no word of why"
+            raise WeightsError(f"the work on weights ended with exit code {code} on {self._where}: {why}")
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            raise
+
+
+_reapers: set[asyncio.Task[None]] = set()
+
+
+def _keep(task: asyncio.Task[None]) -> None:
+    """Keep a reference to it, as asyncio does not."""
+    _reapers.add(task)
+    task.add_done_callback(_reapers.discard)
+
+
+async def _reap(process: asyncio.subprocess.Process) -> None:
+    await process.wait()
+    assert process.stdin
+    process.stdin.close()

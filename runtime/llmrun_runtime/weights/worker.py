@@ -1,0 +1,119 @@
+"""`python -m llmrun_runtime.weights.worker`: one errand for weights, in a process of its own.
+
+So credentials are plain environment variables, each errand has its own, a crash or `kill -9` takes nothing along, and
+what the stores' packages need of memory goes back. Reads an Errand as one line of JSON from standard input, writes
+`{"here": …, "total": …}` lines while it works and one `{"result": …}` or `{"error": …}` line; ends when standard input
+closes: with the node agent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from llmrun.errors import LLMRunError, WeightsError
+from llmrun.settings import Settings
+from llmrun.weights import AnyWeights
+from llmrun_runtime.weights.cache import Cache
+from llmrun_runtime.weights.pin import Pin
+from llmrun_runtime.weights.store import open_store
+from llmrun_runtime.weights.sync import Peer, Sync, take_folder
+
+REPORT_S = 0.25
+
+
+class Errand(BaseModel):
+    """What to do."""
+
+    do: Literal["pin", "bring", "import", "verify", "mirror"]
+    weights: AnyWeights | None = None
+    pin: Pin | None = None
+    peers: tuple[Peer, ...] = ()
+    keep: tuple[str, ...] = ()
+    folder: str = ""
+    """For `import`: where the files lie."""
+    target: AnyWeights | None = None
+    """For `mirror`: where they go."""
+
+
+class Progress:
+    """Says how far it is, four times a second at most."""
+
+    def __init__(self) -> None:
+        self._said = 0.0
+
+    def __call__(self, here: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._said >= REPORT_S:
+            self._said = now
+            say({"here": here, "total": total})
+
+
+def say(message: dict[str, Any]) -> None:
+    """One line for the node agent."""
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
+
+
+def open_cache(settings: Settings) -> Cache:
+    """This node's cache."""
+    return Cache(settings.weights_root, settings.weights_max_bytes)
+
+
+def run(errand: Errand) -> object:
+    """Do it; the result. Raises WeightsError."""
+    cache, progress = open_cache(Settings()), Progress()
+    if errand.do == "pin" and errand.weights:
+        return open_store(errand.weights).pin().model_dump(mode="json")
+    if errand.do == "bring" and errand.pin:
+        manifest = Sync(cache, errand.pin, errand.keep, errand.peers, progress).run()
+        say({"result": str(cache.folder(errand.pin.id))})
+        cache.settle(manifest)
+        return None
+    if errand.do == "import" and errand.weights:
+        manifest = take_folder(cache, Path(errand.folder), errand.weights, errand.keep, progress)
+        say({"result": manifest.pin.model_dump(mode="json")})
+        cache.settle(manifest)
+        return None
+    if errand.do == "verify" and errand.pin:
+        found = cache.find(errand.pin.id)
+        return cache.verify(found) if found else [f"{errand.pin.id} is not complete"]
+    if errand.do == "mirror" and errand.pin and errand.target:
+        from llmrun_runtime.weights.mirror import mirror  # noqa: PLC0415 - the only errand that writes to stores
+
+        return mirror(cache, errand.pin, errand.target, progress)
+    raise WeightsError(f"the weights worker cannot {errand.do} that: is this llmrun as old as the cluster's?")
+
+
+def main(arguments: Sequence[str] = ()) -> None:
+    """Do what standard input says."""
+    errand = Errand.model_validate_json(sys.stdin.readline())
+    threading.Thread(target=_end_with_the_agent, daemon=True).start()
+    try:
+        result = run(errand)
+    except LLMRunError as error:
+        say({"error": str(error)})
+    except OSError as error:
+        say({"error": f"{type(error).__name__}: {error}"})
+    else:
+        if result is not None:
+            say({"result": result})
+    sys.stdout.flush()
+    os._exit(0)  # the stores' packages leave threads and loops that need no farewell
+
+
+def _end_with_the_agent() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
