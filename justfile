@@ -16,6 +16,8 @@ _list:
 
 # a real 135M model on this machine's CPU: deploys it, asks it a question, says how to go on
 demo: setup _smollm2
+    @echo "== importing its weights, so that no network is needed"
+    llmrun weights import {{weights}} --as HuggingFaceTB/SmolLM2-135M-Instruct
     @echo "== deploying examples/smollm2/app.py"
     llmrun deploy examples/smollm2/app.py --yes --adopt
     @echo "== asking it: What is the capital of France?"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
@@ -195,6 +196,39 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     assert leftovers() - files == set()
     with socket.create_server(("127.0.0.1", home.port)):
         pass
+
+
+@contextlib.contextmanager
+def second_node(cluster: Home, home: Path) -> Iterator[psutil.Process]:
+    """Another raylet of the cluster with a home of its own, and a made-up A10G; ended with all that it started."""
+    info = json.loads((cluster.path / "cluster.json").read_text())
+    env = {
+        **cluster.env,
+        "LLMRUN_HOME": str(home),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(cluster.path / "ray.token"),
+        "WORD_FOR_TESTS": "second",
+    }
+    resources = '{"accelerator_type:A10G": 1}'
+    node = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={info['ray_address']}", "--block"),
+            *("--node-ip-address=127.0.0.3", "--num-cpus=1", "--num-gpus=1", f"--resources={resources}"),
+            *("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"),
+            *("--object-store-memory=100000000", "--disable-usage-stats"),
+        ],
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        yield psutil.Process(node.pid)
+    finally:
+        family = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+        for process in family:
+            process.kill()
+        psutil.wait_procs(family, 10)
+        node.wait(10)
 
 
 @pytest.fixture

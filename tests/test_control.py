@@ -15,7 +15,7 @@ from llmrun.wire import DeployRequest, Plan
 from llmrun_runtime.control import database as database_module
 from llmrun_runtime.control.database import Database, Deployed
 from llmrun_runtime.control.placing import Node, Placement, has_room, resolve, shortage
-from llmrun_runtime.control.planning import make_plan
+from llmrun_runtime.control.planning import check, make_plan
 from llmrun_runtime.control.registry import Registry
 from llmrun_runtime.reports import LEASE_S, Registration, Traffic
 from llmrun_runtime.serveconfig import app_name, parse_app_name
@@ -42,9 +42,9 @@ def plan(
 ) -> Plan:
     """The plan of a deploy of app `app` from `here`."""
     request = DeployRequest(app="app", source="here", specs=specs, **more)
-    return make_plan(
-        request, {row.name: row for row in rows}, sources or {}, {made.name: deployed(made) for made in specs}
-    )
+    before = {row.name: row for row in rows}
+    check(request, before, sources or {})
+    return make_plan(request, before, {made.name: deployed(made) for made in specs})
 
 
 def test_a_plan_tells_new_changed_tuned_same_and_missing_apart() -> None:

@@ -8,7 +8,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 import zipfile
@@ -21,7 +20,7 @@ import psutil
 import pytest
 from openai import OpenAI
 
-from tests.conftest import BIN, ENGINE_START_S, REPO, Home, free_port, until, write_app
+from tests.conftest import BIN, ENGINE_START_S, REPO, SMOLLM2, Home, free_port, second_node, until, write_app
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 EXAMPLE = REPO / "examples/smollm2/app.py"
@@ -84,7 +83,8 @@ class Plain: ...
 
 
 def deploy_example(cluster: Home) -> str:
-    """Deploy the demo's app; what the command said."""
+    """Deploy the demo's app, as `just demo` does; what the command said."""
+    assert "imported" in cluster.ok("weights", "import", SMOLLM2, "--as", "HuggingFaceTB/SmolLM2-135M-Instruct")
     return cluster.ok("deploy", EXAMPLE)
 
 
@@ -117,7 +117,7 @@ def test_a_second_deploy_changes_nothing_and_is_quick(cluster: Home) -> None:
 
 def test_numbers_change_without_a_restart(cluster: Home, tmp_path: Path) -> None:
     (engine,) = cluster.engines("smollm2")
-    text = EXAMPLE.read_text().replace("./SmolLM2", f"{EXAMPLE.parent}/SmolLM2")
+    text = EXAMPLE.read_text()
     other = tmp_path / "smollm2" / "app.py"
     other.parent.mkdir()
     other.write_text(text.replace("aliases=", "max_replicas=2, idle_timeout=600, aliases="))
@@ -142,7 +142,8 @@ def test_an_idle_cluster_takes_less_than_2_gib_beside_its_engines(cluster: Home)
         ("org/model", 'accelerator="H100"', ["one: accelerator='H100': no node can give 1 × H100", "The cluster has"]),
         ("org/model", "cpus=500", ["cpus=500", "no node can give 500 CPUs"]),
         ("org/model", 'lora="s3://acme/adapters"', ["lora='s3://acme/adapters'", "not served yet"]),
-        ("s3://acme/model", "", ["s3://acme/model", "not served yet"]),
+        ("s3://acme/model", "", ["s3://acme/model: access denied", "set AWS_ACCESS_KEY_ID", "on node 127.0.0.2"]),
+        ("org/model", "", ["org/model: ", "cannot be asked", "llmrun weights import DIR --as org/model"]),
         ("./nowhere", "", ["nowhere'", "no such path"]),
         ("org/model", 'engine="tgi"', ["engine='tgi'", "there are vllm"]),
         ("org/model", 'aliases=["smollm2"]', ["'smollm2' belongs to model smollm2 of app smollm2"]),
@@ -241,7 +242,7 @@ def test_a_version_that_has_no_room_beside_the_one_before_waits_until_that_has_d
     (engine,) = cluster.engines("smollm2")
     other = tmp_path / "smollm2" / "app.py"
     other.parent.mkdir()
-    text = EXAMPLE.read_text().replace("./SmolLM2", f"{EXAMPLE.parent}/SmolLM2")
+    text = EXAMPLE.read_text()
     other.write_text(text.replace("aliases=", 'cpus=1.3, engine_args="--no-such-flag 1", aliases='))
     said = cluster.fails("deploy", other, "--adopt")
     assert "no room beside version 3: it drains first, requests wait" in said
@@ -350,28 +351,8 @@ def test_no_room_for_the_proof_is_said_with_who_holds_it(cluster: Home, tmp_path
 
 
 def test_two_nodes(cluster: Home, tmp_path: Path, hooked_app: Path) -> None:
-    info = json.loads((cluster.path / "cluster.json").read_text())
     second = tmp_path / "second"
-    env = {
-        **cluster.env,
-        "LLMRUN_HOME": str(second),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(cluster.path / "ray.token"),
-        "WORD_FOR_TESTS": "second",
-    }
-    resources = '{"accelerator_type:A10G": 1}'
-    node = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={info['ray_address']}", "--block"),
-            *("--node-ip-address=127.0.0.3", "--num-cpus=1", "--num-gpus=1", f"--resources={resources}"),
-            *("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"),
-            *("--object-store-memory=100000000", "--disable-usage-stats"),
-        ],
-        env=env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
+    with second_node(cluster, second) as node:
         text = hooked_app.read_text().partition("@llm(")
         away = tmp_path / "away" / "app.py"
         away.parent.mkdir()
@@ -396,12 +377,6 @@ def test_two_nodes(cluster: Home, tmp_path: Path, hooked_app: Path) -> None:
         assert cluster.ask("away", "Hello").status_code == 200
         assert "removed away" in cluster.ok("delete", "--app", "away", "--yes")
         until(lambda: not family_of(node.pid, "ServeReplica"), 30, "the replica and its engine have ended")
-    finally:
-        family = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
-        for process in family:
-            process.kill()
-        psutil.wait_procs(family, 10)
-        node.wait(10)
 
 
 def test_chat_streams_and_converses(cluster: Home) -> None:
@@ -423,21 +398,21 @@ def test_what_was_deployed_is_deployed_again_after_down_and_up(cluster: Home) ->
     models = {model["name"] for model in json.loads(cluster.ok("status", "--json"))["models"]}
     assert "ended" in cluster.ok("down")
     assert "nothing of llmrun's answers" in cluster.fails("status")
-    cluster.ok("up")
+    cluster.ok("up", "--node-ip", "127.0.0.2")
     status = json.loads(cluster.ok("status", "--json"))
     assert {model["name"] for model in status["models"]} == models
     assert {model["state"] for model in status["models"]} == {"cold"}
     assert "Paris" in cluster.ask("smollm2", PARIS).text
 
 
-def test_two_homes_on_two_ports_do_not_meet(cluster: Home, tmp_path: Path) -> None:
+def test_two_homes_on_two_ports_do_not_meet(cluster: Home, tmp_path: Path, tiny_weights: Path) -> None:
     other = Home(tmp_path / "other", free_port())
     other.path.mkdir()
     stale = {"url": other.url, "pid": 2**22 - 1, "temp": str(tmp_path / "gone"), "ray_address": ""}
     (other.path / "cluster.json").write_text(json.dumps(stale))  # as a parent leaves it that was killed
-    app = write_app(tmp_path / "app.py", '@llm("org/model")\nclass One: ...\n')
+    app = write_app(tmp_path / "app.py", f'@llm("{tiny_weights}")\nclass One: ...\n')
     said = other.ok("deploy", app, "--dry-run", LLMRUN_URL="")
-    assert f"nothing listens at {other.url}: starting a cluster" in said and "+ one  org/model, on CPU" in said
+    assert f"nothing listens at {other.url}: starting a cluster" in said and f"+ one  {tiny_weights}, on CPU" in said
     try:
         assert "nothing is deployed" in other.ok("status")
         assert "runs already" in other.fails("up")

@@ -1,7 +1,10 @@
-"""A 135M model that answers on a laptop's CPU. `just demo` makes its weights; then `llmrun deploy` this file."""
+"""A 135M model that answers on a laptop's CPU: `llmrun deploy` this file.
+
+`just demo` needs no network: it makes the weights and imports them under the name that stands here.
+"""
 
 from llmrun import llm
 
 
-@llm("./SmolLM2-135M-Instruct", name="smollm2", aliases=["HuggingFaceTB/SmolLM2-135M-Instruct"])
+@llm("HuggingFaceTB/SmolLM2-135M-Instruct", name="smollm2", aliases=["HuggingFaceTB/SmolLM2-135M-Instruct"])
 class SmolLM2: ...

@@ -16,7 +16,7 @@ from llmrun.wire import Change, DeployRequest, Plan
 from llmrun_runtime.control.database import Database, Deployed
 from llmrun_runtime.control.events import Job, Jobs
 from llmrun_runtime.control.placing import Node, could_run, has_room, resolve
-from llmrun_runtime.control.planning import make_plan
+from llmrun_runtime.control.planning import check, make_plan
 from llmrun_runtime.control.registry import Registry
 from llmrun_runtime.control.scaling import Candidate, Scaling
 from llmrun_runtime.control.serving import Serving, cluster_nodes
@@ -74,6 +74,7 @@ class Deployer:
             self._check(spec, nodes)
         placements = {spec.name: resolve(spec, nodes) for spec in request.specs}
         deployed = self._scaling.deployed
+        check(request, deployed, self.sources)
         found = await asyncio.gather(
             *(self._stock.pin(spec, placements[spec.name], deployed.get(spec.name), ask=ask) for spec in request.specs)
         )
@@ -82,7 +83,7 @@ class Deployer:
             spec.name: Deployed(request.app, 0, 0, spec, placements[spec.name], proven=False, pin=pins[spec.name])
             for spec in request.specs
         }
-        return make_plan(request, deployed, self.sources, rows), rows
+        return make_plan(request, deployed, rows), rows
 
     def _check(self, spec: ModelSpec, nodes: list[Node]) -> None:
         """Refuse what can be known to fail before anything starts."""

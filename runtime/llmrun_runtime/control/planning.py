@@ -11,16 +11,8 @@ from llmrun.wire import Change, DeployRequest, Plan
 from llmrun_runtime.control.database import Deployed
 
 
-def make_plan(
-    request: DeployRequest,
-    deployed: Mapping[str, Deployed],
-    sources: Mapping[str, str],
-    rows: Mapping[str, Deployed],
-) -> Plan:
-    """The changes, in the file's order, then removals. `rows` holds each model of the request as it would be.
-
-    Raises Refused for an app of another place, or a name that is taken.
-    """
+def check(request: DeployRequest, deployed: Mapping[str, Deployed], sources: Mapping[str, str]) -> None:
+    """Raise Refused for an app of another place, or a name that is taken."""
     known = sources.get(request.app)
     if known is not None and known != request.source and not request.adopt:
         raise Refused(
@@ -29,6 +21,10 @@ def make_plan(
             409,
         )
     _check_names(request, deployed)
+
+
+def make_plan(request: DeployRequest, deployed: Mapping[str, Deployed], rows: Mapping[str, Deployed]) -> Plan:
+    """The changes, in the file's order, then removals. `rows` holds each model of the request as it would be."""
     changes = [_change(rows[spec.name], deployed.get(spec.name)) for spec in request.specs]
     if not request.only:
         said = {spec.name for spec in request.specs}
