@@ -75,15 +75,15 @@ def test_from_s3_to_an_answer_and_from_zero_without_a_byte(
 
 def test_what_fails_at_the_store_is_one_line_of_the_deploy(cluster: Home, tmp_path: Path, s3: Proxy, hub: Hub) -> None:
     app = write_weights_app(tmp_path / "none.py", "s3://acme/models/none", endpoint_url=s3.url)
-    said = cluster.fails("deploy", app)
+    said = cluster.fails("deploy", app, "--name", "stores", "--adopt")
     assert "s3://acme/models/none: there are no files at that address (on node 127.0.0.2 (" in said
     hub.gated.add("acme/tiny")
     app = write_weights_app(tmp_path / "gated.py", "acme/tiny", endpoint_url=hub.url)
-    said = cluster.fails("deploy", app)
+    said = cluster.fails("deploy", app, "--name", "stores", "--adopt")
     assert f"accept its licence at {hub.url}/acme/tiny, and set HF_TOKEN" in said and "on node 127.0.0.2" in said
     hub.gated.clear()
     app = write_weights_app(tmp_path / "az.py", "az://acme/tiny")
-    assert "pip install adlfs" in cluster.fails("deploy", app)
+    assert "pip install adlfs" in cluster.fails("deploy", app, "--name", "stores", "--adopt")
 
 
 def test_from_the_hub_and_a_branch_that_moves(cluster: Home, tmp_path: Path, hub: Hub) -> None:
