@@ -65,3 +65,7 @@ e2e *args: setup _smollm2
 # the tests that need neither (seconds)
 unit *args: setup
     pytest -m "not e2e" {{args}}
+
+# how fast weights come, beside rclone, s3fs, huggingface_hub and a copy on the disk (2 minutes; needs 6 GB of disk)
+bench-weights: setup
+    python -m tests.bench_weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import http.client
 import json
@@ -285,6 +286,18 @@ def commit_of(folder: Path) -> str:
     return hashlib.sha1(json.dumps(parts).encode()).hexdigest()
 
 
+@functools.cache
+def sums(file: Path, size: int, mtime_ns: int) -> tuple[str, str]:
+    """A file's sha256, and its name in git."""
+    data = file.read_bytes()
+    return hashlib.sha256(data).hexdigest(), hashlib.sha1(b"blob %d\0" % size + data).hexdigest()
+
+
+def sums_of(file: Path) -> tuple[str, str]:
+    """Those of the file as it is now."""
+    return sums(file, file.stat().st_size, file.stat().st_mtime_ns)
+
+
 LARGE = (".safetensors", ".bin", "tokenizer.json")
 
 
@@ -338,11 +351,10 @@ def hub_server() -> Iterator[Hub]:
                 return
             siblings = []
             for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-                data = file.read_bytes()
-                item: dict[str, Any] = {"rfilename": file.relative_to(folder).as_posix(), "size": len(data)}
-                item["blobId"] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+                size, (sha256, oid) = file.stat().st_size, sums_of(file)
+                item: dict[str, Any] = {"rfilename": file.relative_to(folder).as_posix(), "size": size, "blobId": oid}
                 if file.name.endswith(LARGE):
-                    item["lfs"] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+                    item["lfs"] = {"sha256": sha256, "size": size, "pointerSize": 130}
                 siblings.append(item)
             siblings += [{"rfilename": name, "size": 1, "blobId": "0" * 40} for name in self.hub.hostile]
             if tree:
@@ -367,15 +379,13 @@ def hub_server() -> Iterator[Hub]:
                 return
             assert folder
             if not name.endswith(LARGE):
-                data = file.read_bytes()
-                oid = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-                self.give(file, {"X-Repo-Commit": commit_of(folder), "ETag": f'"{oid}"'})
+                self.give(file, {"X-Repo-Commit": commit_of(folder), "ETag": f'"{sums_of(file)[1]}"'})
                 return
             port = urlsplit(self.hub.url).port
             self.send_response(302)
             self.send_header("X-Repo-Commit", commit_of(folder))
             self.send_header("X-Linked-Size", str(file.stat().st_size))
-            self.send_header("X-Linked-Etag", f'"{hashlib.sha256(file.read_bytes()).hexdigest()}"')
+            self.send_header("X-Linked-Etag", f'"{sums_of(file)[0]}"')
             self.send_header("Location", f"http://localhost:{port}/storage/{repo}/{revision}/{name}?signature=1")
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -388,25 +398,30 @@ def hub_server() -> Iterator[Hub]:
             self.give(folder / "/".join(parts[4:]), {"ETag": '"storage"'})
 
         def give(self, file: Path, headers: dict[str, str]) -> None:
-            data = file.read_bytes()
-            wanted = self.headers.get("Range")
-            status = 200
-            if wanted:
-                start, _, end = wanted.removeprefix("bytes=").partition("-")
-                headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
-                data, status = data[int(start) : int(end) + 1], 206
+            size, status = file.stat().st_size, 200
+            start, end = 0, size - 1
+            if wanted := self.headers.get("Range"):
+                first, _, last = wanted.removeprefix("bytes=").partition("-")
+                start, end, status = int(first), int(last or end), 206
+                headers["Content-Range"] = f"bytes {start}-{end}/{size}"
+            self.begin("application/octet-stream", end + 1 - start, status, headers)
             if self.command == "GET":
                 self.hub.downloads.append(file.name)
-                self.hub.sent += len(data)
-            self.send(data, "application/octet-stream", status, headers)
+                self.hub.sent += end + 1 - start
+                self.wfile.flush()
+                with file.open("rb") as content:
+                    self.connection.sendfile(content, start, end + 1 - start) if size else None
 
-        def send(self, data: bytes, kind: str, status: int = 200, headers: dict[str, str] | None = None) -> None:
-            self.send_response(status)
-            for key, value in {"Content-Type": kind, "Content-Length": str(len(data)), **(headers or {})}.items():
-                self.send_header(key, value)
-            self.end_headers()
+        def send(self, data: bytes, kind: str) -> None:
+            self.begin(kind, len(data))
             if self.command == "GET":
                 self.wfile.write(data)
+
+        def begin(self, kind: str, size: int, status: int = 200, headers: dict[str, str] | None = None) -> None:
+            self.send_response(status)
+            for key, value in {"Content-Type": kind, "Content-Length": str(size), **(headers or {})}.items():
+                self.send_header(key, value)
+            self.end_headers()
 
     with serving(Handler) as url:
         Handler.hub = Hub(url)

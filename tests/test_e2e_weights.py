@@ -122,8 +122,7 @@ def test_the_weights_commands(cluster: Home, tmp_path: Path, tiny_weights: Path,
     (blob,) = [p for p in (cluster.path / "weights" / "blobs").iterdir() if p.stat().st_size > 2**23]
     with blob.open("r+b") as file:
         file.write(b"?")
-    said = cluster.fails("weights", "verify", "acme/own")
-    assert "model.safetensors is damaged: its sha256 is" in said or "model.safetensors is damaged: its md5 is" in said
+    assert "model.safetensors is damaged: its " in cluster.fails("weights", "verify", "acme/own")
     assert "no node has it" in cluster.fails("weights", "remove", "acme/other")
     assert "removed acme/tiny" in cluster.ok("weights", "remove", "acme/tiny")
     assert "bytes freed" in cluster.ok("weights", "prune", "--yes")
@@ -137,7 +136,8 @@ def test_a_second_node_gets_them_from_the_first(cluster: Home, tmp_path: Path, t
         pull = ("weights", "pull", "acme/own")
         until(lambda: "127.0.0.3" in cluster.ok(*pull) + cluster.ok("weights", "list"), 60, "the node joined")
         rows = json.loads(cluster.ok("weights", "list", "--json"))
-        assert sorted(row["node"] for row in rows) == ["127.0.0.2", "127.0.0.3"]
+        nodes = sorted(row["node"] for row in rows if row["source"] == "acme/own")
+        assert nodes == ["127.0.0.2", "127.0.0.3"]
         own = (tmp_path / "second" / "weights" / "models").glob("*/model.safetensors")
         assert [path.read_bytes() for path in own] == [(tiny_weights / "model.safetensors").read_bytes()]
         assert "all right" in cluster.ok("weights", "verify")

@@ -60,7 +60,7 @@ class NodeAgent:
 
     async def bring(self, pin: Pin, env: Mapping[str, Secret | str]) -> str:
         """The folder of the complete pin, from another node if one has it, else from the store."""
-        if self._weights.has(pin.id):
+        if await self._weights.has(pin.id):
             peers, keep = [], []
         else:
             peers, keep = await self._control.weights_elsewhere.remote(pin.id, self._node)
@@ -68,7 +68,7 @@ class NodeAgent:
 
     async def has(self, pin_id: str) -> bool:
         """Whether a pin is complete here."""
-        return self._weights.has(pin_id)
+        return await self._weights.has(pin_id)
 
     async def peer(self) -> Peer:
         """How other nodes reach the weights that lie here."""

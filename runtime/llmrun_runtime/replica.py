@@ -156,6 +156,8 @@ class Replica:
     async def _weights(self) -> Path:
         """The folder that the engine loads; the node agent brings it if it is not here. Raises LLMRunError."""
         spec, pin = self._config.spec, self._config.pin
+        if pin is None and not spec.path:
+            raise EngineError(f"model={spec.model.source!r}: what it means was never pinned: deploy it again")
         if pin is None:
             path = Path(spec.path or "").expanduser()
             if not path.exists():

@@ -72,9 +72,9 @@ def _change(new: Deployed, row: Deployed | None) -> Change:
     if new.placement != row.placement:
         restarts = True
         lines.append(f"runs on {row.placement} → {new.placement}")
-    if new.pin and row.pin and new.pin.id != row.pin.id:
+    if new.pin and spec.model == row.spec.model and (row.pin is None or new.pin.id != row.pin.id):
         restarts = True
-        lines.append(f"weights {row.pin.short} → {new.pin.short}")
+        lines.append(f"weights {row.pin.short if row.pin else 'not pinned'} → {new.pin.short}")
     kind = "change" if restarts else "tune" if lines else "same"
     return Change(model=spec.name, kind=kind, lines=tuple(lines), placement=where)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -26,7 +27,8 @@ from llmrun_runtime.weights.pin import Pin
 from llmrun_runtime.weights.sync import Peer
 
 T = TypeVar("T")
-ANSWER_S = 60
+log = logging.getLogger("llmrun.control")
+ANSWER_S = 20
 # Asking a store takes seconds, or minutes where it must be asked again and again.
 PIN_TIMEOUT_S = 300
 # Hashing and uploading have no deadline of their own but this one; a transfer has its own patience.
@@ -73,7 +75,7 @@ class Stock:
         return pin
 
     async def _imported(self, weights: Weights, nodes: Sequence[Node]) -> Pin | None:
-        found: list[Pin | None] = await gather_from(nodes, lambda node: agent_on(node.id).imported.remote(weights))
+        found: list[Pin | None] = await answers(nodes, lambda node: agent_on(node.id).imported.remote(weights), None)
         return next((pin for pin in found if pin), None)
 
     @contextlib.contextmanager
@@ -99,10 +101,10 @@ class Stock:
     async def elsewhere(self, pin_id: str, node: str) -> tuple[list[Peer], list[str]]:
         """How to reach the other nodes that have a pin; and the pins that must stay."""
         others = [other for other in real_nodes() if other.id != node]
-        has: list[bool] = await gather_from(others, lambda other: agent_on(other.id).has.remote(pin_id))
+        has = await answers(others, lambda other: agent_on(other.id).has.remote(pin_id), False)
         holders = [other for other, here in zip(others, has, strict=True) if here]
-        peers: list[Peer] = await gather_from(holders, lambda other: agent_on(other.id).peer.remote())
-        return peers, list(self.pinned())
+        peers: list[Peer | None] = await answers(holders, lambda other: agent_on(other.id).peer.remote(), None)
+        return [peer for peer in peers if peer], list(self.pinned())
 
     async def spread(
         self, pin: Pin, env: Mapping[str, Secret | str], nodes: Sequence[Node], job: Job, model: str = ""
@@ -130,7 +132,7 @@ class Stock:
                 done, _ = await asyncio.wait([work], timeout=PROGRESS_S)
                 if done:
                     return work.result()
-                said = await gather_from(nodes, lambda node: agent_on(node.id).progress.remote(key))
+                said = await answers(nodes, lambda node: agent_on(node.id).progress.remote(key), (0, 0))
                 for node, (here, total) in zip(nodes, said, strict=True):
                     if total:
                         await job.say("progress", model, node.host, here, total)
@@ -139,7 +141,8 @@ class Stock:
 
     async def rows(self) -> list[WeightsRow]:
         """What lies on all nodes, and which models have it pinned."""
-        found: list[list[WeightsRow]] = await gather_from(real_nodes(), lambda node: agent_on(node.id).rows.remote())
+        none: list[WeightsRow] = []
+        found = await answers(real_nodes(), lambda node: agent_on(node.id).rows.remote(), none)
         pinned = self.pinned()
         return [
             row.model_copy(update={"pinned_by": tuple(sorted(pinned.get(row.pin, ())))})
@@ -194,6 +197,8 @@ class Stock:
 
     async def _import(self, folder: str, weights: Weights, nodes: Sequence[Node], job: Job) -> None:
         keep = list(self.pinned())
+        alive = await answers(nodes, lambda node: agent_on(node.id).has.remote(""), None)
+        nodes = [node for node, answer in zip(nodes, alive, strict=True) if answer is not None]
         found: list[Pin | None] = await self._watched(
             nodes, lambda node: agent_on(node.id).take.remote(folder, weights, keep), weights.canonical, job
         )
@@ -208,7 +213,7 @@ class Stock:
             raise Refused(f"{target}: weights are mirrored to a store, like s3://bucket/path", 409)
         pin = await self._pin_of(weights)
         with self.wanted(pin):
-            has: list[bool] = await gather_from(nodes, lambda node: agent_on(node.id).has.remote(pin.id))
+            has = await answers(nodes, lambda node: agent_on(node.id).has.remote(pin.id), False)
             holder = next((node for node, here in zip(nodes, has, strict=True) if here), nodes[0])
             await self.spread(pin, {}, [holder], job)
             await job.say("step", text=f"uploading to {target}")
@@ -218,17 +223,17 @@ class Stock:
         await job.say("done", text=f"{target}: {sent['sent']} files sent, {sent['there']} were there")
 
     async def _verify(self, rows: Collection[WeightsRow], nodes: Sequence[Node], job: Job) -> None:
-        ids = sorted({row.pin for row in rows})
+        sources = {row.pin: f"{row.source} ({row.short})" for row in rows}
         damaged = 0
-        for pin_id in ids:
-            await job.say("step", text=f"hashing {pin_id}")
+        for pin_id, source in sources.items():
+            await job.say("step", text=f"hashing {source}")
             found = await self._verified(nodes, pin_id)
             for node, wrong in zip(nodes, found, strict=True):
                 for line in wrong.get(pin_id, ()):
                     damaged += 1
-                    await job.say("failed", text=f"{pin_id} on {node.host}: {line}; it is fetched again when needed")
+                    await job.say("failed", text=f"{source} on {node.host}: {line}; it is fetched again when needed")
         if not damaged:
-            await job.say("done", text=f"{len(ids)} checked, all right")
+            await job.say("done", text=f"{len(sources)} checked, all right")
 
     async def _verified(self, nodes: Sequence[Node], pin_id: str) -> list[dict[str, list[str]]]:
         return await gather_from(nodes, lambda node: agent_on(node.id).verify.remote([pin_id]), ERRAND_TIMEOUT_S)
@@ -254,6 +259,20 @@ def _same_commit(pin: Pin, weights: Weights) -> bool:
 def real_nodes() -> list[Node]:
     """The nodes that live."""
     return [node for node in cluster_nodes() if node.id]
+
+
+async def answers(nodes: Sequence[Node], call: Callable[[Node], Awaitable[T]], none: T) -> list[T]:
+    """The answers of the nodes' agents, in their order; `none` for a node that does not answer: it may have just died."""
+
+    async def answer(node: Node) -> T:
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                return await call(node)
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            log.warning("the node agent of %s does not answer: %r", node.host, error)
+            return none
+
+    return list(await asyncio.gather(*map(answer, nodes)))
 
 
 async def gather_from(

@@ -72,12 +72,16 @@ class Cache:
         """Where an engine finds a complete pin."""
         return self._models / pin_id
 
+    def lock(self, pin_id: str) -> Path:
+        """The lock of whoever works on a pin."""
+        return self.root / "locks" / f"{pin_id}.lock"
+
     def find(self, pin_id: str) -> Manifest | None:
         """A pin that is complete here, its files compared by size and time; None if it is not.
 
         Files that were not yet safe on the disk when the machine stopped are hashed once more.
         """
-        manifest = self._read(self._manifests / f"{pin_id}.json")
+        manifest = self.load(pin_id)
         if manifest is None:
             return None
         for name, entry in manifest.entries.items():
@@ -92,6 +96,10 @@ class Cache:
                 return None
             self._write(manifest.model_copy(update={"boot": ""}))
         return manifest
+
+    def load(self, pin_id: str) -> Manifest | None:
+        """A pin's manifest, whatever has become of its files."""
+        return self._read(self._manifests / f"{pin_id}.json")
 
     def used(self, pin_id: str) -> None:
         """Note that it is used now."""
@@ -235,16 +243,24 @@ class Cache:
         with self._index():
             blobs = {path.name for path in self._blobs.glob("*")}
             freed = self._drop(blobs - self._places())
+        freed += self._drop_partial()
+        complete = {path.stem for path in self._manifests.glob("*.json")}
+        for folder in self._models.glob("*"):
+            pin_id = folder.name.removeprefix(".").removesuffix(".new")
+            with locked(self.lock(pin_id), 0) as mine:
+                if mine and (pin_id not in complete or folder.name != pin_id):
+                    shutil.rmtree(folder, ignore_errors=True)
+        return freed
+
+    def _drop_partial(self) -> int:
+        """Remove parts of downloads that no process works on; the bytes freed."""
+        freed = 0
         for path in self.partial.glob("*.data"):
             with locked(path.with_suffix(".lock"), 0) as mine:
                 if mine:
                     freed += path.stat().st_blocks * 512
                     path.unlink(missing_ok=True)
                     path.with_suffix(".parts").unlink(missing_ok=True)
-        complete = {path.stem for path in self._manifests.glob("*.json")}
-        for folder in self._models.glob("[!.]*"):
-            if folder.name not in complete:
-                shutil.rmtree(folder, ignore_errors=True)
         return freed
 
     def make_room(self, needed: int, keep: Collection[str], what: str) -> None:
@@ -256,6 +272,8 @@ class Cache:
         free = shutil.disk_usage(self.root).free - SPARE_BYTES
         held = sum(path.stat().st_size for path in self._blobs.glob("*"))
         short = max(needed - free, held + needed - self.max_bytes if self.max_bytes else 0)
+        if needed > free:
+            short -= self._drop_partial()
         if short <= 0:
             return
         old = sorted((used, m.pin.id, m) for m, used in self.manifests() if m.pin.id not in keep)

@@ -6,18 +6,28 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, get_token, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import (
+    HfApi,
+    ModelInfo,
+    constants,
+    get_hf_file_metadata,
+    get_token,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub import errors as hub
 
 from llmrun.errors import WeightsError
 from llmrun.weights import Weights
 from llmrun_runtime.weights.pin import File, Pin, choose
-from llmrun_runtime.weights.ranges import HttpReader, Reader, Trouble
+from llmrun_runtime.weights.ranges import PASSING, HttpReader, Reader, Trouble
 
 TIMEOUT_S = 30
+WAITS_S = (0.5, 1, 2, 4)
 
 
 class HubStore:
@@ -39,8 +49,7 @@ class HubStore:
             return self._pin_from_cache()
         weights = self._weights
         try:
-            api = HfApi(endpoint=self._endpoint, token=self._token)
-            info = api.model_info(weights.repo, revision=weights.revision, files_metadata=True, timeout=TIMEOUT_S)
+            info = self._info()
         except hub.GatedRepoError:
             page = f"{self._endpoint}/{weights.repo}"
             raise WeightsError(
@@ -68,6 +77,19 @@ class HubStore:
             for item in info.siblings or ()
         ]
         return Pin(weights=weights, revision=info.sha or weights.revision, files=choose(files, weights))
+
+    def _info(self) -> ModelInfo:
+        """The repository at the revision; a busy Hub is asked again. Raises what `huggingface_hub` does."""
+        api = HfApi(endpoint=self._endpoint, token=self._token)
+        repo, revision = self._weights.repo, self._weights.revision
+        for wait in WAITS_S:
+            try:
+                return api.model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT_S)
+            except hub.HfHubHTTPError as error:
+                if error.response.status_code not in PASSING:
+                    raise
+            time.sleep(wait)
+        return api.model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT_S)
 
     def _token_advice(self, whose: str) -> str:
         if self._token:

@@ -38,6 +38,7 @@ class NodeWeights:
         self._progress: dict[str, tuple[int, int]] = {}
         self._peer: Peer | None = None
         self._runner: web.AppRunner | None = None
+        self._given: dict[str, Manifest | None] = {}
 
     async def pin(self, weights: Weights, env: Mapping[str, str]) -> Pin:
         """What the source means now, asked with this node's credentials. Raises WeightsError."""
@@ -90,9 +91,9 @@ class NodeWeights:
     def _chosen(self, pin_ids: Collection[str]) -> list[Manifest]:
         return [manifest for manifest, _ in self.cache.manifests() if manifest.pin.id in pin_ids]
 
-    def has(self, pin_id: str) -> bool:
+    async def has(self, pin_id: str) -> bool:
         """Whether the pin is complete here."""
-        return self.cache.find(pin_id) is not None
+        return await asyncio.to_thread(self.cache.find, pin_id) is not None
 
     def rows(self) -> list[WeightsRow]:
         """What lies here."""
@@ -143,13 +144,16 @@ class NodeWeights:
         """A manifest, or one of its files (with ranges, by sendfile)."""
         if not hmac.compare_digest(request.headers.get("Authorization", ""), f"Bearer {token}"):
             return web.Response(status=401)
-        manifest = await asyncio.to_thread(self.cache.find, request.match_info["pin"])
-        name = request.match_info.get("name")
+        pin_id, name = request.match_info["pin"], request.match_info.get("name")
+        if name is None:  # a peer begins with this; what it then asks for is not compared as a whole each time
+            self._given[pin_id] = await asyncio.to_thread(self.cache.find, pin_id)
+        manifest = self._given.get(pin_id)
         if manifest is None or (name is not None and name not in manifest.entries):
             return web.Response(status=404)
         if name is None:
             return web.Response(text=manifest.model_dump_json(), content_type="application/json")
-        return web.FileResponse(self.cache.where(manifest.entries[name]))
+        place = self.cache.where(manifest.entries[name])
+        return web.FileResponse(place) if place.is_file() else web.Response(status=404)
 
     async def _once(self, key: str, errand: Errand, env: Mapping[str, str]) -> Any:
         """Send an errand, or wait for the one of that key that is under way. It goes on if who asked goes away."""

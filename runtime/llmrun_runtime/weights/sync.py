@@ -88,7 +88,7 @@ class Sync:
     def run(self) -> Manifest:
         """The manifest of the complete pin. Raises WeightsError."""
         pin, cache = self._pin, self._cache
-        with locked(cache.root / "locks" / f"{pin.id}.lock"):
+        with locked(cache.lock(pin.id)):
             for _ in range(ROUNDS):
                 manifest = cache.find(pin.id) or cache.publish(pin, self._gather())
                 if manifest:
@@ -257,7 +257,7 @@ def take_folder(cache: Cache, folder: Path, weights: Weights, keep: Collection[s
         report(here, total)
     hashed = [file.model_copy(update={"digests": {"sha256": entries[file.name].digests["sha256"]}}) for file in files]
     pin = Pin(weights=weights, files=tuple(hashed), imported=True)
-    with locked(cache.root / "locks" / f"{pin.id}.lock"):
+    with locked(cache.lock(pin.id)):
         manifest = cache.find(pin.id) or cache.publish(pin, entries)
     if manifest is None:
         raise WeightsError(f"{folder}: its files vanish from {cache.root}: import it again")

@@ -84,8 +84,8 @@ def run(errand: Errand) -> object:
         cache.settle(manifest)
         return None
     if errand.do == "verify" and errand.pin:
-        found = cache.find(errand.pin.id)
-        return cache.verify(found) if found else [f"{errand.pin.id} is not complete"]
+        found = cache.load(errand.pin.id)
+        return cache.verify(found) if found else []
     if errand.do == "mirror" and errand.pin and errand.target:
         from llmrun_runtime.weights.mirror import mirror  # noqa: PLC0415 - the only errand that writes to stores
 
