@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,6 +129,20 @@ def test_the_weights_commands(cluster: Home, tmp_path: Path, tiny_weights: Path,
     assert "bytes freed" in cluster.ok("weights", "prune", "--yes")
     assert json.loads(cluster.ok("weights", "list", "--json")) == []
     assert not list((cluster.path / "weights" / "blobs").iterdir())
+
+
+def test_a_slow_pull_says_how_far_it_is(cluster: Home, buckets: Path, s3: Proxy) -> None:
+    pull = ("weights", "pull", "s3://anonymous@acme/models/tiny", "--endpoint-url", s3.url)
+    assert "access denied" in cluster.fails("weights", "pull", "s3://acme/models/tiny", "--endpoint-url", s3.url)
+    with s3_server(buckets, keys=False) as server, proxy_to(server.url) as slow:
+        pull = (*pull[:-1], slow.url)
+        slow.fault.bytes_per_s = 2 * 2**20
+        assert re.search(r"  127.0.0.2: [\d.]+ MB of 16.7 MB, [\d.]+ MB/s, \d+ s left", cluster.ok(*pull))
+        assert "bytes freed" in cluster.ok("weights", "prune", "--yes")
+        slow.fault.bytes_per_s = 6 * 2**20
+        code, shown = cluster.on_a_terminal(*pull, answers="")
+        assert code == 0 and "/16.7 MB" in shown and "MB/s" in shown and "is on every node" in shown
+    assert "bytes freed" in cluster.ok("weights", "prune", "--yes")
 
 
 def test_a_second_node_gets_them_from_the_first(cluster: Home, tmp_path: Path, tiny_weights: Path, s3: Proxy) -> None:

@@ -38,6 +38,10 @@ KEEP_PINS = 64
 COMMIT_LENGTH = 40
 
 
+class Silent(EngineError):
+    """A node's agent does not answer."""
+
+
 class Stock:
     """What control knows of weights."""
 
@@ -65,10 +69,8 @@ class Stock:
         if pin is None and old and old.pin and _same_commit(old.pin, weights):
             pin = old.pin
         if pin is None:
-            asked = next((node for node in nodes if could_run(placement, node)), nodes[0])
-            pin = (
-                await gather_from([asked], lambda node: agent_on(node.id).pin.remote(weights, spec.env), PIN_TIMEOUT_S)
-            )[0]
+            able = [node for node in nodes if could_run(placement, node)]
+            pin = await self._ask(weights, spec.env, able or nodes)
         while len(self._pins) >= KEEP_PINS:
             del self._pins[next(iter(self._pins))]
         self._pins[key] = pin
@@ -77,6 +79,16 @@ class Stock:
     async def _imported(self, weights: Weights, nodes: Sequence[Node]) -> Pin | None:
         found: list[Pin | None] = await answers(nodes, lambda node: agent_on(node.id).imported.remote(weights), None)
         return next((pin for pin in found if pin), None)
+
+    async def _ask(self, weights: Weights, env: Mapping[str, Secret | str], nodes: Sequence[Node]) -> Pin:
+        """What the first of the nodes that answers says. Raises LLMRunError."""
+        for node in nodes:
+            found: list[Pin | None] = await answers(
+                [node], lambda node: agent_on(node.id).pin.remote(weights, env), None, PIN_TIMEOUT_S
+            )
+            if found[0]:
+                return found[0]
+        raise EngineError(f"{weights}: no node answers that could ask for it: `llmrun status` shows what runs")
 
     @contextlib.contextmanager
     def wanted(self, pin: Pin | None) -> Iterator[None]:
@@ -110,8 +122,9 @@ class Stock:
         self, pin: Pin, env: Mapping[str, Secret | str], nodes: Sequence[Node], job: Job, model: str = ""
     ) -> None:
         """Bring a pin to all `nodes`: to one from the store, if no node has it, and from there to the others."""
-        has: list[bool] = await gather_from(nodes, lambda node: agent_on(node.id).has.remote(pin.id))
-        missing = [node for node, here in zip(nodes, has, strict=True) if not here]
+        has = await answers(nodes, lambda node: agent_on(node.id).has.remote(pin.id), None)
+        # A node that has just died gets them, should it come back, when a model first wakes there.
+        missing = [node for node, here in zip(nodes, has, strict=True) if here is False]
         if not missing:
             return
         elsewhere, _ = await self.elsewhere(pin.id, "")
@@ -261,15 +274,19 @@ def real_nodes() -> list[Node]:
     return [node for node in cluster_nodes() if node.id]
 
 
-async def answers(nodes: Sequence[Node], call: Callable[[Node], Awaitable[T]], none: T) -> list[T]:
-    """The answers of the nodes' agents, in their order; `none` for a node that does not answer: it may have just died."""
+async def answers(
+    nodes: Sequence[Node], call: Callable[[Node], Awaitable[T]], none: T, timeout: float = ANSWER_S
+) -> list[T]:
+    """The answers of the nodes' agents, in their order; `none` for one that does not answer: it may have just died.
+
+    Raises the LLMRunError of one.
+    """
 
     async def answer(node: Node) -> T:
         try:
-            async with asyncio.timeout(ANSWER_S):
-                return await call(node)
-        except (ray.exceptions.RayError, TimeoutError) as error:
-            log.warning("the node agent of %s does not answer: %r", node.host, error)
+            return (await gather_from([node], call, timeout))[0]
+        except Silent as error:
+            log.warning("%s", error)
             return none
 
     return list(await asyncio.gather(*map(answer, nodes)))
@@ -278,7 +295,7 @@ async def answers(nodes: Sequence[Node], call: Callable[[Node], Awaitable[T]], n
 async def gather_from(
     nodes: Sequence[Node], call: Callable[[Node], Awaitable[T]], timeout: float = ANSWER_S
 ) -> list[T]:
-    """The answers of the nodes' agents, in their order. Raises the LLMRunError of one, or one that names the nodes."""
+    """The answers of the nodes' agents, in their order. Raises the LLMRunError of one, or Silent."""
     try:
         async with asyncio.timeout(timeout):
             return list(await asyncio.gather(*(call(node) for node in nodes)))
@@ -288,4 +305,4 @@ async def gather_from(
         raise
     except (ray.exceptions.RayError, TimeoutError) as error:
         hosts = ", ".join(node.host for node in nodes)
-        raise EngineError(f"one of the nodes {hosts} does not answer: {type(error).__name__}") from error
+        raise Silent(f"one of the nodes {hosts} does not answer: {type(error).__name__}") from error
