@@ -49,10 +49,14 @@ def timed(times: list[float]) -> Iterator[None]:
     times.append(time.monotonic() - started)
 
 
-async def by_llmrun(weights: Weights, home: Path, env: dict[str, str], again: list[float]) -> None:
-    """A node agent's two errands, pin and bring; and both once more, when all of it is there."""
+async def by_llmrun(weights: Weights, home: Path, env: dict[str, str], times: list[float], again: list[float]) -> None:
+    """A node agent's two errands, pin and bring; and both once more, when all of it is there.
+
+    Then the worker waits for the disk, which no deploy waits for, and none of the others does at all: not counted.
+    """
     node = NodeWeights(Settings(home=home), "127.0.0.1")
-    await node.bring(await node.pin(weights, env), env, [], [])
+    with timed(times):
+        await node.bring(await node.pin(weights, env), env, [], [])
     with timed(again):
         await node.bring(await node.pin(weights, env), env, [], [])
     await node.close()
@@ -81,31 +85,34 @@ def measure(root: Path, s3: str, hub: str) -> None:
     snapshot = "from huggingface_hub import snapshot_download as get; get('acme/model')"
     again: list[float] = []
 
-    def run(*command: str, **more: str) -> None:
-        subprocess.run(command, env=env | more, check=True, capture_output=True)
+    def run(*command: str, **more: str) -> Callable[[list[float]], None]:
+        def way(times: list[float]) -> None:
+            with timed(times):
+                subprocess.run(command, env=env | more, check=True, capture_output=True)
 
-    ways: dict[str, Callable[[], object]] = {
-        "copy on the disk": lambda: run("cp", "-r", str(source), str(target)),
-        "copy on the disk, and MD5 (one thread)": lambda: copy_and_hash(source, target),
-        "rclone copy": lambda: run(str(BIN / "rclone"), "copy", "s3:acme/model", str(target)),
-        "s3fs get": lambda: run(sys.executable, "-c", s3fs),
-        "llmrun, from S3": lambda: asyncio.run(
-            by_llmrun(Weights("s3://acme/model", endpoint_url=s3), home, env, again)
-        ),
-        "huggingface_hub snapshot_download (from a Hub in Python)": lambda: run(
+        return way
+
+    def ours(weights: Weights, **more: str) -> Callable[[list[float]], None]:
+        return lambda times: asyncio.run(by_llmrun(weights, home, env | more, times, again))
+
+    ways = {
+        "copy on the disk": run("cp", "-r", str(source), str(target)),
+        "copy on the disk, and MD5 (one thread)": lambda times: copy_and_hash(source, target, times),
+        "rclone copy": run(str(BIN / "rclone"), "copy", "s3:acme/model", str(target)),
+        "s3fs get": run(sys.executable, "-c", s3fs),
+        "llmrun, from S3": ours(Weights("s3://acme/model", endpoint_url=s3)),
+        "huggingface_hub snapshot_download (from a Hub in Python)": run(
             sys.executable, "-c", snapshot, HF_ENDPOINT=hub, HF_HOME=str(target), HF_HUB_DISABLE_PROGRESS_BARS="1"
         ),
-        "llmrun, from that Hub": lambda: asyncio.run(
-            by_llmrun(Weights("acme/model", endpoint_url=hub), home, env | {"HF_HOME": str(target)}, again)
-        ),
+        "llmrun, from that Hub": ours(Weights("acme/model", endpoint_url=hub), HF_HOME=str(target)),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(ROUNDS + 1):
         for name, way in ways.items():
-            with timed(times[name]):
-                way()
+            way(times[name])
             for folder in (target, home):
                 shutil.rmtree(folder, ignore_errors=True)
+            os.sync()  # what one has written is not for the next to wait for
             if not number:
                 times[name].clear()
     medians = {name: statistics.median(values) for name, values in times.items()}
@@ -120,12 +127,13 @@ def measure(root: Path, s3: str, hub: str) -> None:
     print(json.dumps({name: [round(value, 2) for value in values] for name, values in times.items()}))
 
 
-def copy_and_hash(source: Path, target: Path) -> None:
+def copy_and_hash(source: Path, target: Path, times: list[float]) -> None:
     """Copy, and take the MD5 of all files, as both rclone and llmrun do."""
-    subprocess.run(["cp", "-r", source, target], check=True)
-    for path in target.iterdir():
-        with path.open("rb") as file:
-            hashlib.file_digest(file, "md5")
+    with timed(times):
+        subprocess.run(["cp", "-r", source, target], check=True)
+        for path in target.iterdir():
+            with path.open("rb") as file:
+                hashlib.file_digest(file, "md5")
 
 
 if __name__ == "__main__":

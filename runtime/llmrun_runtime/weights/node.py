@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hmac
-import json
 import secrets
 import socket
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
-from llmrun.errors import WeightsError
 from llmrun.settings import Settings
 from llmrun.weights import Weights
 from llmrun.wire import WeightsRow
@@ -23,8 +19,7 @@ from llmrun_runtime.weights.cache import Cache, Manifest
 from llmrun_runtime.weights.pin import Pin
 from llmrun_runtime.weights.sync import Peer
 from llmrun_runtime.weights.worker import Errand
-
-LINE_BYTES = 2**26
+from llmrun_runtime.weights.workers import Workers
 
 
 class NodeWeights:
@@ -33,7 +28,7 @@ class NodeWeights:
     def __init__(self, settings: Settings, host: str) -> None:
         self.cache = Cache(settings.weights_root, settings.weights_max_bytes)
         self._host = host
-        self._where = f"node {host} ({socket.gethostname()})"
+        self._workers = Workers(f"node {host} ({socket.gethostname()})")
         self._running: dict[tuple[str, str], asyncio.Task[Any]] = {}
         self._progress: dict[str, tuple[int, int]] = {}
         self._peer: Peer | None = None
@@ -136,7 +131,8 @@ class NodeWeights:
         """Stop giving to other nodes, and end the workers."""
         for task in self._running.values():
             task.cancel()
-        await asyncio.gather(*self._running.values(), *_reapers, return_exceptions=True)
+        await asyncio.gather(*self._running.values(), return_exceptions=True)
+        await self._workers.close()
         if self._runner:
             await self._runner.cleanup()
 
@@ -171,50 +167,7 @@ class NodeWeights:
             task.exception()  # whoever waited has it
 
     async def _send(self, errand: Errand, env: Mapping[str, str], key: str = "") -> Any:
-        """Have a worker do it; its result as soon as it is said. Raises WeightsError."""
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "llmrun_runtime.weights.worker"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            env=dict(env) or None,
-            limit=LINE_BYTES,
-        )
-        assert process.stdin and process.stdout and process.stderr
-        words = asyncio.get_running_loop().create_task(process.stderr.read())
-        try:
-            process.stdin.write(errand.model_dump_json().encode() + b"\n")
-            with contextlib.suppress(ConnectionError):  # it has died: what it says, or does not, tells
-                await process.stdin.drain()
-            async for line in process.stdout:
-                message = json.loads(line)
-                if "error" in message:
-                    raise WeightsError(f"{message['error']} (on {self._where})")
-                if "result" in message:
-                    # What it still does, waiting for the disk, is no one's to wait for.
-                    _keep(asyncio.get_running_loop().create_task(_reap(process)))
-                    return message["result"]
-                self._progress[key] = (message["here"], message["total"])
-            code = await process.wait()
-            tail = (await words).decode(errors="replace").strip().splitlines()
-            why = tail[-1] if tail else "no word of why"
-            raise WeightsError(f"the work on weights ended with exit code {code} on {self._where}: {why}")
-        except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            raise
+        def progress(here: int, total: int) -> None:
+            self._progress[key] = (here, total)
 
-
-_reapers: set[asyncio.Task[None]] = set()
-
-
-def _keep(task: asyncio.Task[None]) -> None:
-    """Keep a reference to it, as asyncio does not."""
-    _reapers.add(task)
-    task.add_done_callback(_reapers.discard)
-
-
-async def _reap(process: asyncio.subprocess.Process) -> None:
-    await process.wait()
-    assert process.stdin
-    process.stdin.close()
+        return await self._workers.send(errand, env, progress)

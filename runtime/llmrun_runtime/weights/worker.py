@@ -1,19 +1,19 @@
-"""`python -m llmrun_runtime.weights.worker`: one errand for weights, in a process of its own.
+"""`python -m llmrun_runtime.weights.worker`: errands for weights, in a process of its own.
 
-So credentials are plain environment variables, each errand has its own, a crash or `kill -9` takes nothing along, and
-what the stores' packages need of memory goes back. Reads an Errand as one line of JSON from standard input, writes
-`{"here": …, "total": …}` lines while it works and one `{"result": …}` or `{"error": …}` line; ends when standard input
-closes: with the node agent.
+So credentials are plain environment variables, each model has its own, a crash or `kill -9` takes nothing along, and
+what the stores' packages need of memory goes back. Reads Errands from standard input, a line of JSON each; writes
+`{"here": …, "total": …}` lines while it works, one with `result` or `error`, and `{"free": true}` when it can take the
+next. Ends when standard input closes, in the middle of an errand too: with the node agent.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,25 +93,29 @@ def run(errand: Errand) -> object:
     raise WeightsError(f"the weights worker cannot {errand.do} that: is this llmrun as old as the cluster's?")
 
 
-def main(arguments: Sequence[str] = ()) -> None:
-    """Do what standard input says."""
-    errand = Errand.model_validate_json(sys.stdin.readline())
+def main() -> None:
+    """Do what standard input says, until it closes."""
     threading.Thread(target=_end_with_the_agent, daemon=True).start()
-    try:
-        result = run(errand)
-    except LLMRunError as error:
-        say({"error": str(error)})
-    except OSError as error:
-        say({"error": f"{type(error).__name__}: {error}"})
-    else:
-        if result is not None:
-            say({"result": result})
-    sys.stdout.flush()
+    while line := sys.stdin.readline():
+        try:
+            result = run(Errand.model_validate_json(line))
+        except LLMRunError as error:
+            say({"error": str(error)})
+        except OSError as error:
+            say({"error": f"{type(error).__name__}: {error}"})
+        else:
+            if result is not None:
+                say({"result": result})
+        say({"free": True})
     os._exit(0)  # the stores' packages leave threads and loops that need no farewell
 
 
 def _end_with_the_agent() -> None:
-    sys.stdin.read()
+    """Exit when the other end of standard input is gone, though nobody reads it."""
+    poll = select.poll()
+    poll.register(sys.stdin, select.POLLHUP | select.POLLRDHUP)
+    while not any(what & (select.POLLHUP | select.POLLRDHUP) for _, what in poll.poll()):
+        pass
     os._exit(1)
 
 
