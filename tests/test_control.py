@@ -14,6 +14,7 @@ from llmrun.spec import ModelSpec
 from llmrun.wire import DeployRequest, Plan
 from llmrun_runtime.control import database as database_module
 from llmrun_runtime.control.database import Database, Deployed
+from llmrun_runtime.control.events import Job
 from llmrun_runtime.control.placing import Node, Placement, has_room, resolve, shortage
 from llmrun_runtime.control.planning import check, make_plan
 from llmrun_runtime.control.registry import Registry
@@ -45,6 +46,19 @@ def plan(
     before = {row.name: row for row in rows}
     check(request, before, sources or {})
     return make_plan(request, before, {made.name: deployed(made) for made in specs})
+
+
+async def test_a_jobs_listener_that_is_slow_hears_everything() -> None:
+    job, heard = Job(), []
+    await job.say("step", text="1")
+    async for event in job.events():
+        heard.append(event.text or event.kind)
+        if event.text == "1":
+            for here in (1, 2):
+                await job.say("progress", text="moving", here=here, total=2)
+            await job.say("step", text="2")
+            await job.say("end")
+    assert heard == ["1", "moving", "2", "end"]
 
 
 def test_a_plan_tells_new_changed_tuned_same_and_missing_apart() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ from llmrun.weights import Weights
 from llmrun_runtime.weights.cache import Cache
 from llmrun_runtime.weights.node import NodeWeights
 from llmrun_runtime.weights.pin import MANIFEST, File, Pin, choose
-from llmrun_runtime.weights.transfer import PART_BYTES
+from llmrun_runtime.weights.transfer import PART_BYTES, Job, Transfer
 from llmrun_runtime.weights.worker import Errand
 from tests.conftest import until
 from tests.servers import AWS, S3, Fault, Hub, Proxy, gcs_server, hub_server, proxy_to, s3_server
@@ -337,6 +339,21 @@ def test_one_repository_from_two_stores_lies_here_once(node: Node, hub: Hub, buc
     assert taken(folder) == taken(buckets / "acme" / "model")
 
 
+def test_the_last_import_of_a_name_is_what_it_means(node: Node, tmp_path: Path) -> None:
+    weights = NodeWeights(Settings(home=node.home), "127.0.0.1")
+    pins = []
+    for number in (0, 1, 0):
+        folder = tmp_path / str(number)
+        if not folder.exists():
+            make_model(folder, (MIB,), seed=number)
+        kept = [pin.id for pin in pins]
+        pins.append(Pin.model_validate(node.do("import", folder=str(folder), weights=Weights("acme/model"), keep=kept)))
+        found = weights.imported(Weights("hf://acme/model@main"))
+        assert found and found[1].id == pins[-1].id
+    assert pins[0].id == pins[2].id != pins[1].id
+    assert node.fails("import", folder=str(tmp_path), weights=Weights("acme/x")).count("there is no config.json") == 1
+
+
 def test_import_and_mirror(node: Node, buckets: Path, s3: S3, proxy: Proxy, tmp_path: Path) -> None:
     files = taken(make_model(tmp_path / "local", (2 * PART_BYTES + 1,)))
     pin = Pin.model_validate(node.do("import", folder=str(tmp_path / "local"), weights=Weights("acme/model")))
@@ -429,6 +446,44 @@ def test_a_killed_worker_leaves_no_half_file_and_the_next_one_goes_on(node: Node
     proxy.sent, proxy.fault = 0, Fault()
     assert taken(node.bring(pin)) == files and node.partial() == []
     assert proxy.sent <= pin.total - have * PART_BYTES
+
+
+class Slow:
+    """A reader that sends a piece at a time, until `stop`; then it refuses one more part for good."""
+
+    name, unnamed = "a slow store", set[str]()
+
+    def __init__(self, stop: int) -> None:
+        self.left = stop
+        self.lock = threading.Lock()
+
+    def read(self, file: File, start: int, end: int) -> Iterator[bytes]:
+        """Pieces of ones."""
+        for at in range(start, end, MIB):
+            with self.lock:
+                self.left -= 1
+            if self.left < 0:
+                raise WeightsError("gone")
+            time.sleep(0.002)
+            yield b"\1" * min(MIB, end - at)
+
+
+def test_a_transfer_that_fails_notes_no_part_that_has_not_come(tmp_path: Path) -> None:
+    file = File(name="x", size=12 * PART_BYTES)  # without a checksum: nothing else would find it
+    done: list[dict[str, str]] = []
+
+    def run(reader: Slow) -> None:
+        job = Job(file, tmp_path / "x.data", [reader])
+        Transfer([job], lambda count: None, lambda job, digests: done.append(digests)).run()
+
+    with pytest.raises(WeightsError, match="gone"):
+        run(Slow(stop=100))
+    assert not done
+    run(Slow(stop=10**6))
+    whole = hashlib.sha256()
+    for _ in range(12):
+        whole.update(b"\1" * PART_BYTES)
+    assert done == [{"sha256": whole.hexdigest()}]
 
 
 def test_a_worker_ends_with_its_agent(node: Node, buckets: Path, proxy: Proxy) -> None:

@@ -136,11 +136,16 @@ def _from_model(target: str, name: str, accelerator: str, flags: list[str]) -> D
     """The request for a model without a file. Raises AppError or SpecError."""
     if Path(target).expanduser().is_dir():
         target = str(Path(target).expanduser().absolute())
-    elif target.count("/") != 1 and "://" not in target:
+    elif _without_revision(target).count("/") != 1 and "://" not in target:
         raise AppError(f"{target}: there is no such file, and a model's name looks like org/model")
-    label = _app_name(name, target.rstrip("/").rpartition("/")[2].partition("@")[0])
+    label = _app_name(name, _without_revision(target).rstrip("/").rpartition("/")[2])
     fields = {"model": target, "name": label, "accelerator": accelerator or None, "engine_args": flags}
     return DeployRequest(app=label, source="cli", specs=(build_spec(fields),))
+
+
+def _without_revision(target: str) -> str:
+    """`org/model@refs/pr/1` → `org/model`; other sources have no revision."""
+    return target if "://" in target and not target.startswith("hf://") else target.partition("@")[0]
 
 
 def _show(plan: Plan, prune: bool) -> None:

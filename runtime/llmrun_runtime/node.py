@@ -54,8 +54,8 @@ class NodeAgent:
         """What a source means now."""
         return await self._weights.pin(weights, self._environment(env))
 
-    async def imported(self, weights: Weights) -> Pin | None:
-        """What was imported here under that name."""
+    async def imported(self, weights: Weights) -> tuple[float, Pin] | None:
+        """See `NodeWeights.imported`."""
         return self._weights.imported(weights)
 
     async def bring(self, pin: Pin, env: Mapping[str, Secret | str]) -> str:

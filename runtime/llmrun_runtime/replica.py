@@ -31,7 +31,7 @@ from llmrun_runtime.environments import Environments, environment
 from llmrun_runtime.logs import log_path
 from llmrun_runtime.node import agent_on
 from llmrun_runtime.reports import REPORT_S, Registration
-from llmrun_runtime.weights.cache import Cache
+from llmrun_runtime.weights.cache import open_cache
 from llmrun_runtime.weights.pin import Pin
 
 log = logging.getLogger("ray.serve")
@@ -163,8 +163,7 @@ class Replica:
             if not path.exists():
                 raise EngineError(f"model={spec.model.source!r}: there is no such path on {self._where()}")
             return path
-        settings = Settings()
-        cache = Cache(settings.weights_root, settings.weights_max_bytes)
+        cache = open_cache(Settings())
         if await asyncio.to_thread(cache.find, pin.id):
             cache.used(pin.id)
             return cache.folder(pin.id)

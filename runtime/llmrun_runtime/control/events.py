@@ -46,11 +46,12 @@ class Job:
                     await self._more.wait()
             moved = [event for at, event in self._progress.values() if at > number]
             number = self._number
-            for event in [*moved, *self._events[seen:]]:
+            new = self._events[seen:]
+            seen += len(new)
+            for event in [*moved, *new]:
                 yield event
                 if event.kind == "end":
                     return
-            seen = len(self._events)
 
 
 class Jobs:

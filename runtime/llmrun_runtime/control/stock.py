@@ -23,14 +23,13 @@ from llmrun_runtime.control.placing import Node, Placement, could_run
 from llmrun_runtime.control.scaling import Scaling
 from llmrun_runtime.control.serving import cluster_nodes
 from llmrun_runtime.node import agent_on
+from llmrun_runtime.weights.node import PIN_TIMEOUT_S
 from llmrun_runtime.weights.pin import Pin
 from llmrun_runtime.weights.sync import Peer
 
 T = TypeVar("T")
 log = logging.getLogger("llmrun.control")
 ANSWER_S = 20
-# Asking a store takes seconds, or minutes where it must be asked again and again.
-PIN_TIMEOUT_S = 300
 # Hashing and uploading have no deadline of their own but this one; a transfer has its own patience.
 ERRAND_TIMEOUT_S = 24 * 3600
 PROGRESS_S = 0.5
@@ -77,14 +76,17 @@ class Stock:
         return pin
 
     async def _imported(self, weights: Weights, nodes: Sequence[Node]) -> Pin | None:
-        found: list[Pin | None] = await answers(nodes, lambda node: agent_on(node.id).imported.remote(weights), None)
-        return next((pin for pin in found if pin), None)
+        found: list[tuple[float, Pin] | None] = await answers(
+            nodes, lambda node: agent_on(node.id).imported.remote(weights), None
+        )
+        newest = max((item for item in found if item), key=lambda item: item[0], default=None)
+        return newest[1] if newest else None
 
     async def _ask(self, weights: Weights, env: Mapping[str, Secret | str], nodes: Sequence[Node]) -> Pin:
         """What the first of the nodes that answers says. Raises LLMRunError."""
         for node in nodes:
             found: list[Pin | None] = await answers(
-                [node], lambda node: agent_on(node.id).pin.remote(weights, env), None, PIN_TIMEOUT_S
+                [node], lambda node: agent_on(node.id).pin.remote(weights, env), None, PIN_TIMEOUT_S + ANSWER_S
             )
             if found[0]:
                 return found[0]
@@ -213,7 +215,10 @@ class Stock:
         alive = await answers(nodes, lambda node: agent_on(node.id).has.remote(""), None)
         nodes = [node for node, answer in zip(nodes, alive, strict=True) if answer is not None]
         found: list[Pin | None] = await self._watched(
-            nodes, lambda node: agent_on(node.id).take.remote(folder, weights, keep), weights.canonical, job
+            nodes,
+            lambda node: agent_on(node.id).take.remote(folder, weights, keep),
+            f"{weights.canonical} {folder}",
+            job,
         )
         pin = next((pin for pin in found if pin), None)
         if pin is None:

@@ -10,6 +10,7 @@ Knows no store. A manifest's time of change is when it was last used.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
@@ -17,15 +18,16 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import psutil
 from pydantic import BaseModel, ValidationError
 
 from llmrun.errors import WeightsError
-from llmrun_runtime.weights.digests import NAMING, blob_name, blob_names, digests_of, mismatch
+from llmrun.settings import Settings
+from llmrun_runtime.weights.boot import boot_id
+from llmrun_runtime.weights.digests import blob_name, digests_of, mismatch
 from llmrun_runtime.weights.locks import locked
 from llmrun_runtime.weights.pin import File, Pin
 
-# Local bytes of a size are hashed, to learn whether they are those wanted, from here on: below, fetching is as quick.
-COMPARE_BYTES = 8 * 2**20
 # What is left free of a disk, for logs and databases.
 SPARE_BYTES = 64 * 2**20
 
@@ -44,17 +46,16 @@ class Manifest(BaseModel):
     """A pin that is complete here."""
 
     pin: Pin
+    made: float
+    """When (Unix time) it was brought, or imported last."""
     entries: dict[str, Entry]
     boot: str
     """The boot in which it was written; empty once its bytes are known to be on the disk."""
 
 
-def boot_id() -> str:
-    """What changes when the machine starts anew: files that were not synced may then be damaged."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return "unknown"
+def open_cache(settings: Settings) -> Cache:
+    """This node's cache."""
+    return Cache(settings.weights_root, settings.weights_max_bytes)
 
 
 class Cache:
@@ -64,7 +65,7 @@ class Cache:
         self.root = root
         self.max_bytes = max_bytes
         self.partial = root / "partial"
-        self._blobs = root / "blobs"
+        self.blobs = root / "blobs"
         self._models = root / "models"
         self._manifests = root / "manifests"
 
@@ -84,18 +85,25 @@ class Cache:
         manifest = self.load(pin_id)
         if manifest is None:
             return None
-        for name, entry in manifest.entries.items():
-            try:
-                stat = (self.folder(pin_id) / name).stat()
-            except OSError:
-                return None
-            if (stat.st_size, stat.st_mtime_ns) != (entry.size, entry.mtime_ns):
-                return None
+        if not self.is_complete(manifest):
+            return None
         if manifest.boot and manifest.boot != boot_id():
             if self.verify(manifest):
                 return None
             self._write(manifest.model_copy(update={"boot": ""}))
         return manifest
+
+    def is_complete(self, manifest: Manifest) -> bool:
+        """Whether all its files are there, by size and time."""
+        folder = self.folder(manifest.pin.id)
+        for name, entry in manifest.entries.items():
+            try:
+                stat = (folder / name).stat()
+            except OSError:
+                return False
+            if (stat.st_size, stat.st_mtime_ns) != (entry.size, entry.mtime_ns):
+                return False
+        return True
 
     def load(self, pin_id: str) -> Manifest | None:
         """A pin's manifest, whatever has become of its files."""
@@ -103,48 +111,19 @@ class Cache:
 
     def used(self, pin_id: str) -> None:
         """Note that it is used now."""
-        os.utime(self._manifests / f"{pin_id}.json")
+        with contextlib.suppress(FileNotFoundError):  # another process has just made room
+            os.utime(self._manifests / f"{pin_id}.json")
 
     def manifests(self) -> Iterator[tuple[Manifest, float]]:
         """All complete pins, and when (Unix time) they were last used."""
         for path in sorted(self._manifests.glob("*.json")):
             manifest = self._read(path)
-            if manifest:
-                yield manifest, path.stat().st_mtime
+            with contextlib.suppress(FileNotFoundError):
+                if manifest:
+                    yield manifest, path.stat().st_mtime
 
-    def known(self, file: File) -> Entry | None:
-        """The file, if its bytes lie here already, under whatever name; large ones of its size are compared."""
-        for name in blob_names(file.digests):
-            entry = self._entry(name, file, {})
-            if entry:
-                return entry
-        if not any(name in file.digests for name in NAMING):
-            return None
-        for manifest, _ in self.manifests():
-            for entry in manifest.entries.values():
-                both = entry.digests.keys() & file.digests.keys() & set(NAMING)
-                if both and not mismatch(entry.digests, file.digests) and self._is_whole(entry):
-                    return entry
-        if file.size < COMPARE_BYTES or not self._blobs.is_dir():
-            return None
-        for blob in self._blobs.iterdir():
-            if blob.stat().st_size == file.size:
-                digests = digests_of(blob, file.digests)
-                if not mismatch(digests, file.digests):
-                    return self._entry(blob.name, file, digests)
-        return None
-
-    def _entry(self, blob: str, file: File, digests: dict[str, str]) -> Entry | None:
-        try:
-            stat = (self._blobs / blob).stat()
-        except OSError:
-            return None
-        algorithm, _, digest = blob.partition("-")
-        digests = {algorithm: digest, **file.digests, **digests}
-        entry = Entry(size=stat.st_size, mtime_ns=stat.st_mtime_ns, digests=digests, place=blob)
-        return entry if stat.st_size == file.size else None
-
-    def _is_whole(self, entry: Entry) -> bool:
+    def is_whole(self, entry: Entry) -> bool:
+        """Whether the file is there, with the size and the time it had."""
         try:
             stat = self.where(entry).stat()
         except OSError:
@@ -153,15 +132,15 @@ class Cache:
 
     def where(self, entry: Entry) -> Path:
         """The file itself."""
-        return self._blobs / entry.place  # an absolute place stays as it is
+        return self.blobs / entry.place  # an absolute place stays as it is
 
     def adopt(self, data: Path, file: File, digests: dict[str, str]) -> Entry:
         """Take in a file that has been checked against `digests`, by moving it."""
         digests = {**file.digests, **digests}
-        blob = self._blobs / blob_name(digests)
-        self._blobs.mkdir(parents=True, exist_ok=True)
-        if blob.exists() and blob.stat().st_size == file.size:  # others' manifests know its time
-            data.unlink()
+        blob = self.blobs / blob_name(digests)
+        self.blobs.mkdir(parents=True, exist_ok=True)
+        if blob.exists() and not mismatch(digests_of(blob, digests), digests):
+            data.unlink()  # others' manifests know that one's time
         else:
             data.replace(blob)
         stat = blob.stat()
@@ -175,7 +154,7 @@ class Cache:
 
     def publish(self, pin: Pin, entries: dict[str, Entry]) -> Manifest | None:
         """Make a pin visible; None if one of its files has gone meanwhile. The caller holds the pin's lock."""
-        manifest = Manifest(pin=pin, entries=entries, boot=boot_id())
+        manifest = Manifest(pin=pin, made=time.time(), entries=entries, boot=boot_id())
         draft = self._models / f".{pin.id}.new"
         shutil.rmtree(draft, ignore_errors=True)
         for name, entry in entries.items():
@@ -185,11 +164,17 @@ class Cache:
             link.symlink_to(entry.place if os.path.isabs(entry.place) else f"{up}/blobs/{entry.place}")
         with self._index():
             shutil.rmtree(self.folder(pin.id), ignore_errors=True)
-            if not all(self._is_whole(entry) for entry in entries.values()):
+            if not all(self.is_whole(entry) for entry in entries.values()):
                 shutil.rmtree(draft, ignore_errors=True)
                 return None
             draft.rename(self.folder(pin.id))
             self._write(manifest)
+        return manifest
+
+    def made_again(self, manifest: Manifest) -> Manifest:
+        """Note that a complete pin was imported once more, now."""
+        manifest = manifest.model_copy(update={"made": time.time()})
+        self._write(manifest)
         return manifest
 
     def settle(self, manifest: Manifest) -> None:
@@ -226,11 +211,11 @@ class Cache:
             self._forget(manifest.pin.id)
         return wrong
 
-    def remove(self, manifest: Manifest) -> int:
-        """Remove a pin and the blobs that no other one has; the bytes freed."""
+    def remove(self, manifest: Manifest, using: Collection[str] = ()) -> int:
+        """Remove a pin and its blobs, but those that another one has or that are in `using`; the bytes freed."""
         with self._index():
             self._forget(manifest.pin.id)
-        return self.drop(manifest.entries.values())
+        return self.drop(entry for entry in manifest.entries.values() if entry.place not in using)
 
     def drop(self, entries: Iterable[Entry]) -> int:
         """Remove those of the files that no complete pin has; the bytes freed."""
@@ -238,12 +223,17 @@ class Cache:
             mine = {entry.place for entry in entries if not os.path.isabs(entry.place)}
             return self._drop(mine - self._places())
 
+    def _drop_orphans(self, using: Collection[str] = ()) -> int:
+        """Remove blobs that no complete pin has: a killed or broken-off sync brought them. The bytes freed.
+
+        One that another sync has just brought is missed when that is published, and fetched again.
+        """
+        with self._index():
+            return self._drop({path.name for path in self.blobs.glob("*")} - self._places() - set(using))
+
     def prune(self) -> int:
         """Remove blobs and parts of downloads that nothing uses; the bytes freed."""
-        with self._index():
-            blobs = {path.name for path in self._blobs.glob("*")}
-            freed = self._drop(blobs - self._places())
-        freed += self._drop_partial()
+        freed = self._drop_orphans() + self._drop_partial()
         complete = {path.stem for path in self._manifests.glob("*.json")}
         for folder in self._models.glob("*"):
             pin_id = folder.name.removeprefix(".").removesuffix(".new")
@@ -252,10 +242,19 @@ class Cache:
                     shutil.rmtree(folder, ignore_errors=True)
         return freed
 
+    def sweep(self) -> None:
+        """Remove what processes that were killed left of small files, which are not resumed (`KEY-PID-….data`)."""
+        for path in self.partial.glob("*-*.data"):
+            if not psutil.pid_exists(int(path.stem.split("-")[1])):
+                path.unlink(missing_ok=True)
+
     def _drop_partial(self) -> int:
         """Remove parts of downloads that no process works on; the bytes freed."""
         freed = 0
+        self.sweep()
         for path in self.partial.glob("*.data"):
+            if "-" in path.stem:  # small, and its process lives
+                continue
             with locked(path.with_suffix(".lock"), 0) as mine:
                 if mine:
                     freed += path.stat().st_blocks * 512
@@ -263,21 +262,23 @@ class Cache:
                     path.with_suffix(".parts").unlink(missing_ok=True)
         return freed
 
-    def make_room(self, needed: int, keep: Collection[str], what: str) -> None:
-        """See to `needed` bytes of room, removing what was not used for longest and is not in `keep`.
+    def make_room(self, needed: int, keep: Collection[str], what: str, using: Collection[str] = ()) -> None:
+        """See to `needed` bytes of room, removing the pins that were not used for longest and are not in `keep`.
 
-        Raises WeightsError, with the numbers, before anything is removed in vain.
+        Blobs in `using` stay. Raises WeightsError, with the numbers, before a pin is removed in vain.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.root).free - SPARE_BYTES
-        held = sum(path.stat().st_size for path in self._blobs.glob("*"))
+        held = sum(path.stat().st_size for path in self.blobs.glob("*"))
         short = max(needed - free, held + needed - self.max_bytes if self.max_bytes else 0)
-        if needed > free:
+        if short > 0:
+            short -= self._drop_orphans(using)
+        if short > 0 and needed > free:
             short -= self._drop_partial()
         if short <= 0:
             return
         old = sorted((used, m.pin.id, m) for m, used in self.manifests() if m.pin.id not in keep)
-        removable = self._only_in([m for _, _, m in old])
+        removable = self._only_in([m for _, _, m in old], using)
         if removable < short:
             limit = f", and {held:,} of LLMRUN_WEIGHTS_MAX_BYTES={self.max_bytes:,} are used" if self.max_bytes else ""
             raise WeightsError(
@@ -288,22 +289,25 @@ class Cache:
         for _, _, manifest in old:
             if short <= 0:
                 return
-            short -= self.remove(manifest)
+            short -= self.remove(manifest, using)
 
-    def _only_in(self, manifests: list[Manifest]) -> int:
+    def _only_in(self, manifests: list[Manifest], using: Collection[str]) -> int:
         """Bytes of the blobs that only these have."""
         ids = {m.pin.id for m in manifests}
         kept = {e.place for m, _ in self.manifests() if m.pin.id not in ids for e in m.entries.values()}
         sizes = {e.place: e.size for m in manifests for e in m.entries.values() if not os.path.isabs(e.place)}
-        return sum(size for place, size in sizes.items() if place not in kept)
+        return sum(size for place, size in sizes.items() if place not in kept and place not in using)
+
+    def _entries(self) -> Iterator[Entry]:
+        return (entry for manifest, _ in self.manifests() for entry in manifest.entries.values())
 
     def _places(self) -> set[str]:
-        return {entry.place for manifest, _ in self.manifests() for entry in manifest.entries.values()}
+        return {entry.place for entry in self._entries()}
 
     def _drop(self, blobs: set[str]) -> int:
         freed = 0
         for name in blobs:
-            path = self._blobs / name
+            path = self.blobs / name
             if path.exists():
                 freed += path.stat().st_size
                 path.unlink(missing_ok=True)

@@ -27,7 +27,7 @@ from llmrun_runtime.weights.pin import File, Pin, choose
 from llmrun_runtime.weights.ranges import PASSING, HttpReader, Reader, Trouble
 
 TIMEOUT_S = 30
-WAITS_S = (0.5, 1, 2, 4)
+WAITS_S = (0.5, 1, 2)
 
 
 class HubStore:
@@ -85,10 +85,11 @@ class HubStore:
         for wait in WAITS_S:
             try:
                 return api.model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT_S)
-            except hub.HfHubHTTPError as error:
-                if error.response.status_code not in PASSING:
+            except Exception as error:
+                response = getattr(error, "response", None)
+                if response is not None and response.status_code not in PASSING:
                     raise
-            time.sleep(wait)
+            time.sleep(wait)  # it is busy, or the connection broke
         return api.model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT_S)
 
     def _token_advice(self, whose: str) -> str:
@@ -137,16 +138,21 @@ class HubStore:
                 url = get_hf_file_metadata(
                     asked, token=self._token, endpoint=self._endpoint, timeout=TIMEOUT_S
                 ).location
-            except (hub.GatedRepoError, hub.RepositoryNotFoundError, hub.RemoteEntryNotFoundError):
-                raise WeightsError(f"{self.name}: {file.name} is not there any more, or no longer readable") from None
+            except hub.HfHubHTTPError as error:
+                status = error.response.status_code
+                if status in PASSING:
+                    raise Trouble(f"{self._endpoint} answered {status}") from error
+                raise WeightsError(self.explain(file, status)) from None
             except Exception as error:  # whatever its HTTP client raises
                 raise Trouble(f"{self._endpoint} does not say where it is ({type(error).__name__})") from error
             with self._lock:
                 self._locations[file.name] = url
-        same = urlsplit(url).netloc == urlsplit(self._endpoint).netloc
+        same = urlsplit(url)[:2] == urlsplit(self._endpoint)[:2]
         # The token is the Hub's: never for the host that it redirects to.
         return url, {"Authorization": f"Bearer {self._token}"} if same and self._token else {}
 
     def explain(self, file: File, status: int) -> str:
         """See Address."""
+        if status == 404:
+            return f"{self.name}: {file.name} is not there any more: deploy again"
         return f"{self.name}: {file.name} cannot be read (the Hub answered {status}): {self._token_advice('for it')}"

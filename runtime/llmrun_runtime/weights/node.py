@@ -12,21 +12,25 @@ from typing import Any
 
 from aiohttp import web
 
+from llmrun.errors import WeightsError
 from llmrun.settings import Settings
 from llmrun.weights import Weights
 from llmrun.wire import WeightsRow
-from llmrun_runtime.weights.cache import Cache, Manifest
+from llmrun_runtime.weights.cache import Manifest, open_cache
 from llmrun_runtime.weights.pin import Pin
 from llmrun_runtime.weights.sync import Peer
 from llmrun_runtime.weights.worker import Errand
 from llmrun_runtime.weights.workers import Workers
+
+# Asking a store takes seconds, or minutes where it must be asked again and again.
+PIN_TIMEOUT_S = 300
 
 
 class NodeWeights:
     """The cache of this node. `host`: its address for other nodes."""
 
     def __init__(self, settings: Settings, host: str) -> None:
-        self.cache = Cache(settings.weights_root, settings.weights_max_bytes)
+        self.cache = open_cache(settings)
         self._host = host
         self._workers = Workers(f"node {host} ({socket.gethostname()})")
         self._running: dict[tuple[str, str], asyncio.Task[Any]] = {}
@@ -34,18 +38,24 @@ class NodeWeights:
         self._peer: Peer | None = None
         self._runner: web.AppRunner | None = None
         self._given: dict[str, Manifest | None] = {}
+        self._lock = asyncio.Lock()
 
     async def pin(self, weights: Weights, env: Mapping[str, str]) -> Pin:
         """What the source means now, asked with this node's credentials. Raises WeightsError."""
-        return Pin.model_validate(await self._send(Errand(do="pin", weights=weights), env))
+        try:
+            async with asyncio.timeout(PIN_TIMEOUT_S):
+                return Pin.model_validate(await self._send(Errand(do="pin", weights=weights), env))
+        except TimeoutError:
+            raise WeightsError(f"{weights}: it was not listed within {PIN_TIMEOUT_S} s: is the store slow?") from None
 
-    def imported(self, weights: Weights) -> Pin | None:
-        """What was imported here under that name, if anything was."""
-        for manifest, _ in self.cache.manifests():
-            pin = manifest.pin
-            if pin.imported and pin.weights.canonical == weights.canonical:
-                return pin
-        return None
+    def imported(self, weights: Weights) -> tuple[float, Pin] | None:
+        """What was imported here last under that name, and when (Unix time); None if nothing was."""
+        found = [
+            (manifest.made, manifest.pin)
+            for manifest, _ in self.cache.manifests()
+            if manifest.pin.imported and manifest.pin.weights.canonical == weights.canonical
+        ]
+        return max(found, key=lambda item: item[0], default=None)
 
     async def bring(self, pin: Pin, env: Mapping[str, str], peers: Sequence[Peer], keep: Collection[str]) -> Path:
         """The folder of the complete pin; brought here if need be, once for all who ask. Raises WeightsError."""
@@ -60,7 +70,7 @@ class NodeWeights:
         if not Path(folder).is_dir():
             return None
         errand = Errand(do="import", folder=folder, weights=weights, keep=tuple(keep))
-        return Pin.model_validate(await self._once(weights.canonical, errand, env))
+        return Pin.model_validate(await self._once(f"{weights.canonical} {folder}", errand, env))
 
     async def mirror(self, pin: Pin, target: Weights, env: Mapping[str, str]) -> dict[str, int]:
         """Upload a complete pin; files sent, and files that were there. Raises WeightsError."""
@@ -87,8 +97,9 @@ class NodeWeights:
         return [manifest for manifest, _ in self.cache.manifests() if manifest.pin.id in pin_ids]
 
     async def has(self, pin_id: str) -> bool:
-        """Whether the pin is complete here."""
-        return await asyncio.to_thread(self.cache.find, pin_id) is not None
+        """Whether the pin is complete here, by sizes and times."""
+        manifest = self.cache.load(pin_id)
+        return manifest is not None and await asyncio.to_thread(self.cache.is_complete, manifest)
 
     def rows(self) -> list[WeightsRow]:
         """What lies here."""
@@ -111,20 +122,23 @@ class NodeWeights:
 
     async def peer(self) -> Peer:
         """How other nodes reach what lies here; listens from the first call on."""
-        if self._peer is None:
-            token = secrets.token_hex(32)
+        async with self._lock:
+            return self._peer or await self._listen()
 
-            async def give(request: web.Request) -> web.StreamResponse:
-                return await self._give(request, token)
+    async def _listen(self) -> Peer:
+        token = secrets.token_hex(32)
 
-            app = web.Application()
-            app.router.add_get("/{pin}", give)
-            app.router.add_get("/{pin}/{name:.+}", give)
-            self._runner = web.AppRunner(app, access_log=None)
-            await self._runner.setup()
-            listening = socket.create_server((self._host, 0))
-            await web.SockSite(self._runner, listening).start()
-            self._peer = Peer(url=f"http://{self._host}:{listening.getsockname()[1]}", token=token)
+        async def give(request: web.Request) -> web.StreamResponse:
+            return await self._give(request, token)
+
+        app = web.Application()
+        app.router.add_get("/{pin}", give)
+        app.router.add_get("/{pin}/{name:.+}", give)
+        self._runner = web.AppRunner(app, access_log=None)
+        await self._runner.setup()
+        listening = socket.create_server((self._host, 0))
+        await web.SockSite(self._runner, listening).start()
+        self._peer = Peer(url=f"http://{self._host}:{listening.getsockname()[1]}", token=token)
         return self._peer
 
     async def close(self) -> None:

@@ -82,11 +82,15 @@ class ObjectStore:
         except Exception as error:
             raise self._wrong(error) from error
         start = len(self.root) + 1
-        return [
+        files = [
             _file(name[start:], info)
             for name, info in found.items()
             if info["type"] == "file" and name.startswith(self.root + "/") and not name.endswith("/")
         ]
+        unknown = next((name for name, info in found.items() if info["type"] == "file" and info["size"] is None), None)
+        if unknown:
+            raise WeightsError(f"{self._weights}: it does not say how large {unknown} is: use another kind of store")
+        return files
 
     def mirrored(self) -> dict[tuple[str, str], dict[str, str]]:
         """Checksums that `llmrun weights mirror` left, by the name and the version that it saw. Raises WeightsError."""
@@ -129,7 +133,10 @@ class ObjectStore:
             self.fs.credentials.apply(headers)
             return str(self.fs.url(path, generation=file.version or None)), headers
         except Exception as error:
-            raise self._wrong(error) from error
+            wrong = self._wrong(error)
+            if "access denied" in str(wrong):
+                raise wrong from error
+            raise Trouble(str(wrong)) from error
 
     def explain(self, file: File, status: int) -> str:
         """See Address."""
@@ -144,12 +151,18 @@ class ObjectStore:
             if _file(file.name, self.fs.info(path)).version != file.version:
                 raise WeightsError(f"{file.name} has changed at {self.name} since it was pinned: deploy again")
             for at in range(start, end, CHUNK_BYTES):
-                yield self.fs.cat_file(path, start=at, end=min(at + CHUNK_BYTES, end))
+                wanted = min(at + CHUNK_BYTES, end)
+                piece = self.fs.cat_file(path, start=at, end=wanted)
+                if len(piece) != wanted - at:
+                    raise Trouble(f"it sent {len(piece)} bytes where {wanted - at} were asked for")
+                yield piece
+        except (Trouble, WeightsError, GeneratorExit):
+            raise
         except FileNotFoundError:
             raise WeightsError(self.explain(file, 404)) from None
         except PermissionError as error:
             raise self._wrong(error) from error
-        except OSError as error:
+        except Exception as error:  # each package has its own
             raise Trouble(f"{type(error).__name__}: {error}") from error
 
     def _wrong(self, error: Exception) -> WeightsError:
@@ -171,8 +184,13 @@ def open_filesystem(weights: Weights) -> Any:
     """The fsspec filesystem of a source; credentials come from the environment. Raises ImportError and what it may."""
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     if weights.protocol == "s3":
+        region = os.environ.get("AWS_REGION")  # which botocore does not read
+        if region:
+            options["client_kwargs"] = {"region_name": region}
         if weights.endpoint_url:
             options["endpoint_url"] = weights.endpoint_url
+        else:
+            options["cache_regions"] = True  # a signed address is only good in the bucket's own region
         if weights.anonymous:
             options["anon"] = True
         else:

@@ -122,14 +122,10 @@ def check_name(name: str, weights: Weights) -> None:
 def _default(names: Iterable[str]) -> tuple[str, ...]:
     usable = [name for name in names if not _matches(name, NEVER)]
     for pattern in FALLBACKS:
-        if _matches_any(usable, pattern):
+        if any(fnmatchcase(name, pattern) for name in usable):
             return (*NEEDED, pattern)
     return NEEDED
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _matches_any(names: Iterable[str], pattern: str) -> bool:
-    return any(fnmatchcase(name, pattern) for name in names)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import urllib.request
 from collections.abc import Iterator, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import urllib3
 
@@ -61,16 +61,19 @@ class Address(Protocol):
 class HttpReader:
     """Reads by ranged GETs. Any number of threads may use it at once."""
 
-    def __init__(self, address: Address, connections: int) -> None:
+    def __init__(self, address: Address, connections: int, proxies: Mapping[str, str] | None = None) -> None:
+        """`proxies`: by scheme; by default those of the environment."""
         self.name = address.name
         self.unnamed: set[str] = set()
         self._address = address
-        options = {"maxsize": connections, "timeout": urllib3.Timeout(CONNECT_TIMEOUT_S, READ_TIMEOUT_S)}
-        self._direct = urllib3.PoolManager(**options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {
+            "maxsize": connections,
+            "timeout": urllib3.Timeout(CONNECT_TIMEOUT_S, READ_TIMEOUT_S),
+        }
+        self._direct = urllib3.PoolManager(**options)
+        said = urllib.request.getproxies() if proxies is None else proxies
         self._proxies = {
-            scheme: urllib3.ProxyManager(url, **options)  # type: ignore[arg-type]
-            for scheme, url in urllib.request.getproxies().items()
-            if scheme in ("http", "https")
+            scheme: _proxy(scheme, url, options) for scheme, url in said.items() if scheme in ("http", "https")
         }
 
     def read(self, file: File, start: int, end: int) -> Iterator[bytes]:
@@ -101,7 +104,7 @@ class HttpReader:
         parsed = urllib3.util.parse_url(url)
         bypass = urllib.request.proxy_bypass(parsed.host or "")
         pool = self._direct if bypass else self._proxies.get(parsed.scheme or "", self._direct)
-        retries = urllib3.Retry(connect=0, read=0, status=0, other=0, redirect=3)
+        retries = urllib3.Retry(connect=0, read=0, status=0, other=0, redirect=3, respect_retry_after_header=False)
         try:
             return pool.request("GET", url, headers=dict(headers), preload_content=False, retries=retries)
         except urllib3.exceptions.HTTPError as error:
@@ -112,7 +115,7 @@ class HttpReader:
         status = answer.status
         if status in PASSING:
             raise Trouble(f"the server answered {status}", _seconds(answer.headers.get("Retry-After", "")))
-        if status == 412:
+        if status in (412, 416):
             raise WeightsError(f"{file.name} has changed at {self.name} since it was pinned: deploy again")
         if status not in (200, 206):
             raise WeightsError(self._address.explain(file, status))
@@ -134,6 +137,16 @@ class HttpReader:
         said = answer.headers.get("x-goog-generation") or answer.headers.get("ETag", "").strip('"')
         if VERSION.fullmatch(file.version) and VERSION.fullmatch(said) and said != file.version:
             raise WeightsError(f"{file.name} has changed at {self.name} since it was pinned: deploy again")
+
+
+def _proxy(scheme: str, url: str, options: dict[str, Any]) -> urllib3.ProxyManager:
+    """A pool behind the proxy that the environment names. Raises WeightsError."""
+    parsed = urllib3.util.parse_url(url)
+    headers = urllib3.make_headers(proxy_basic_auth=parsed.auth) if parsed.auth else None
+    try:
+        return urllib3.ProxyManager(url, proxy_headers=headers, **options)
+    except (urllib3.exceptions.HTTPError, ValueError) as error:
+        raise WeightsError(f"{scheme}_proxy={url!r} is of no use here ({error}): write http://host:port") from None
 
 
 def left_over(answer: urllib3.BaseHTTPResponse) -> bool:

@@ -15,11 +15,11 @@ import urllib3
 from pydantic import BaseModel
 
 from llmrun.errors import WeightsError
-from llmrun.weights import Weights
 from llmrun_runtime.weights.cache import Cache, Entry, Manifest
 from llmrun_runtime.weights.digests import digests_of, mismatch
+from llmrun_runtime.weights.known import Known
 from llmrun_runtime.weights.locks import locked
-from llmrun_runtime.weights.pin import File, Pin, choose
+from llmrun_runtime.weights.pin import File, Pin
 from llmrun_runtime.weights.ranges import HttpReader, Reader
 from llmrun_runtime.weights.store import Store, open_store
 from llmrun_runtime.weights.transfer import CONNECTIONS, PART_BYTES, PATIENCE_S, DiskFull, Job, Transfer
@@ -88,6 +88,7 @@ class Sync:
     def run(self) -> Manifest:
         """The manifest of the complete pin. Raises WeightsError."""
         pin, cache = self._pin, self._cache
+        cache.sweep()
         with locked(cache.lock(pin.id)):
             for _ in range(ROUNDS):
                 manifest = cache.find(pin.id) or cache.publish(pin, self._gather())
@@ -102,8 +103,9 @@ class Sync:
         self._here = 0
         entries: dict[str, Entry] = {}
         missing = []
+        known = Known(self._cache)
         for file in self._pin.files:
-            entry = self._cache.known(file) or self._in_the_hubs_cache(file)
+            entry = known.find(file) or self._in_the_hubs_cache(file)
             if entry:
                 entries[file.name] = entry
                 self._came(file.size)
@@ -112,7 +114,7 @@ class Sync:
         if missing:
             if self._pin.imported and not self._peers:
                 raise WeightsError(f"{self._pin.weights} was imported, and no node has it any more: import it again")
-            entries |= self._fetch(missing)
+            entries |= self._fetch(missing, {entry.place for entry in entries.values()})
         self._check_whole(entries)
         return entries
 
@@ -140,7 +142,7 @@ class Sync:
             address = PeerAddress(peer, self._pin)
             manifest = address.manifest()
             if manifest:
-                readers.append(HttpReader(address, CONNECTIONS))
+                readers.append(HttpReader(address, CONNECTIONS, proxies={}))
                 sums = {name: entry.digests for name, entry in manifest.entries.items()}
         if not self._pin.imported:
             readers.append(self._source().reader)
@@ -148,8 +150,11 @@ class Sync:
             raise WeightsError(f"{self._pin.weights} was imported, and no node that has it answers: import it again")
         return readers, sums
 
-    def _fetch(self, missing: list[File]) -> dict[str, Entry]:
-        """Transfer files. A large one that another process is bringing is left to it, and taken from it."""
+    def _fetch(self, missing: list[File], using: Collection[str]) -> dict[str, Entry]:
+        """Transfer files. A large one that another process is bringing is left to it, and taken from it.
+
+        `using`: blobs of the pin that are here already.
+        """
         readers, sums = self._readers()
         entries: dict[str, Entry] = {}
         while missing:
@@ -158,14 +163,14 @@ class Sync:
                 jobs, names = [], {}
                 for file in missing:
                     # A peer's copy was checked when it came; its checksums say more than the store's may.
-                    known = file.model_copy(update={"digests": {**sums.get(file.name, {}), **file.digests}})
+                    wanted = file.model_copy(update={"digests": {**file.digests, **sums.get(file.name, {})}})
                     data = self._cache.partial / self._key(file)
                     if file.size > PART_BYTES and not locks.enter_context(locked(data.with_suffix(".lock"), 0)):
                         later.append(file)
                         continue
-                    jobs.append(Job(known, data, list(readers)))
+                    jobs.append(Job(wanted, data, list(readers)))
                     names[file.name] = file
-                self._room(jobs)
+                self._room(jobs, {*using, *(entry.place for entry in entries.values())})
 
                 def done(job: Job, digests: dict[str, str]) -> None:
                     entries[job.file.name] = self._cache.adopt(job.data, job.file, digests)
@@ -179,8 +184,9 @@ class Sync:
                 with locked(self._cache.partial / f"{Path(self._key(later[0])).stem}.lock"):
                     pass  # until the other process has it, or gives up
             missing = []
+            known = Known(self._cache)
             for file in later:
-                entry = self._cache.known(file)
+                entry = known.find(file)
                 if entry:
                     entries[file.name] = entry
                     self._came(file.size)
@@ -197,13 +203,13 @@ class Sync:
         # Small ones are not resumed: two processes may bring the same one.
         return f"{key}.data" if file.size > PART_BYTES else f"{key}-{os.getpid()}-{abs(hash(file.name))}.data"
 
-    def _room(self, jobs: list[Job]) -> None:
+    def _room(self, jobs: list[Job], using: Collection[str]) -> None:
         needed = sum(job.file.size for job in jobs)
         for job in jobs:
             with contextlib.suppress(FileNotFoundError):
                 needed -= min(job.file.size, job.data.stat().st_blocks * 512)
         what = f"{self._pin.weights} ({self._pin.total:,} bytes)"
-        self._cache.make_room(needed, self._keep, what)
+        self._cache.make_room(needed, self._keep, what, using)
 
     def _came(self, count: int) -> None:
         with self._lock:
@@ -228,52 +234,3 @@ class Sync:
                         f"{weights}: it is not complete: {name} names {missing[0]}, which is not there "
                         f"({len(missing)} of {len(shards)} files are missing): upload it again"
                     )
-
-
-def take_folder(cache: Cache, folder: Path, weights: Weights, keep: Collection[str], report: Report) -> Manifest:
-    """Copy a folder's files into the cache under the name of `weights`. Raises WeightsError."""
-    try:
-        found = [
-            File(name=path.relative_to(folder).as_posix(), size=path.stat().st_size)
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        ]
-    except OSError as error:
-        raise WeightsError(f"{folder}: it cannot be read: {error.strerror}") from None
-    files = choose(found, weights)
-    total = sum(file.size for file in files)
-    cache.make_room(total, keep, f"{folder} ({total:,} bytes)")
-    here, entries = 0, {}
-    data = cache.partial / f"import-{os.getpid()}.data"
-    data.parent.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        try:
-            copy(folder / file.name, data)
-            named = file.model_copy(update={"digests": digests_of(data, {})})
-            entries[file.name] = cache.known(named) or cache.adopt(data, named, {})
-        finally:
-            data.unlink(missing_ok=True)
-        here += file.size
-        report(here, total)
-    hashed = [file.model_copy(update={"digests": {"sha256": entries[file.name].digests["sha256"]}}) for file in files]
-    pin = Pin(weights=weights, files=tuple(hashed), imported=True)
-    with locked(cache.lock(pin.id)):
-        manifest = cache.find(pin.id) or cache.publish(pin, entries)
-    if manifest is None:
-        raise WeightsError(f"{folder}: its files vanish from {cache.root}: import it again")
-    for old, _ in list(cache.manifests()):
-        same = old.pin.imported and old.pin.weights.canonical == weights.canonical
-        if same and old.pin.id not in {pin.id, *keep}:
-            cache.remove(old)
-    return manifest
-
-
-def copy(source: Path, target: Path) -> None:
-    """Copy bytes, in the kernel where it can. Raises WeightsError."""
-    try:
-        with source.open("rb") as read, target.open("wb") as write:
-            left = os.fstat(read.fileno()).st_size
-            while left and (count := os.sendfile(write.fileno(), read.fileno(), None, left)):
-                left -= count
-    except OSError as error:
-        raise WeightsError(f"{source} cannot be copied to {target.parent}: {error.strerror}") from None

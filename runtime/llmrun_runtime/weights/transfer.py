@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmrun.errors import WeightsError
+from llmrun_runtime.weights.boot import boot_id
 from llmrun_runtime.weights.digests import CHUNK_BYTES, Digester, mismatch
 from llmrun_runtime.weights.pin import File
 from llmrun_runtime.weights.ranges import Reader, Trouble
@@ -54,7 +55,7 @@ class Job:
 
     @property
     def journal_path(self) -> Path:
-        """Which parts of `data` have come: their numbers, four bytes each."""
+        """Which parts of `data` have come: the boot in which they came, a line; then their numbers, four bytes each."""
         return self.data.with_suffix(".parts")
 
     def span(self, part: int) -> tuple[int, int]:
@@ -119,9 +120,10 @@ class Transfer:
         job.data.parent.mkdir(parents=True, exist_ok=True)
         if job.parts > 1 and job.data.exists():
             with contextlib.suppress(FileNotFoundError):
-                numbers = job.journal_path.read_bytes()
+                boot, _, numbers = job.journal_path.read_bytes().partition(b"\n")
                 whole = len(numbers) // _INDEX.size * _INDEX.size
-                job.have = {n for (n,) in _INDEX.iter_unpack(numbers[:whole]) if n < job.parts}
+                if boot.decode() == boot_id():  # else what it names may never have reached the disk
+                    job.have = {n for (n,) in _INDEX.iter_unpack(numbers[:whole]) if n < job.parts}
         for part in job.have:
             start, end = job.span(part)
             self._came(end - start)
@@ -136,7 +138,10 @@ class Transfer:
         job.handle = os.open(job.data, os.O_RDWR | os.O_CREAT, 0o600)
         os.ftruncate(job.handle, job.file.size)
         if job.parts > 1:
-            job.journal = os.open(job.journal_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (0 if job.have else os.O_TRUNC)
+            job.journal = os.open(job.journal_path, flags, 0o600)
+            if not job.have:
+                os.write(job.journal, boot_id().encode() + b"\n")
             job.hashing = threading.Thread(target=self._guarded, args=(self._hash, job), daemon=True)
             job.hashing.start()
 
@@ -176,18 +181,19 @@ class Transfer:
         """One part; a file of one part is hashed as it comes."""
         if job.parts <= 1:
             digester = Digester(job.file.digests, job.file.size)
-            if job.parts:
-                self._receive(job, 0, digester)
-            self._finish(job, digester.digests())
-        elif part >= 0:
-            self._receive(job, part, None)
+            if not job.parts or self._receive(job, 0, digester):
+                self._finish(job, digester.digests())
+        elif part >= 0 and self._receive(job, part, None):
             os.write(job.journal, _INDEX.pack(part))
             with self._lock:
                 job.have.add(part)
                 self._lock.notify_all()
 
-    def _receive(self, job: Job, part: int, digester: Digester | None) -> None:
-        """Write a part's bytes, asking again from where an answer broke off. Raises WeightsError."""
+    def _receive(self, job: Job, part: int, digester: Digester | None) -> bool:
+        """Write a part's bytes, asking again from where an answer broke off. Raises WeightsError.
+
+        False, with only some of it written, if the transfer has failed elsewhere.
+        """
         at, end = job.span(part)
         wait, quiet_since = FIRST_WAIT_S, time.monotonic()
         while at < end:
@@ -204,7 +210,7 @@ class Transfer:
                     with self._lock:
                         self._came(len(piece))
                         if self._error:
-                            return
+                            return False
             except (Trouble, WeightsError) as error:
                 if self._next_reader(job, reader):
                     continue
@@ -220,7 +226,8 @@ class Transfer:
                 with self._lock:
                     self._lock.wait_for(lambda: self._error, pause)
                     if self._error:
-                        return
+                        return False
+        return True
 
     def _next_reader(self, job: Job, failed: Reader) -> bool:
         """Go on with the next that has it; False if there is none."""
@@ -250,7 +257,8 @@ class Transfer:
         with self._lock:
             if self._error:
                 return
-            known = {} if job.file.name in job.readers[0].unnamed else job.file.digests
+            unnamed = any(job.file.name in reader.unnamed for reader in job.readers)
+            known = {k: v for k, v in job.file.digests.items() if not (unnamed and k == "md5")}
             difference = mismatch(digests, known)
             if not difference:
                 self._close(job)
@@ -259,7 +267,7 @@ class Transfer:
                 self._left -= 1
                 self._lock.notify_all()
                 return
-        if job.attempt == ATTEMPTS:
+        if job.attempt == ATTEMPTS and len(job.readers) == 1:
             discard(job.data)
             raise WeightsError(
                 f"{job.file.name} from {job.readers[0].name} arrived damaged {ATTEMPTS} times: its {difference}; "
@@ -269,10 +277,11 @@ class Transfer:
             self._close(job)
             discard(job.data)
             self._came(-job.file.size)
-            job.attempt += 1
             job.have = set()
             if len(job.readers) > 1:  # another node's copy may be the damaged one
                 del job.readers[0]
+            else:
+                job.attempt += 1
             self._queue.extend((job, part) for part in (range(job.parts) or [-1]))
             self._lock.notify_all()
 

@@ -22,10 +22,11 @@ from pydantic import BaseModel
 from llmrun.errors import LLMRunError, WeightsError
 from llmrun.settings import Settings
 from llmrun.weights import AnyWeights
-from llmrun_runtime.weights.cache import Cache
+from llmrun_runtime.weights.cache import open_cache
+from llmrun_runtime.weights.importing import take_folder
 from llmrun_runtime.weights.pin import Pin
 from llmrun_runtime.weights.store import open_store
-from llmrun_runtime.weights.sync import Peer, Sync, take_folder
+from llmrun_runtime.weights.sync import Peer, Sync
 
 REPORT_S = 0.25
 
@@ -61,11 +62,6 @@ def say(message: dict[str, Any]) -> None:
     """One line for the node agent."""
     sys.stdout.write(json.dumps(message) + "\n")
     sys.stdout.flush()
-
-
-def open_cache(settings: Settings) -> Cache:
-    """This node's cache."""
-    return Cache(settings.weights_root, settings.weights_max_bytes)
 
 
 def run(errand: Errand) -> object:
