@@ -102,7 +102,7 @@ def choose(files: Iterable[File], weights: Weights) -> tuple[File, ...]:
     if not chosen:
         some = ", ".join(sorted(found)[:5])
         raise WeightsError(f"{weights}: nothing there is taken by include={list(patterns)}: it has {some}")
-    loadable = any(n.rpartition("/")[2] in ("config.json", "params.json") or n.endswith(".gguf") for n in chosen)
+    loadable = any(name in ("config.json", "params.json") or name.endswith(".gguf") for name in chosen)
     if not weights.include and not loadable:
         some = ", ".join(sorted(found)[:5])
         raise WeightsError(
