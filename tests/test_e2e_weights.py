@@ -167,6 +167,8 @@ def test_mirror(cluster: Home, tmp_path: Path, tiny_weights: Path, buckets: Path
         said = cluster.ok("weights", "mirror", "acme/own", target, "--endpoint-url", url)
         assert "6 files sent, 0 were there" in said
         app = write_weights_app(tmp_path / "mirror.py", target, endpoint_url=url)
+        dry = ("deploy", app, "--name", "stores", "--adopt", "--dry-run")
+        until(lambda: "on CPU" in cluster.run(*dry).stderr, 60, "Ray has noticed that the second node is gone")
         deploy(cluster, app, "--lazy")
         assert cluster.ask("tiny").status_code == 200
     assert "removed tiny" in cluster.ok("delete", "tiny", "--yes")

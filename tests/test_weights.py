@@ -608,6 +608,7 @@ def test_an_index_that_names_missing_shards(node: Node, buckets: Path, proxy: Pr
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     said = node.fails("bring", pin=node.pin(on_s3(proxy)))
     assert "it is not complete: model.safetensors.index.json names model-1.safetensors" in said
+    assert proxy.sent == (folder / "model.safetensors.index.json").stat().st_size
 
 
 def test_verify_finds_what_the_disk_has_lost(node: Node, buckets: Path, proxy: Proxy) -> None:

@@ -90,7 +90,8 @@ class Stock:
             )
             if found[0]:
                 return found[0]
-        raise EngineError(f"{weights}: no node answers that could ask for it: `llmrun status` shows what runs")
+        hosts = ", ".join(node.host for node in nodes)
+        raise EngineError(f"{weights}: no node that could run it answers ({hosts}): did it just go? Deploy again")
 
     @contextlib.contextmanager
     def wanted(self, pin: Pin | None) -> Iterator[None]:

@@ -25,8 +25,9 @@ from llmrun_runtime.weights.store import Store, open_store
 from llmrun_runtime.weights.transfer import CONNECTIONS, PART_BYTES, PATIENCE_S, DiskFull, Job, Transfer
 
 PEER_TIMEOUT_S = 10
-# Between two processes that want the same: the second asks so often whether the first has it.
+# If files vanish while the last ones come (another process makes room), it begins again.
 ROUNDS = 3
+INDEXES = (".safetensors.index.json", ".bin.index.json")
 Report = Callable[[int, int], None]
 """Told `(bytes here, bytes in all)`, from any thread."""
 
@@ -111,11 +112,12 @@ class Sync:
                 self._came(file.size)
             else:
                 missing.append(file)
-        if missing:
-            if self._pin.imported and not self._peers:
-                raise WeightsError(f"{self._pin.weights} was imported, and no node has it any more: import it again")
-            entries |= self._fetch(missing, {entry.place for entry in entries.values()})
-        self._check_whole(entries)
+        # Indexes first: what is not complete at its source is not fetched.
+        indexes = [file for file in missing if file.name.endswith(INDEXES)]
+        for files in (indexes, [file for file in missing if file not in indexes]):
+            if files:
+                entries |= self._fetch(files, {entry.place for entry in entries.values()})
+            self._check_whole(entries)
         return entries
 
     def _in_the_hubs_cache(self, file: File) -> Entry | None:
@@ -147,7 +149,7 @@ class Sync:
         if not self._pin.imported:
             readers.append(self._source().reader)
         if not readers:
-            raise WeightsError(f"{self._pin.weights} was imported, and no node that has it answers: import it again")
+            raise WeightsError(f"{self._pin.weights} was imported, and no node that answers has it: import it again")
         return readers, sums
 
     def _fetch(self, missing: list[File], using: Collection[str]) -> dict[str, Entry]:
@@ -160,7 +162,7 @@ class Sync:
         while missing:
             later: list[File] = []
             with contextlib.ExitStack() as locks:
-                jobs, names = [], {}
+                jobs = []
                 for file in missing:
                     # A peer's copy was checked when it came; its checksums say more than the store's may.
                     wanted = file.model_copy(update={"digests": {**file.digests, **sums.get(file.name, {})}})
@@ -169,7 +171,6 @@ class Sync:
                         later.append(file)
                         continue
                     jobs.append(Job(wanted, data, list(readers)))
-                    names[file.name] = file
                 self._room(jobs, {*using, *(entry.place for entry in entries.values())})
 
                 def done(job: Job, digests: dict[str, str]) -> None:
@@ -218,18 +219,18 @@ class Sync:
 
     def _check_whole(self, entries: dict[str, Entry]) -> None:
         """Raise WeightsError if an index names shards that the source does not have."""
-        weights = self._pin.weights
+        weights, names = self._pin.weights, {file.name for file in self._pin.files}
         if weights.include or weights.exclude:
             return
         for name, entry in entries.items():
-            if name.endswith((".safetensors.index.json", ".bin.index.json")):
+            if name.endswith(INDEXES):
                 try:
                     shards = set(json.loads(self._cache.where(entry).read_text())["weight_map"].values())
                 except (ValueError, KeyError, AttributeError, TypeError):
                     raise WeightsError(f"{weights}: {name} is no index of weights: upload it again") from None
-                missing = sorted(s for s in shards if str(PurePosixPath(name).parent / str(s)) not in entries)
+                missing = sorted(s for s in shards if str(PurePosixPath(name).parent / str(s)) not in names)
                 # A repository may hold both formats and only one of them is taken.
-                if missing and any(n.endswith(PurePosixPath(missing[0]).suffix) for n in entries):
+                if missing and any(n.endswith(PurePosixPath(missing[0]).suffix) for n in names):
                     raise WeightsError(
                         f"{weights}: it is not complete: {name} names {missing[0]}, which is not there "
                         f"({len(missing)} of {len(shards)} files are missing): upload it again"
