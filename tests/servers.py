@@ -35,17 +35,20 @@ class S3:
     root: Path
     port: int = field(default_factory=free_port)
     keys: bool = True
+    certificate: Path | None = None
+    """A file of a certificate and its key: TLS."""
     process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
         """For `endpoint_url=`."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self.certificate else 'http'}://127.0.0.1:{self.port}"
 
     def start(self) -> None:
         """Start it, and wait until it answers."""
         key = f"--auth-key={AWS['AWS_ACCESS_KEY_ID']},{AWS['AWS_SECRET_ACCESS_KEY']}"
         command = [str(BIN / "rclone"), "serve", "s3", f"--addr=127.0.0.1:{self.port}", "--vfs-cache-mode=off"]
+        command += [f"--cert={self.certificate}", f"--key={self.certificate}"] if self.certificate else []
         command += [str(self.root), *([key] if self.keys else [])]
         env = {**os.environ, "RCLONE_CONFIG": "/dev/null"}
         self.process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -67,7 +70,7 @@ class S3:
 def answers(url: str) -> bool:
     """Whether something speaks HTTP there."""
     try:
-        httpx.get(url, timeout=2, trust_env=False)
+        httpx.get(url, timeout=2, trust_env=False, verify=False)
     except httpx.HTTPError:
         return False
     return True

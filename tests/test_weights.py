@@ -250,6 +250,33 @@ def test_from_s3_without_credentials_and_with_wrong_ones(node: Node, buckets: Pa
     assert "access denied" in said and "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in said
 
 
+def test_over_tls_and_through_a_proxy(node: Node, buckets: Path, s3: S3, tmp_path: Path) -> None:
+    files = taken(make_model(buckets / "acme" / "model", (2 * PART_BYTES + 1,)))
+    certificate = tmp_path / "certificate.pem"
+    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=tests -addext subjectAltName=IP:127.0.0.1"
+    subprocess.run(
+        [*make.split(), "-keyout", certificate, "-out", tmp_path / "public"], check=True, capture_output=True
+    )
+    certificate.write_text(certificate.read_text() + (tmp_path / "public").read_text())
+    server = S3(buckets, certificate=certificate)
+    server.start()
+    try:
+        assert "SSL" in node.fails("pin", weights=on_s3(server))
+        node.env["AWS_CA_BUNDLE"] = str(certificate)
+        assert taken(node.bring(node.pin(on_s3(server)))) == files
+    finally:
+        server.kill()
+    shutil.rmtree(node.home)
+    with proxy_to(s3.url) as proxy:  # it goes to the store, whatever host it is asked for
+        node.env |= {"HTTP_PROXY": proxy.url, "http_proxy": proxy.url, "NO_PROXY": ""}
+        weights = Weights("s3://acme/model", endpoint_url="http://store.invalid")
+        pin = node.pin(weights)
+        assert taken(node.bring(pin)) == files and proxy.sent == pin.total
+        node.env["http_proxy"] = node.env["HTTP_PROXY"] = "socks9://127.0.0.1:9"
+        shutil.rmtree(node.home)
+        assert "http_proxy='socks9://127.0.0.1:9' is of no use" in node.fails("bring", pin=pin)
+
+
 def test_from_gcs(node: Node, buckets: Path) -> None:
     files = taken(make_model(buckets / "acme" / "a model", (2 * PART_BYTES + 1, MIB)))
     with gcs_server(buckets) as url:

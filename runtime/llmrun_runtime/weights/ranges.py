@@ -5,11 +5,13 @@ Tells what may pass if asked again (Trouble) from what will not (WeightsError).
 
 from __future__ import annotations
 
+import os
 import re
 import urllib.request
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
+import certifi
 import urllib3
 
 from llmrun.errors import WeightsError
@@ -22,6 +24,9 @@ READ_TIMEOUT_S = 60
 PASSING = frozenset({408, 429, 500, 502, 503, 504})
 # S3's ETag: an MD5, or that of the parts' MD5s with their number. GCS's generation: a number.
 VERSION = re.compile(r"[0-9a-f]{32}(-\d+)?|\d+")
+
+# Where the stores' own packages look for certificates, before those that Python's HTTP clients bring.
+AUTHORITIES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 
 
 class Trouble(Exception):
@@ -69,6 +74,7 @@ class HttpReader:
         options: dict[str, Any] = {
             "maxsize": connections,
             "timeout": urllib3.Timeout(CONNECT_TIMEOUT_S, READ_TIMEOUT_S),
+            "ca_certs": next((os.environ[name] for name in AUTHORITIES if os.environ.get(name)), certifi.where()),
         }
         self._direct = urllib3.PoolManager(**options)
         said = urllib.request.getproxies() if proxies is None else proxies
