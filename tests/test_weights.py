@@ -292,6 +292,10 @@ def test_from_any_other_fsspec_address(node: Node, tmp_path: Path) -> None:
     assert taken(node.bring(node.pin(weights))) == files
     assert "pip install adlfs" in node.fails("pin", weights=Weights("az://acme/model"))
     assert "nor an installed fsspec package knows xyz://" in node.fails("pin", weights=Weights("xyz://acme/model"))
+    for package, source, extra in (("s3fs", "s3://acme/model", "s3"), ("gcsfs", "gs://acme/model", "gcs")):
+        (tmp_path / f"{package}.py").write_text("raise ImportError('not installed')")
+        node.env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+        assert f"not installed: pip install 'llmrun[{extra}]'" in node.fails("pin", weights=Weights(source))
 
 
 def test_from_the_hub(node: Node, hub: Hub, tmp_path: Path) -> None:
