@@ -87,7 +87,7 @@ def make_api(parts: ControlParts) -> App:
 
     @api.post(f"{root}/weights")
     async def work_on_weights(request: WeightsRequest) -> dict[str, str]:
-        return {"id": parts.stock.start(request).id}
+        return {"id": parts.errands.start(request).id}
 
     @api.get(f"{root}/jobs/{{job_id}}/events")
     async def events(job_id: str) -> StreamingResponse:

@@ -13,6 +13,7 @@ from llmrun.errors import LLMRunError, Refused
 from llmrun.settings import Settings
 from llmrun.spec import ModelSpec
 from llmrun.wire import Change, DeployRequest, Plan
+from llmrun_runtime.control.agents import gather_from
 from llmrun_runtime.control.database import Database, Deployed
 from llmrun_runtime.control.events import Job, Jobs
 from llmrun_runtime.control.placing import Node, could_run, has_room, resolve
@@ -20,7 +21,7 @@ from llmrun_runtime.control.planning import check, make_plan
 from llmrun_runtime.control.registry import Registry
 from llmrun_runtime.control.scaling import Candidate, Scaling
 from llmrun_runtime.control.serving import Serving, cluster_nodes
-from llmrun_runtime.control.stock import Stock, gather_from
+from llmrun_runtime.control.stock import Stock
 from llmrun_runtime.engines.kinds import get_engine
 from llmrun_runtime.node import agent_on
 from llmrun_runtime.reports import Registration

@@ -11,6 +11,7 @@ from llmrun.errors import ClusterError
 from llmrun.settings import Settings
 from llmrun_runtime.control.database import Database
 from llmrun_runtime.control.deploying import Deployer
+from llmrun_runtime.control.errands import Errands
 from llmrun_runtime.control.events import Jobs
 from llmrun_runtime.control.registry import Registry
 from llmrun_runtime.control.scaling import Scaling
@@ -40,7 +41,8 @@ class ControlParts:
         self.serving = Serving(settings)
         self.scaling = Scaling(self.serving, self.registry, address)
         self.jobs = Jobs()
-        self.stock = Stock(self.scaling, self.jobs)
+        self.stock = Stock(self.scaling)
+        self.errands = Errands(self.stock, self.jobs)
         self.deployer = Deployer(
             settings, self.database, self.registry, self.scaling, self.serving, self.stock, self.jobs
         )

@@ -1,4 +1,4 @@
-"""The weights on all nodes, as control sees them: what names mean, who has what, what must stay, and errands.
+"""The weights on all nodes, as control sees them: what names mean, who has what, what must stay, how they get there.
 
 Asks node agents; moves no bytes itself.
 """
@@ -7,29 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-import ray
-
-from llmrun.errors import EngineError, LLMRunError, Refused
+from llmrun.errors import EngineError
 from llmrun.spec import ModelSpec, Secret
 from llmrun.weights import Weights
-from llmrun.wire import WeightsRequest, WeightsRow
+from llmrun.wire import WeightsRow
+from llmrun_runtime.control.agents import ANSWER_S, answers, gather_from, real_nodes
 from llmrun_runtime.control.database import Deployed
-from llmrun_runtime.control.events import Job, Jobs
+from llmrun_runtime.control.events import Job
 from llmrun_runtime.control.placing import Node, Placement, could_run
 from llmrun_runtime.control.scaling import Scaling
-from llmrun_runtime.control.serving import cluster_nodes
 from llmrun_runtime.node import agent_on
 from llmrun_runtime.weights.node import PIN_TIMEOUT_S
 from llmrun_runtime.weights.pin import Pin
 from llmrun_runtime.weights.sync import Peer
 
-T = TypeVar("T")
-log = logging.getLogger("llmrun.control")
-ANSWER_S = 20
 # Hashing and uploading have no deadline of their own but this one; a transfer has its own patience.
 ERRAND_TIMEOUT_S = 24 * 3600
 PROGRESS_S = 0.5
@@ -37,16 +31,11 @@ KEEP_PINS = 64
 COMMIT_LENGTH = 40
 
 
-class Silent(EngineError):
-    """A node's agent does not answer."""
-
-
 class Stock:
     """What control knows of weights."""
 
-    def __init__(self, scaling: Scaling, jobs: Jobs) -> None:
+    def __init__(self, scaling: Scaling) -> None:
         self._scaling = scaling
-        self._jobs = jobs
         self._pins: dict[str, Pin] = {}
         self._wanted: list[str] = []
 
@@ -136,9 +125,9 @@ class Stock:
             if group:
                 hosts = ", ".join(node.host for node in group)
                 await job.say("step", model, f"weights {pin.weights} ({pin.short}) to {hosts}")
-                await self._watched(group, lambda node: agent_on(node.id).bring.remote(pin, env), pin.id, job, model)
+                await self.watched(group, lambda node: agent_on(node.id).bring.remote(pin, env), pin.id, job, model)
 
-    async def _watched(
+    async def watched(
         self, nodes: Sequence[Node], call: Callable[[Node], Any], key: str, job: Job, model: str = ""
     ) -> list[Any]:
         """The nodes' answers; meanwhile their progress is said."""
@@ -166,149 +155,8 @@ class Stock:
             for row in rows
         ]
 
-    def start(self, request: WeightsRequest) -> Job:
-        """Begin what `llmrun weights …` asks for."""
-        return self._jobs.start(f"weights {request.do}", lambda job: self._run(request, job))
-
-    async def _run(self, request: WeightsRequest, job: Job) -> None:
-        nodes, weights = real_nodes(), request.weights
-        if weights and weights.kind == "path":
-            raise Refused(f"{weights}: a path is used in place: there is nothing to {request.do}", 409)
-        if request.do == "pull" and weights:
-            pin = await self._pin_of(weights)
-            with self.wanted(pin):
-                await self.spread(pin, {}, nodes, job)
-            await job.say("done", text=f"{weights} ({pin.short}, {pin.total:,} bytes) is on every node")
-        elif request.do == "import" and weights:
-            await self._import(request.folder, weights, nodes, job)
-        elif request.do == "mirror" and weights and request.target:
-            await self._mirror(weights, request.target, nodes, job)
-        elif request.do == "verify":
-            await self._verify(await self._lying(weights), nodes, job)
-        elif request.do == "remove" and weights:
-            await self._remove(weights, nodes, job)
-        elif request.do == "prune":
-            keep = list(self.pinned())
-            freed = await gather_from(nodes, lambda node: agent_on(node.id).prune.remote(keep), ERRAND_TIMEOUT_S)
-            await job.say("done", text=f"{sum(freed):,} bytes freed")
-        else:
-            raise Refused(f"weights {request.do}: what for?", 422)
-
-    async def _pin_of(self, weights: Weights) -> Pin:
-        spec = ModelSpec(name="weights", model=weights)
-        pin = await self.pin(spec, Placement(0, 0), None, ask=True)
-        assert pin
-        return pin
-
-    async def _lying(self, weights: Weights | None) -> list[WeightsRow]:
-        """The rows of a source, or all. Raises Refused if there are none of that source."""
-        rows = await self.rows()
-        if weights is None:
-            return rows
-        names = {weights.source, weights.canonical}
-        found = [row for row in rows if {row.source, row.pin, Weights(row.source).canonical} & names]
-        if not found:
-            raise Refused(f"{weights}: no node has it: `llmrun weights list` shows what there is", 404)
-        return found
-
-    async def _import(self, folder: str, weights: Weights, nodes: Sequence[Node], job: Job) -> None:
-        keep = list(self.pinned())
-        alive = await answers(nodes, lambda node: agent_on(node.id).has.remote(""), None)
-        nodes = [node for node, answer in zip(nodes, alive, strict=True) if answer is not None]
-        found: list[Pin | None] = await self._watched(
-            nodes,
-            lambda node: agent_on(node.id).take.remote(folder, weights, keep),
-            f"{weights.canonical} {folder}",
-            job,
-        )
-        pin = next((pin for pin in found if pin), None)
-        if pin is None:
-            hosts = ", ".join(node.host for node in nodes)
-            raise Refused(f"{folder}: no node ({hosts}) has such a folder: copy it to one of them", 404)
-        await job.say("done", text=f"{weights} is {folder} now ({pin.short}, {pin.total:,} bytes)")
-
-    async def _mirror(self, weights: Weights, target: Weights, nodes: Sequence[Node], job: Job) -> None:
-        if target.kind != "store":
-            raise Refused(f"{target}: weights are mirrored to a store, like s3://bucket/path", 409)
-        pin = await self._pin_of(weights)
-        with self.wanted(pin):
-            has = await answers(nodes, lambda node: agent_on(node.id).has.remote(pin.id), False)
-            holder = next((node for node, here in zip(nodes, has, strict=True) if here), nodes[0])
-            await self.spread(pin, {}, [holder], job)
-            await job.say("step", text=f"uploading to {target}")
-            (sent,) = await self._watched(
-                [holder], lambda node: agent_on(node.id).mirror.remote(pin, target), pin.id, job
-            )
-        await job.say("done", text=f"{target}: {sent['sent']} files sent, {sent['there']} were there")
-
-    async def _verify(self, rows: Collection[WeightsRow], nodes: Sequence[Node], job: Job) -> None:
-        sources = {row.pin: f"{row.source} ({row.short})" for row in rows}
-        damaged = 0
-        for pin_id, source in sources.items():
-            await job.say("step", text=f"hashing {source}")
-            found = await self._verified(nodes, pin_id)
-            for node, wrong in zip(nodes, found, strict=True):
-                for line in wrong.get(pin_id, ()):
-                    damaged += 1
-                    await job.say("failed", text=f"{source} on {node.host}: {line}; it is fetched again when needed")
-        if not damaged:
-            await job.say("done", text=f"{len(sources)} checked, all right")
-
-    async def _verified(self, nodes: Sequence[Node], pin_id: str) -> list[dict[str, list[str]]]:
-        return await gather_from(nodes, lambda node: agent_on(node.id).verify.remote([pin_id]), ERRAND_TIMEOUT_S)
-
-    async def _remove(self, weights: Weights, nodes: Sequence[Node], job: Job) -> None:
-        rows = await self._lying(weights)
-        users = sorted({name for row in rows for name in row.pinned_by})
-        if users:
-            raise Refused(
-                f"{weights}: {', '.join(users)} of what is deployed needs it: `llmrun delete` that first", 409
-            )
-        ids = sorted({row.pin for row in rows})
-        freed = await gather_from(nodes, lambda node: agent_on(node.id).remove.remote(ids), ERRAND_TIMEOUT_S)
-        await job.say("done", text=f"removed {weights}, {sum(freed):,} bytes freed")
-
 
 def _same_commit(pin: Pin, weights: Weights) -> bool:
     """Whether the pin is of the commit that the source names."""
     named = weights.kind == "hub" and len(weights.revision) == COMMIT_LENGTH
     return named and pin.weights == weights and pin.revision == weights.revision
-
-
-def real_nodes() -> list[Node]:
-    """The nodes that live."""
-    return [node for node in cluster_nodes() if node.id]
-
-
-async def answers(
-    nodes: Sequence[Node], call: Callable[[Node], Awaitable[T]], none: T, timeout: float = ANSWER_S
-) -> list[T]:
-    """The answers of the nodes' agents, in their order; `none` for one that does not answer: it may have just died.
-
-    Raises the LLMRunError of one.
-    """
-
-    async def answer(node: Node) -> T:
-        try:
-            return (await gather_from([node], call, timeout))[0]
-        except Silent as error:
-            log.warning("%s", error)
-            return none
-
-    return list(await asyncio.gather(*map(answer, nodes)))
-
-
-async def gather_from(
-    nodes: Sequence[Node], call: Callable[[Node], Awaitable[T]], timeout: float = ANSWER_S
-) -> list[T]:
-    """The answers of the nodes' agents, in their order. Raises the LLMRunError of one, or Silent."""
-    try:
-        async with asyncio.timeout(timeout):
-            return list(await asyncio.gather(*(call(node) for node in nodes)))
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, LLMRunError):
-            raise error.cause from None
-        raise
-    except (ray.exceptions.RayError, TimeoutError) as error:
-        hosts = ", ".join(node.host for node in nodes)
-        raise Silent(f"one of the nodes {hosts} does not answer: {type(error).__name__}") from error

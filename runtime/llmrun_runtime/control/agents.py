@@ -1,0 +1,61 @@
+"""Asking several node agents at once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+import ray
+
+from llmrun.errors import EngineError, LLMRunError
+from llmrun_runtime.control.placing import Node
+from llmrun_runtime.control.serving import cluster_nodes
+
+T = TypeVar("T")
+log = logging.getLogger("llmrun.control")
+ANSWER_S = 20
+
+
+class Silent(EngineError):
+    """A node's agent does not answer."""
+
+
+def real_nodes() -> list[Node]:
+    """The nodes that live."""
+    return [node for node in cluster_nodes() if node.id]
+
+
+async def answers(
+    nodes: Sequence[Node], call: Callable[[Node], Awaitable[T]], none: T, timeout: float = ANSWER_S
+) -> list[T]:
+    """The answers of the nodes' agents, in their order; `none` for one that does not answer: it may have just died.
+
+    Raises the LLMRunError of one.
+    """
+
+    async def answer(node: Node) -> T:
+        try:
+            return (await gather_from([node], call, timeout))[0]
+        except Silent as error:
+            log.warning("%s", error)
+            return none
+
+    return list(await asyncio.gather(*map(answer, nodes)))
+
+
+async def gather_from(
+    nodes: Sequence[Node], call: Callable[[Node], Awaitable[T]], timeout: float = ANSWER_S
+) -> list[T]:
+    """The answers of the nodes' agents, in their order. Raises the LLMRunError of one, or Silent."""
+    try:
+        async with asyncio.timeout(timeout):
+            return list(await asyncio.gather(*(call(node) for node in nodes)))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, LLMRunError):
+            raise error.cause from None
+        raise
+    except (ray.exceptions.RayError, TimeoutError) as error:
+        hosts = ", ".join(node.host for node in nodes)
+        raise Silent(f"one of the nodes {hosts} does not answer: {type(error).__name__}") from error
