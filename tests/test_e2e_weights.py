@@ -55,6 +55,7 @@ def deploy(cluster: Home, app: Path, *flags: str) -> str:
 def test_from_s3_to_an_answer_and_from_zero_without_a_byte(
     cluster: Home, tmp_path: Path, buckets: Path, s3: Proxy
 ) -> None:
+    cluster.ok("weights", "prune", "--yes")  # what the tests of other files left
     app = write_weights_app(tmp_path / "s3.py", "s3://acme/models/tiny", endpoint_url=s3.url)
     said = deploy(cluster, app)
     assert "+ tiny  s3://acme/models/tiny (" in said and "tiny: weights s3://acme/models/tiny (" in said

@@ -12,6 +12,7 @@ import ray
 from llmrun.errors import EngineError, LLMRunError
 from llmrun_runtime.control.placing import Node
 from llmrun_runtime.control.serving import cluster_nodes
+from llmrun_runtime.node import agent_on
 
 T = TypeVar("T")
 log = logging.getLogger("llmrun.control")
@@ -20,6 +21,12 @@ ANSWER_S = 20
 
 class Silent(EngineError):
     """A node's agent does not answer."""
+
+
+async def alive(nodes: Sequence[Node]) -> list[Node]:
+    """Those whose agents answer: Ray takes some time to notice that a node is gone."""
+    said = await answers(nodes, lambda node: agent_on(node.id).has.remote(""), None)
+    return [node for node, answer in zip(nodes, said, strict=True) if answer is not None]
 
 
 def real_nodes() -> list[Node]:

@@ -8,7 +8,7 @@ from llmrun.errors import Refused
 from llmrun.spec import ModelSpec
 from llmrun.weights import Weights
 from llmrun.wire import WeightsRequest, WeightsRow
-from llmrun_runtime.control.agents import answers, gather_from, real_nodes
+from llmrun_runtime.control.agents import alive, answers, gather_from, real_nodes
 from llmrun_runtime.control.events import Job, Jobs
 from llmrun_runtime.control.placing import Node, Placement
 from llmrun_runtime.control.stock import ERRAND_TIMEOUT_S, Stock
@@ -70,10 +70,8 @@ class Errands:
 
     async def _import(self, folder: str, weights: Weights, nodes: Sequence[Node], job: Job) -> None:
         keep = list(self._stock.pinned())
-        alive = await answers(nodes, lambda node: agent_on(node.id).has.remote(""), None)
-        nodes = [node for node, answer in zip(nodes, alive, strict=True) if answer is not None]
         found: list[Pin | None] = await self._stock.watched(
-            nodes,
+            await alive(nodes),
             lambda node: agent_on(node.id).take.remote(folder, weights, keep),
             f"{weights.canonical} {folder}",
             job,

@@ -14,7 +14,7 @@ from llmrun.errors import EngineError
 from llmrun.spec import ModelSpec, Secret
 from llmrun.weights import Weights
 from llmrun.wire import WeightsRow
-from llmrun_runtime.control.agents import ANSWER_S, answers, gather_from, real_nodes
+from llmrun_runtime.control.agents import ANSWER_S, alive, answers, gather_from, real_nodes
 from llmrun_runtime.control.database import Deployed
 from llmrun_runtime.control.events import Job
 from llmrun_runtime.control.placing import Node, Placement, could_run
@@ -73,7 +73,7 @@ class Stock:
 
     async def _ask(self, weights: Weights, env: Mapping[str, Secret | str], nodes: Sequence[Node]) -> Pin:
         """What the first of the nodes that answers says. Raises LLMRunError."""
-        for node in nodes:
+        for node in await alive(nodes):
             found: list[Pin | None] = await answers(
                 [node], lambda node: agent_on(node.id).pin.remote(weights, env), None, PIN_TIMEOUT_S + ANSWER_S
             )
