@@ -193,11 +193,11 @@ def test_idle_models_go_to_zero_streams_are_not_cut_and_the_next_request_wakes_t
     begun = time.monotonic()
     with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=ENGINE_START_S) as stream:
         (engine,) = until(lambda: cluster.engines("hooked"), 60, "the engine runs")
+        (replica,) = cluster.wait_for("hooked", "hot", ENGINE_START_S)["details"]
         lines = [line for line in stream.iter_lines() if line.startswith("data: ")]
     assert lines[-1] == "data: [DONE]" and time.monotonic() - begun > 3
     assert json.loads(lines[-2].removeprefix("data: "))["usage"]["completion_tokens"] == 2000
 
-    (replica,) = cluster.wait_for("hooked", "hot")["details"]
     host, port = replica["address"].split(":")
     family = [engine, *engine.children(recursive=True)]
     status = cluster.wait_for("hooked", "cold", 30)
