@@ -11,6 +11,7 @@ import pytest
 from llmrun.decorator import build_spec
 from llmrun.errors import Refused
 from llmrun.spec import ModelSpec
+from llmrun.weights import Weights
 from llmrun.wire import DeployRequest, Plan
 from llmrun_runtime.control import database as database_module
 from llmrun_runtime.control.database import Database, Deployed
@@ -20,6 +21,7 @@ from llmrun_runtime.control.planning import check, make_plan
 from llmrun_runtime.control.registry import Registry
 from llmrun_runtime.reports import LEASE_S, Registration, Traffic
 from llmrun_runtime.serveconfig import app_name, parse_app_name
+from llmrun_runtime.weights.pin import File, Pin
 
 CPU = Placement(1, 0)
 LAPTOP = Node("a", "10.0.0.1", {"CPU": 2}, {"CPU": 1})
@@ -216,7 +218,8 @@ def test_the_database_keeps_models_versions_and_packages(tmp_path: Path, monkeyp
     database.put_app("app", "here")
     database.put_package("p", b"zip")
     database.put_package("q", b"unused")
-    row = deployed(spec("one"))
+    pin = Pin(weights=Weights("org/model"), revision="abc", files=(File(name="config.json", size=2),))
+    row = replace(deployed(spec("one")), pin=pin)
     database.put_version(row, in_force=True)
     database.put_version(deployed(coded), in_force=True)
     database.put_version(replace(row, version=2, engine_version=2), in_force=False)
@@ -228,6 +231,7 @@ def test_the_database_keeps_models_versions_and_packages(tmp_path: Path, monkeyp
     assert rows.keys() == {"one", "two"}
     assert rows["one"] == row and sources == {"app": "here"}
     again.remove(["one"])
+    assert again.next_version("one") == 3  # a number names an application, which may still be draining
     assert again.has_package("q")  # a deploy that is under way may have brought it
     monkeypatch.setattr(database_module, "PACKAGE_GRACE_S", -1)
     again.remove([])

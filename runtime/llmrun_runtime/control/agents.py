@@ -16,7 +16,7 @@ from llmrun_runtime.node import agent_on
 
 T = TypeVar("T")
 log = logging.getLogger("llmrun.control")
-ANSWER_S = 20
+ANSWER_S = 15
 
 
 class Silent(EngineError):

@@ -64,6 +64,14 @@ class PinRow(Base):
     pin: Mapped[str] = mapped_column(Text(2**24))
 
 
+class NumberRow(Base):
+    """The last version number of a model, deleted ones too: a number names an application, and is not used again."""
+
+    __tablename__ = "numbers"
+    model: Mapped[str] = mapped_column(NAME, primary_key=True)
+    last: Mapped[int]
+
+
 class PackageRow(Base):
     """A code package, named by its sha256."""
 
@@ -127,14 +135,15 @@ class Database:
             return models, {row.name: row.source for row in session.scalars(select(AppRow))}
 
     def next_version(self, model: str) -> int:
-        """The number for the model's next version; those of failed ones are not used again."""
+        """The number for the model's next version; those of failed and of deleted ones are not used again."""
         with Session(self._engine) as session:
-            numbers = session.scalars(select(VersionRow.number).where(VersionRow.model == model))
-            return max(numbers, default=0) + 1
+            return _last_number(session, model) + 1
 
     def put_version(self, deployed: Deployed, *, in_force: bool) -> None:
         """Store a version, and put it in force if so asked."""
         with Session(self._engine) as session, session.begin():
+            last = max(deployed.version, _last_number(session, deployed.name))
+            session.merge(NumberRow(model=deployed.name, last=last))
             session.merge(
                 VersionRow(
                     model=deployed.name,
@@ -164,6 +173,7 @@ class Database:
         """
         with Session(self._engine) as session, session.begin():
             for name in models:
+                session.merge(NumberRow(model=name, last=_last_number(session, name)))
                 session.execute(delete(ModelRow).where(ModelRow.name == name))
                 session.execute(delete(VersionRow).where(VersionRow.model == name))
                 session.execute(delete(PinRow).where(PinRow.model == name))
@@ -192,3 +202,9 @@ class Database:
     def close(self) -> None:
         """Let go of the database."""
         self._engine.dispose()
+
+
+def _last_number(session: Session, model: str) -> int:
+    numbers = session.scalars(select(VersionRow.number).where(VersionRow.model == model))
+    row = session.get(NumberRow, model)
+    return max(row.last if row else 0, max(numbers, default=0))

@@ -52,7 +52,7 @@ class Stock:
         key = weights.model_dump_json() + spec.model_dump_json(include={"env"})
         if not ask and key in self._pins:
             return self._pins[key]
-        nodes = real_nodes()
+        nodes = await alive(real_nodes())
         pin = await self._imported(weights, nodes)
         if pin is None and old and old.pin and _same_commit(old.pin, weights):
             pin = old.pin
@@ -73,14 +73,14 @@ class Stock:
 
     async def _ask(self, weights: Weights, env: Mapping[str, Secret | str], nodes: Sequence[Node]) -> Pin:
         """What the first of the nodes that answers says. Raises LLMRunError."""
-        for node in await alive(nodes):
+        for node in nodes:
             found: list[Pin | None] = await answers(
                 [node], lambda node: agent_on(node.id).pin.remote(weights, env), None, PIN_TIMEOUT_S + ANSWER_S
             )
             if found[0]:
                 return found[0]
         hosts = ", ".join(node.host for node in nodes)
-        raise EngineError(f"{weights}: no node that could run it answers ({hosts}): did it just go? Deploy again")
+        raise EngineError(f"{weights}: no node answers that could ask for it ({hosts or 'none'}): deploy again")
 
     @contextlib.contextmanager
     def wanted(self, pin: Pin | None) -> Iterator[None]:
