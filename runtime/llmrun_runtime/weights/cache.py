@@ -41,6 +41,20 @@ class Entry(BaseModel):
     place: str
     """A blob's name, or the absolute path of a file of the Hub's cache."""
 
+    @classmethod
+    def of(cls, path: Path, digests: dict[str, str], place: str) -> Entry:
+        """The file at `path` as it is now. Raises OSError."""
+        stat = path.stat()
+        return cls(size=stat.st_size, mtime_ns=stat.st_mtime_ns, digests=digests, place=place)
+
+    def is_still(self, path: Path) -> bool:
+        """Whether the file at `path` is there, with this size and time."""
+        try:
+            stat = path.stat()
+        except OSError:
+            return False
+        return (stat.st_size, stat.st_mtime_ns) == (self.size, self.mtime_ns)
+
 
 class Manifest(BaseModel):
     """A pin that is complete here."""
@@ -51,6 +65,12 @@ class Manifest(BaseModel):
     entries: dict[str, Entry]
     boot: str
     """The boot in which it was written; empty once its bytes are known to be on the disk."""
+
+
+def discard(data: Path) -> None:
+    """Remove what has come of a file, and the journal of its parts (transfer.py)."""
+    data.unlink(missing_ok=True)
+    data.with_suffix(".parts").unlink(missing_ok=True)
 
 
 def open_cache(settings: Settings) -> Cache:
@@ -83,9 +103,7 @@ class Cache:
         Files that were not yet safe on the disk when the machine stopped are hashed once more.
         """
         manifest = self.load(pin_id)
-        if manifest is None:
-            return None
-        if not self.is_complete(manifest):
+        if manifest is None or not self.is_complete(manifest):
             return None
         if manifest.boot and manifest.boot != boot_id():
             if self.verify(manifest):
@@ -96,14 +114,7 @@ class Cache:
     def is_complete(self, manifest: Manifest) -> bool:
         """Whether all its files are there, by size and time."""
         folder = self.folder(manifest.pin.id)
-        for name, entry in manifest.entries.items():
-            try:
-                stat = (folder / name).stat()
-            except OSError:
-                return False
-            if (stat.st_size, stat.st_mtime_ns) != (entry.size, entry.mtime_ns):
-                return False
-        return True
+        return all(entry.is_still(folder / name) for name, entry in manifest.entries.items())
 
     def load(self, pin_id: str) -> Manifest | None:
         """A pin's manifest, whatever has become of its files."""
@@ -124,11 +135,7 @@ class Cache:
 
     def is_whole(self, entry: Entry) -> bool:
         """Whether the file is there, with the size and the time it had."""
-        try:
-            stat = self.where(entry).stat()
-        except OSError:
-            return False
-        return (stat.st_size, stat.st_mtime_ns) == (entry.size, entry.mtime_ns)
+        return entry.is_still(self.where(entry))
 
     def where(self, entry: Entry) -> Path:
         """The file itself."""
@@ -143,14 +150,11 @@ class Cache:
             data.unlink()  # others' manifests know that one's time
         else:
             data.replace(blob)
-        stat = blob.stat()
-        return Entry(size=stat.st_size, mtime_ns=stat.st_mtime_ns, digests=digests, place=blob.name)
+        return Entry.of(blob, digests, blob.name)
 
     def refer(self, path: Path, file: File, digests: dict[str, str]) -> Entry:
         """Use a checked file where it lies, outside of this cache."""
-        stat = path.stat()
-        digests = {**file.digests, **digests}
-        return Entry(size=stat.st_size, mtime_ns=stat.st_mtime_ns, digests=digests, place=str(path))
+        return Entry.of(path, {**file.digests, **digests}, str(path))
 
     def publish(self, pin: Pin, entries: dict[str, Entry]) -> Manifest | None:
         """Make a pin visible; None if one of its files has gone meanwhile. The caller holds the pin's lock."""
@@ -258,8 +262,7 @@ class Cache:
             with locked(path.with_suffix(".lock"), 0) as mine:
                 if mine:
                     freed += path.stat().st_blocks * 512
-                    path.unlink(missing_ok=True)
-                    path.with_suffix(".parts").unlink(missing_ok=True)
+                    discard(path)
         return freed
 
     def make_room(self, needed: int, keep: Collection[str], what: str, using: Collection[str] = ()) -> None:

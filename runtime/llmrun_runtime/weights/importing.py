@@ -36,10 +36,11 @@ def take_folder(
     cache.make_room(total, keep, f"{folder} ({total:,} bytes)")
     entries: dict[str, Entry] = {}
     try:
-        known = Known(cache)
+        known, here = Known(cache), 0
         for file in files:
             entries[file.name] = _take(cache, known, folder, file)
-            report(sum(entry.size for entry in entries.values()), total)
+            here += entries[file.name].size
+            report(here, total)
         hashed = [
             file.model_copy(update={"digests": {"sha256": entries[file.name].digests["sha256"]}}) for file in files
         ]

@@ -51,12 +51,11 @@ class Known:
     def _compared(self, blob: str, file: File) -> Entry | None:
         path = self._cache.blobs / blob
         try:
-            stat = path.stat()
+            entry = Entry.of(path, {}, blob)  # before it is hashed: a change meanwhile is then seen
             digests = digests_of(path, file.digests)
         except FileNotFoundError:
             return None
         if mismatch(digests, file.digests):
             return None
         algorithm, _, digest = blob.partition("-")
-        known = {algorithm: digest, **file.digests, **digests}
-        return Entry(size=stat.st_size, mtime_ns=stat.st_mtime_ns, digests=known, place=blob)
+        return entry.model_copy(update={"digests": {algorithm: digest, **file.digests, **digests}})

@@ -8,7 +8,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Collection, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from urllib.parse import quote
 
 import urllib3
@@ -182,7 +182,7 @@ class Sync:
                     self._cache.drop(entries.values())
                     raise
             if later and not jobs:
-                with locked(self._cache.partial / f"{Path(self._key(later[0])).stem}.lock"):
+                with locked((self._cache.partial / self._key(later[0])).with_suffix(".lock")):
                     pass  # until the other process has it, or gives up
             missing = []
             known = Known(self._cache)

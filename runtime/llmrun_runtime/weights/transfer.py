@@ -20,6 +20,7 @@ from pathlib import Path
 
 from llmrun.errors import WeightsError
 from llmrun_runtime.weights.boot import boot_id
+from llmrun_runtime.weights.cache import discard
 from llmrun_runtime.weights.digests import CHUNK_BYTES, Digester, mismatch
 from llmrun_runtime.weights.pin import File
 from llmrun_runtime.weights.ranges import Reader, Trouble
@@ -284,9 +285,3 @@ class Transfer:
                 job.attempt += 1
             self._queue.extend((job, part) for part in (range(job.parts) or [-1]))
             self._lock.notify_all()
-
-
-def discard(data: Path) -> None:
-    """Remove what has come of a file."""
-    data.unlink(missing_ok=True)
-    data.with_suffix(".parts").unlink(missing_ok=True)
