@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,7 @@ class Script:
     """An engine that is a few lines of Python, to stand in where only processes matter."""
 
     name = "script"
+    module = ""
     paths = frozenset[str]()
 
     def __init__(self, text: str) -> None:
@@ -183,7 +185,13 @@ class Script:
     def command(self, launch: Launch) -> list[str]:
         return [launch.python, "-c", self.text]
 
-    def environment(self, launch: Launch) -> dict[str, str]:
+    def arguments(self, launch: Launch) -> list[str]:
+        return []
+
+    def libraries(self) -> tuple[str, ...]:
+        return ()
+
+    def environment(self, env: Mapping[str, str]) -> dict[str, str]:
         return dict(os.environ)
 
     def root_cause(self, log: str) -> str:

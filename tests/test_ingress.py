@@ -185,7 +185,7 @@ async def test_unknown_paths_and_methods(bench: Bench, engine: Engine) -> None:
     assert "nothing is deployed" in (await bench.ask())[2]["error"]["message"]
     assert (await bench.ask(b"{nonsense"))[0] == 400
     bench.table(route(engine.port), route(engine.port, name="two", names=("two",), paths=frozenset({"/v1/embeddings"})))
-    for path in ("/", "/v1", "/v1/load_lora_adapter", "/sleep", "/metrics", CHAT + "/"):
+    for path in ("/", "/v1", "/v1/load_lora_adapter", "/sleep", "/load", CHAT + "/"):
         status, _, answer = await bench.ask(path=path)
         assert (status, answer["error"]["code"]) == (404, "path_not_found")
     status, _, answer = await bench.ask({"model": "two"})

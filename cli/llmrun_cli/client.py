@@ -11,7 +11,7 @@ import httpx
 
 from llmrun.errors import ControlError, Refused, Unreachable
 from llmrun.settings import Settings
-from llmrun.wire import CONTROL_ROOT, DeployRequest, Event, Plan, Status, WeightsRequest, WeightsRow
+from llmrun.wire import CONTROL_ROOT, ColdStart, DeployRequest, Event, Plan, Status, WeightsRequest, WeightsRow
 
 CONNECT_TIMEOUT_S = 5
 ANSWER_TIMEOUT_S = 60
@@ -74,6 +74,10 @@ class Client:
     def delete_app(self, app: str) -> list[str]:
         """Remove an app's models; what was removed."""
         return list(self._call("DELETE", f"/apps/{quote(app)}")["deleted"])
+
+    def starts(self, model: str) -> list[ColdStart]:
+        """A model's last cold starts, the newest first."""
+        return [ColdStart.model_validate(row) for row in self._call("GET", f"/starts/{quote(model)}")]
 
     def logs(self, model: str, tail: int, follow: bool) -> Iterator[dict[str, str]]:
         """Pieces of the model's logs: `source` and `text`."""

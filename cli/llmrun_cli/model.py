@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
+from datetime import datetime
 from typing import Annotated, Any
 
 import httpx
@@ -12,7 +14,7 @@ from rich.table import Table
 
 from llmrun.errors import ControlError, Refused, Unreachable
 from llmrun.settings import Settings
-from llmrun.wire import ModelStatus
+from llmrun.wire import START_PARTS, ColdStart, ModelStatus
 from llmrun_cli.client import Client, error_message
 from llmrun_cli.terminal import note, out, print_whole
 
@@ -51,6 +53,7 @@ def status(
             note(f"{row.name}: {row.cause}", "red" if row.state == "failed" else "yellow")
     if model:
         _details(found.models[0])
+        _starts(client.starts(found.models[0].name))
 
 
 def _details(row: ModelStatus) -> None:
@@ -61,6 +64,23 @@ def _details(row: ModelStatus) -> None:
     for detail in row.details:
         where = f"node {detail.node} {detail.address}".rstrip()
         out.print(f"replica   {detail.id} v{detail.version} {detail.state}, {detail.in_flight} in flight, {where}")
+
+
+def _starts(starts: list[ColdStart]) -> None:
+    """The last cold starts: seconds from the request to the end of each part, and the medians."""
+    if not starts:
+        return
+    out.print("\nfrom zero, in seconds until")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("ASKED", *(part.replace("_", " ").upper() for part in START_PARTS), "NODE", "ENGINE"):
+        table.add_column(column, no_wrap=True, justify="left" if column in ("ASKED", "NODE", "ENGINE") else "right")
+    for start in starts:
+        when = datetime.fromtimestamp(start.asked).astimezone().strftime("%m-%d %H:%M:%S")
+        parts = [f"{start.parts[part]:.2f}" if part in start.parts else "" for part in START_PARTS]
+        table.add_row(when, *parts, start.node, "forked" if start.forked else "started")
+    known = [[start.parts[part] for start in starts if part in start.parts] for part in START_PARTS]
+    table.add_row("median", *(f"{statistics.median(times):.2f}" if times else "" for times in known), style="bold")
+    print_whole(table)
 
 
 def delete(

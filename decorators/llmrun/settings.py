@@ -44,6 +44,10 @@ class Settings(BaseSettings):
     start_timeout: float = Field(
         default=3600, gt=0, description="How long an engine may take from its start to its first answer."
     )
+    warm_parent: bool = Field(
+        default=True,
+        description="Whether a node keeps a process with the engine's code loaded, which new engines are forked from.",
+    )
     place_timeout: float = Field(
         default=60, gt=0, description="How long a deploy waits for Ray to place the proof where there is room."
     )

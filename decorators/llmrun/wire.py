@@ -106,6 +106,25 @@ class ReplicaStatus(Message):
     in_flight: int
 
 
+# What a cold start passes through, in this order.
+START_PARTS = ("decided", "placed", "weights", "forked", "ready", "registered", "first_token")
+
+
+class ColdStart(Message):
+    """One way from zero to the first token."""
+
+    model: str
+    version: int
+    node: str
+    """The node's address."""
+    forked: bool
+    """Whether the engine came from the node's warm parent."""
+    asked: float
+    """Unix time of the request that found no replica."""
+    parts: dict[str, float]
+    """Seconds from `asked` to the end of each of START_PARTS."""
+
+
 class ModelStatus(Message):
     """One model, as `llmrun status --json` shows it."""
 

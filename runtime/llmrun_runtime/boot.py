@@ -1,6 +1,7 @@
-"""`python -m llmrun_runtime.boot`: puts control and the ingress on a Ray cluster, or takes them off. Then it exits.
+"""`python -m llmrun_runtime.boot`: puts control and the ingress on a Ray cluster, or takes them off.
 
-The address is Ray's own business (`RAY_ADDRESS`); the actors outlive this process.
+The address is Ray's own business (`RAY_ADDRESS`); the actors outlive this process. It prints one
+line of JSON, and exits or stays.
 """
 
 from __future__ import annotations
@@ -107,6 +108,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--url", default="")
+    parser.add_argument("--stay", action="store_true", help="remain Serve's job until standard input hangs up")
     args = parser.parse_args()
     result: dict[str, str] = {}
     try:
@@ -115,12 +117,16 @@ def main() -> None:
             start(args.host, args.port, args.url)
         else:
             stop()
+        if args.stay:
+            print(json.dumps(result), flush=True)
+            sys.stdin.read()
+            return
         ray.shutdown()
     except LLMRunError as error:
         result["error"] = str(error)
     except (TimeoutError, ConnectionError, ray.exceptions.RayError) as error:
         result["error"] = f"Ray cannot be used: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
-    print(json.dumps(result))
+    print(json.dumps(result), flush=True)
     sys.exit(bool(result))
 
 

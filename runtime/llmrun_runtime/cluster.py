@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -32,6 +33,8 @@ from llmrun_runtime.processes import END_TIMEOUT_S, end_processes
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 START_TIMEOUT_S = 120
 # Code packages (100 MiB at most) are all that goes through Ray's object store.
+# What a new worker of Ray's imports at once: the spare one of a node then becomes a replica in half a second.
+PRELOAD = "ray.serve._private.replica,llmrun_runtime.replica"
 OBJECT_STORE_BYTES = 256 * 2**20
 
 
@@ -46,6 +49,8 @@ class Cluster:
         self.url = url_of(host, port)
         self._temp = Path(tempfile.gettempdir()) / f"llmrun-{name}"
         self._ray: subprocess.Popen[bytes] | None = None
+        # The job that started Serve: Ray ends spare workers of a job that is over.
+        self._boot: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start Ray, then control and the ingress. Raises ClusterError; nothing is left then."""
@@ -65,6 +70,7 @@ class Cluster:
                     *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
                     *(f"--node-ip-address={self._node_ip}", f"--port={ray_port}", f"--temp-dir={self._temp}"),
                     *("--include-dashboard=false", "--include-log-monitor=false", "--disable-usage-stats"),
+                    "--no-monitor",  # an autoscaler's, 84 MiB
                     f"--object-store-memory={OBJECT_STORE_BYTES}",
                     # Every port the kernel's choice: two clusters on one machine do not meet.
                     *("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"),
@@ -77,7 +83,8 @@ class Cluster:
                 start_new_session=True,
             )
         self._wait_for_ray(ray_port)
-        boot("start", env, ["--host", self._host, "--port", str(self._port), "--url", self.url], logs / "boot.log")
+        args = ["--stay", "--host", self._host, "--port", str(self._port), "--url", self.url]
+        self._boot = boot("start", env, args, logs / "boot.log")
         write_cluster_file(
             self._settings,
             {"url": self.url, "pid": os.getpid(), "temp": str(self._temp), "ray_address": env["RAY_ADDRESS"]},
@@ -104,6 +111,9 @@ class Cluster:
         if self._ray:
             self._ray.kill()
             self._ray.wait()
+        if self._boot:
+            self._boot.kill()
+            self._boot.communicate()
         end_processes(self._temp, self._settings.root)
         self._settings.cluster_file.unlink(missing_ok=True)
 
@@ -118,6 +128,7 @@ class Cluster:
             # No worker before it is asked for: each takes 80 MiB.
             "RAY_enable_worker_prestart": "0",
             "RAY_prestart_worker_first_driver": "0",
+            "RAY_preload_python_modules": PRELOAD,
         }
         if self._node_ip in LOOPBACK:
             # Ray otherwise looks for an address that other machines reach, and listens on that.
@@ -143,20 +154,25 @@ def url_of(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def boot(action: str, env: dict[str, str], args: list[str], log: Path) -> None:
-    """Run `llmrun_runtime.boot`. Raises ClusterError with what it says."""
+def boot(action: str, env: dict[str, str], args: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """Run `llmrun_runtime.boot` until it has said how it went; with `--stay` it lives on. Raises ClusterError."""
     command = [sys.executable, "-m", "llmrun_runtime.boot", action, *args]
     with log.open("wb") as errors:
-        try:
-            done = subprocess.run(
-                command, env=env, stdout=subprocess.PIPE, stderr=errors, timeout=START_TIMEOUT_S, check=False
-            )
-        except subprocess.TimeoutExpired:
-            raise ClusterError(f"the cluster did not answer within {START_TIMEOUT_S} s: see {log}") from None
-    lines = done.stdout.decode().strip().splitlines()
-    result = json.loads(lines[-1]) if lines and lines[-1].startswith("{") else {"error": f"it failed: see {log}"}
+        process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+    assert process.stdout
+    overdue = threading.Timer(START_TIMEOUT_S, process.kill)
+    overdue.start()
+    line = process.stdout.readline().decode()
+    late = not overdue.is_alive()
+    overdue.cancel()
+    result = json.loads(line) if line.startswith("{") else {"error": f"it failed: see {log}"}
+    if late:
+        result = {"error": f"the cluster did not answer within {START_TIMEOUT_S} s: see {log}"}
+    if "error" in result or "--stay" not in args:
+        process.communicate()
     if "error" in result:
         raise ClusterError(result["error"])
+    return process
 
 
 def join(settings: Settings, host: str, port: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from collections.abc import Mapping
@@ -15,8 +16,11 @@ from llmrun.spec import ModelSpec, Secret
 from llmrun.weights import Weights
 from llmrun.wire import WeightsRow
 from llmrun_runtime.actors import NAMESPACE, control_handle
+from llmrun_runtime.engines.keeper import Keeper, warm_socket
+from llmrun_runtime.engines.kinds import get_engine
 from llmrun_runtime.environments import Environments, environment
 from llmrun_runtime.logs import read_logs
+from llmrun_runtime.spare import keep_spare
 from llmrun_runtime.weights.node import NodeWeights
 from llmrun_runtime.weights.pin import Pin
 from llmrun_runtime.weights.sync import Peer
@@ -38,6 +42,24 @@ class NodeAgent:
             return package
 
         self._environments = Environments(self._root, fetch)
+        self._keepers: dict[str, Keeper] = {}
+        self._spare: asyncio.Task[None] | None = None
+
+    async def warm(self, engine: str) -> None:
+        """Be ready for the next replica: keep a spare worker, and a warm parent of its engine, if one is of use.
+
+        Replicas can ask the parent when this returns.
+        """
+        kind = get_engine(engine)
+        if self._spare is None or self._spare.done():
+            self._spare = asyncio.get_running_loop().create_task(keep_spare())
+        if not kind.module or not Settings().warm_parent:
+            return
+        if engine not in self._keepers:
+            path = warm_socket(self._root, self._node, engine)
+            output = self._root / "logs" / f"warm-{engine}.log"
+            self._keepers[engine] = Keeper(kind, path, output, environment({}, self._where()))
+        self._keepers[engine].start()
 
     async def prepare(self, spec: ModelSpec) -> None:
         """Bring the model's code and requirements here. Raises EngineError."""
@@ -105,7 +127,10 @@ class NodeAgent:
     def _environment(self, env: Mapping[str, Secret | str]) -> dict[str, str]:
         """For a worker: the node's variables with the spec's, and llmrun's own settings."""
         ours = {key: value for key, value in os.environ.items() if key.startswith("LLMRUN_")}
-        return environment(env, f"node {self._host} ({socket.gethostname()})") | ours
+        return environment(env, self._where()) | ours
+
+    def _where(self) -> str:
+        return f"node {self._host} ({socket.gethostname()})"
 
 
 def agent_on(node_id: str) -> Any:

@@ -12,7 +12,6 @@ import psutil
 
 from llmrun.errors import ClusterError
 from llmrun_runtime.engines.process import sweep_scratch
-from llmrun_runtime.logs import model_logs
 
 END_TIMEOUT_S = 15
 ENGINE_GRACE_S = 5
@@ -24,8 +23,9 @@ def end_processes(temp: Path, home: Path) -> None:
     Raises ClusterError if one does not end.
     """
     _end(temp, grace=0)
-    # Python's resource tracker is among the engines' processes: given a moment it removes their shared memory.
-    _end(model_logs(home), grace=ENGINE_GRACE_S)
+    # Python's resource tracker is among the engines' processes: given a moment it removes their shared memory. The warm
+    # parents write there too, and end when they have imported what they are at.
+    _end(home / "logs", grace=ENGINE_GRACE_S)
     sweep_scratch()
     shutil.rmtree(temp, ignore_errors=True)
 

@@ -25,6 +25,7 @@ from llmrun.spec import ModelSpec
 from llmrun.wire import ReplicaState
 from llmrun_runtime.actors import control_handle
 from llmrun_runtime.engines.base import Launch, Member, ShimConfig
+from llmrun_runtime.engines.keeper import warm_socket
 from llmrun_runtime.engines.kinds import get_engine
 from llmrun_runtime.engines.process import EngineProcess
 from llmrun_runtime.environments import Environments, environment
@@ -41,6 +42,7 @@ DRAIN_POLL_S = 0.1
 # The ingress hears of a deregistration through its long poll; for so long a request may still come by the old table.
 LINGER_S = 1.0
 CONTROL_TIMEOUT_S = 10
+AGENT_TIMEOUT_S = 10
 
 
 class ReplicaConfig(BaseModel):
@@ -77,6 +79,7 @@ class Replica:
         self._counts: dict[str, Any] = {}
         self._failed = ""
         self._answered = time.monotonic()
+        self._moments = {"placed": time.time()}
         loop = asyncio.get_running_loop()
         self._starting = loop.create_task(self._start())
         self._reporting = loop.create_task(self._report_always())
@@ -115,12 +118,16 @@ class Replica:
             self._engine = await self._launch()
             started = time.monotonic()
             await self._engine.start()
-            self._say(f"engine {self._config.spec.engine} started, pid {self._engine.pid}")
+            self._passed("forked")
+            how = "forked from the warm parent" if self._engine.forked else "started"
+            self._say(f"engine {self._config.spec.engine} {how}, pid {self._engine.pid}")
             await self._engine.ready(self._config.start_timeout)
             self._say(f"engine ready after {time.monotonic() - started:.1f} s, port {self._engine.port}")
+            self._passed("ready")
             await self._count()
             self._state = "ready"
             await self._report()
+            agent_on(self._node).warm.remote(self._config.spec.engine)  # for the next one; nobody waits for it
         except Exception as error:
             if not isinstance(error, LLMRunError):
                 log.exception("a replica of %s did not start", self._config.spec.name)
@@ -141,17 +148,33 @@ class Replica:
         if spec.code:
             code = await environments.code(spec.code.package)
             shim = replace(shim, file=str(code / spec.code.file), cls=spec.code.cls, hooks=spec.code.hooks)
+        weights = await self._weights()
+        self._passed("weights")
         launch = Launch(
             names=spec.served_names,
-            weights=str(await self._weights()),
+            weights=str(weights),
             members=(Member(self._node, self._host, self._devices),),
             engine_args=spec.engine_args,
             python=sys.executable,
             env=engine_environment(spec, site, self._where()),
             shim=shim,
             log=self._log,
+            warm=await self._warm(),
         )
         return EngineProcess(get_engine(spec.engine), launch)
+
+    async def _warm(self) -> Path | None:
+        """The socket of this node's warm parent, which the node agent keeps; None where there is none."""
+        engine = self._config.spec.engine
+        if not Settings().warm_parent or not get_engine(engine).module:
+            return None
+        path = warm_socket(Settings().root, self._node, engine)
+        if not path.exists():
+            try:
+                await asyncio.wait_for(agent_on(self._node).warm.remote(engine), AGENT_TIMEOUT_S)
+            except (ray.exceptions.RayError, TimeoutError) as error:
+                self._say(f"no warm parent: the node agent does not answer ({type(error).__name__})")
+        return path
 
     async def _weights(self) -> Path:
         """The folder that the engine loads; the node agent brings it if it is not here. Raises LLMRunError."""
@@ -232,7 +255,12 @@ class Replica:
             state=self._state,
             in_flight=self._counts.get("in_flight", 0),
             idle_s=self._counts.get("idle_s", 0),
+            forked=engine.forked if engine else False,
+            moments=self._moments,
         )
+
+    def _passed(self, part: str) -> None:
+        self._moments[part] = time.time()
 
     def _where(self) -> str:
         return f"node {self._host} ({socket.gethostname()})"

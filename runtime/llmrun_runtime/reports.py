@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llmrun.wire import ReplicaState
 
@@ -25,6 +25,10 @@ class Registration:
     state: ReplicaState
     in_flight: int = 0
     idle_s: float = 0
+    forked: bool = False
+    """Whether its engine came from a warm parent."""
+    moments: dict[str, float] = field(default_factory=dict)
+    """Unix times of what it has passed through: those of `llmrun.wire.START_PARTS` that a replica sees."""
 
     def __repr__(self) -> str:  # the token stays out of logs
         return f"Registration({self.id[:12]} {self.model} v{self.version} {self.state} {self.host}:{self.port})"
@@ -36,3 +40,5 @@ class Traffic:
 
     waiting: int = 0
     in_flight: int = 0
+    since: float = 0
+    """Since when (unix time) somebody has been waiting; 0 if nobody waits."""

@@ -50,6 +50,7 @@ class Control:
         self._parts.deployer.heard(report)
         if changed:
             if report.state == "ready":
+                self._parts.starts.ready(report)
                 self._parts.scaling.started(report)
             self._parts.scaling.kick()
 
@@ -67,9 +68,10 @@ class Control:
         if self._parts.registry.remove(report.id):
             self._parts.scaling.kick()
 
-    async def demand(self, ingress: str, traffic: dict[str, Traffic]) -> None:
-        """An ingress says what waits there and what is in flight."""
+    async def demand(self, ingress: str, traffic: dict[str, Traffic], first_tokens: dict[str, float]) -> None:
+        """An ingress says what waits there, what is in flight, and when those that had waited were answered."""
         await self.start()
+        self._parts.starts.first_tokens(first_tokens)
         self._parts.registry.demand(ingress, traffic, time.monotonic())
         self._parts.scaling.kick()
 

@@ -12,15 +12,26 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from sqlalchemy.exc import SQLAlchemyError
 
 import llmrun
 from llmrun.errors import LLMRunError, Refused
-from llmrun.wire import CONTROL_ROOT, MAX_PACKAGE_BYTES, DeployRequest, Plan, Status, WeightsRequest, WeightsRow
+from llmrun.wire import (
+    CONTROL_ROOT,
+    MAX_PACKAGE_BYTES,
+    ColdStart,
+    DeployRequest,
+    Plan,
+    Status,
+    WeightsRequest,
+    WeightsRow,
+)
 from llmrun_runtime.asgi import App, Receive, Scope, Send, answer_error
 from llmrun_runtime.control.parts import ControlParts
 
 FOLLOW_S = 0.5
+METRICS = "/metrics"  # for Prometheus, which has no key
 
 
 class AdminKey:
@@ -31,7 +42,7 @@ class AdminKey:
         self._key = f"Bearer {key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
+        if scope["type"] == "http" and scope["path"] != METRICS:
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self._key):
                 text = (
@@ -124,6 +135,14 @@ def make_api(parts: ControlParts) -> App:
             raise Refused(f"there is no app {app!r}; there are: {', '.join(apps) or 'none'}", 404)
         await parts.deployer.delete(models)
         return {"deleted": models}
+
+    @api.get(f"{root}/starts/{{name:path}}")
+    async def starts(name: str) -> list[ColdStart]:
+        return parts.starts.of(_known(parts, name))
+
+    @api.get(METRICS)
+    async def metrics() -> Response:
+        return Response(generate_latest(parts.metrics), media_type=CONTENT_TYPE_LATEST)
 
     @api.get(f"{root}/logs/{{name:path}}")
     async def logs(name: str, tail: Annotated[int, Query(ge=0)] = 200, follow: bool = False) -> StreamingResponse:

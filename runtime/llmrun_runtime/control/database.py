@@ -14,11 +14,13 @@ from sqlalchemy import LargeBinary, String, Text, create_engine, delete, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from llmrun.spec import ModelSpec
+from llmrun.wire import ColdStart
 from llmrun_runtime.control.placing import Placement
 from llmrun_runtime.weights.pin import Pin
 
 NAME = String(63)  # a DNS label
 PACKAGE_GRACE_S = 3600
+KEEP_STARTS = 1000  # of each model
 
 
 class Base(DeclarativeBase):
@@ -70,6 +72,16 @@ class NumberRow(Base):
     __tablename__ = "numbers"
     model: Mapped[str] = mapped_column(NAME, primary_key=True)
     last: Mapped[int]
+
+
+class StartRow(Base):
+    """One cold start."""
+
+    __tablename__ = "starts"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    model: Mapped[str] = mapped_column(NAME, index=True)
+    asked: Mapped[float]
+    start: Mapped[str] = mapped_column(Text)
 
 
 class PackageRow(Base):
@@ -177,11 +189,26 @@ class Database:
                 session.execute(delete(ModelRow).where(ModelRow.name == name))
                 session.execute(delete(VersionRow).where(VersionRow.model == name))
                 session.execute(delete(PinRow).where(PinRow.model == name))
+                session.execute(delete(StartRow).where(StartRow.model == name))
             session.execute(delete(AppRow).where(AppRow.name.not_in(select(ModelRow.app))))
             specs = (json.loads(spec) for spec in session.scalars(select(VersionRow.spec)))
             used = {spec["code"]["package"] for spec in specs if spec["code"]}
             old = PackageRow.created < time.time() - PACKAGE_GRACE_S
             session.execute(delete(PackageRow).where(PackageRow.digest.not_in(used), old))
+
+    def put_start(self, start: ColdStart) -> None:
+        """Note a cold start; the oldest of the model's beyond KEEP_STARTS are forgotten."""
+        with Session(self._engine) as session, session.begin():
+            session.add(StartRow(model=start.model, asked=start.asked, start=start.model_dump_json()))
+            of_model = select(StartRow.id).where(StartRow.model == start.model).order_by(StartRow.id.desc())
+            old = session.scalars(of_model.offset(KEEP_STARTS)).all()
+            session.execute(delete(StartRow).where(StartRow.id.in_(old)))
+
+    def starts(self, model: str, most: int = 10) -> list[ColdStart]:
+        """The last cold starts of a model, the newest first."""
+        with Session(self._engine) as session:
+            rows = select(StartRow.start).where(StartRow.model == model).order_by(StartRow.id.desc()).limit(most)
+            return [ColdStart.model_validate_json(row) for row in session.scalars(rows)]
 
     def package(self, digest: str) -> bytes | None:
         """A code package; None if it is not here."""

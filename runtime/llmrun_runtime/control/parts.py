@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from prometheus_client import CollectorRegistry
 from sqlalchemy.exc import SQLAlchemyError
 
 from llmrun.errors import ClusterError
@@ -16,6 +17,7 @@ from llmrun_runtime.control.events import Jobs
 from llmrun_runtime.control.registry import Registry
 from llmrun_runtime.control.scaling import Scaling
 from llmrun_runtime.control.serving import Serving, cluster_nodes
+from llmrun_runtime.control.starts import Starts
 from llmrun_runtime.control.stock import Stock
 from llmrun_runtime.node import agent_on
 
@@ -37,9 +39,11 @@ class ControlParts:
         except (SQLAlchemyError, ImportError) as error:
             reason = str(error).splitlines()[0]
             raise ClusterError(f"the database cannot be used ({reason}): see LLMRUN_DATABASE_URL") from error
+        self.metrics = CollectorRegistry()
+        self.starts = Starts(self.database, self.metrics)
         self.registry = Registry()
         self.serving = Serving(settings)
-        self.scaling = Scaling(self.serving, self.registry, address)
+        self.scaling = Scaling(self.serving, self.registry, self.starts, address)
         self.jobs = Jobs()
         self.stock = Stock(self.scaling)
         self.errands = Errands(self.stock, self.jobs)

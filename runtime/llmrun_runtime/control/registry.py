@@ -67,6 +67,10 @@ class Registry:
         """Requests that wait in all ingresses."""
         return sum(traffic.waiting for traffic in self._traffic(model))
 
+    def waiting_since(self, model: str) -> float:
+        """Since when (unix time) somebody has been waiting; 0 if nobody waits."""
+        return min((traffic.since for traffic in self._traffic(model) if traffic.since), default=0)
+
     def in_flight(self, model: str) -> int:
         """Requests at replicas: as the ingresses count them, or the shims, whichever knows of more."""
         by_shims = sum(report.in_flight for report in self.of(model))

@@ -20,6 +20,7 @@ from llmrun_runtime.control.database import Deployed
 from llmrun_runtime.control.placing import Node, has_room, shortage
 from llmrun_runtime.control.registry import Registry
 from llmrun_runtime.control.serving import Serving, cluster_nodes
+from llmrun_runtime.control.starts import Starts
 from llmrun_runtime.engines.kinds import get_engine
 from llmrun_runtime.reports import Registration
 from llmrun_runtime.scaler import Demand, Failure, Limits, decide
@@ -54,7 +55,7 @@ class Candidate:
 class Scaling:
     """All models in force, what they should run, and the table made of that."""
 
-    def __init__(self, serving: Serving, registry: Registry, control: tuple[str, int]) -> None:
+    def __init__(self, serving: Serving, registry: Registry, starts: Starts, control: tuple[str, int]) -> None:
         self.deployed: dict[str, Deployed] = {}
         self.held: set[str] = set()
         """Models that a deploy steers."""
@@ -64,6 +65,7 @@ class Scaling:
         self.on_proven: Callable[[Deployed], None] = lambda row: None
         self._serving = serving
         self._registry = registry
+        self._starts = starts
         self._facts: dict[str, Facts] = {}
         self._kick = asyncio.Event()
         self._changed = asyncio.Condition()
@@ -95,6 +97,7 @@ class Scaling:
         if not row or row.engine_version != report.version:
             return
         facts = self._facts[row.name]
+        self._starts.over(row.name, row.engine_version)
         count = facts.failure.count + 1 if facts.failure else 1
         facts.failure = Failure(count, cause, time.monotonic())
         log.warning("%s v%d did not start (%d in a row): %s", row.name, row.version, count, cause)
@@ -171,6 +174,8 @@ class Scaling:
         )
         wanted = decide(limits, demand).target
         self._look_for_room(row, facts, now, unplaced=target > len(registry.of(row.name, row.engine_version)))
+        if wanted and not target and waiting:
+            self._starts.decided(row.name, row.engine_version, registry.waiting_since(row.name) or time.time())
         sure = self._serving.is_sure(row.name, row.engine_version)
         if (wanted != target or not sure) and (facts.task is None or facts.task.done()):
             facts.task = asyncio.get_running_loop().create_task(self._set(row, wanted))

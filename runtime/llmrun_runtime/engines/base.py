@@ -7,6 +7,7 @@ every one of its processes holds the lease (`lease.hold`), and its HTTP side car
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -65,6 +66,8 @@ class Launch:
     env: dict[str, str] = field(default_factory=dict)
     shim: ShimConfig = field(default_factory=lambda: ShimConfig(model=""))
     log: Path = Path("/dev/null")
+    warm: Path | None = None
+    """The socket of the node's warm parent; None where there is none."""
 
 
 class Engine(Protocol):
@@ -74,12 +77,24 @@ class Engine(Protocol):
     paths: frozenset[str]
     """The inference paths that may be reached through the ingress; its administration never."""
 
+    module: str
+    """The module that `command` runs with `-m`. A warm parent imports it, calls its `preload()`, and in each child sets
+    `sys.argv` and calls its `main()`; its `PACKAGE` names what is imported. "" where a warm parent is of no use."""
+
     def command(self, launch: Launch) -> list[str]:
         """The command line of the member of rank 0; the engine listens on that member's host."""
         ...
 
-    def environment(self, launch: Launch) -> dict[str, str]:
-        """Variables for this engine, over `launch.env`."""
+    def arguments(self, launch: Launch) -> list[str]:
+        """What comes after the module in `command`."""
+        ...
+
+    def libraries(self) -> tuple[str, ...]:
+        """Shared libraries that a warm parent must load first (LD_PRELOAD), as the engine's own start does."""
+        ...
+
+    def environment(self, env: Mapping[str, str]) -> dict[str, str]:
+        """Variables for this engine, over `env`."""
         ...
 
     def root_cause(self, log: str) -> str:

@@ -14,10 +14,9 @@ import os
 import secrets
 import shutil
 import signal
-import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import aiohttp
 import psutil
@@ -32,9 +31,11 @@ from llmrun_runtime.engines.base import (
     Engine,
     Launch,
 )
+from llmrun_runtime.engines.child import UNKNOWN_EXIT, Child, NotForked, Spawned, fork
 
 log = logging.getLogger("ray.serve")
 POLL_S = 0.05
+LISTEN_POLL_S = 0.005  # an engine that is ready listens at once
 TERM_GRACE_S = 10  # vLLM ends within 1-2 s of SIGTERM
 LAST_GRACE_S = 3
 STATE_TIMEOUT_S = 2  # well within control's patience for a report
@@ -55,7 +56,8 @@ class EngineProcess:
         self._failed = ""
         self._holders: set[asyncio.StreamWriter] = set()
         self._lease: asyncio.Server | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._child: Child | None = None
+        self.forked = False
         self._session: aiohttp.ClientSession | None = None
         self._log_start = 0
         self._scratch = ""
@@ -63,13 +65,13 @@ class EngineProcess:
     @property
     def pid(self) -> int:
         """The process's id; 0 before it is started."""
-        return self._process.pid if self._process else 0
+        return self._child.pid if self._child else 0
 
     async def start(self) -> None:
         """Start the process. Raises EngineError if its command cannot be run at all."""
         self._lease = await asyncio.start_server(self._serve_lease, "127.0.0.1", 0)
         host, port = self._lease.sockets[0].getsockname()[:2]
-        env = {**self._launch.env, **self._engine.environment(self._launch)}
+        env = {**self._launch.env, **self._engine.environment(self._launch.env)}
         env |= {LEASE_ENV: f"{host}:{port}", TOKEN_ENV: self.token, SHIM_ENV: self._launch.shim.to_json()}
         sweep_scratch()
         self._scratch = tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-")
@@ -77,17 +79,26 @@ class EngineProcess:
         self._launch.log.parent.mkdir(parents=True, exist_ok=True)
         with self._launch.log.open("ab") as log:
             self._log_start = log.tell()
-            try:
-                self._process = subprocess.Popen(  # noqa: ASYNC220 - returns when the child has been forked
-                    self._engine.command(self._launch),
-                    env=env,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
-            except OSError as error:
-                raise EngineError(f"the engine {self._engine.name} cannot be started: {error}") from error
+            self._child = await self._fork(env, log) or self._spawn(env, log)
+
+    async def _fork(self, env: dict[str, str], log: IO[bytes]) -> Child | None:
+        """A child of the node's warm parent; None, with a word in the log, if that cannot be used."""
+        if not self._launch.warm:
+            return None
+        try:
+            child = await asyncio.to_thread(fork, self._launch.warm, self._engine.arguments(self._launch), env, log)
+        except NotForked as error:
+            log.write(f"[llmrun] the engine starts as a plain process: {error}\n".encode())
+            log.flush()
+            return None
+        self.forked = True
+        return child
+
+    def _spawn(self, env: dict[str, str], log: IO[bytes]) -> Child:
+        try:
+            return Spawned(self._engine.command(self._launch), env, log)
+        except OSError as error:
+            raise EngineError(f"the engine {self._engine.name} cannot be started: {error}") from error
 
     async def ready(self, timeout: float) -> None:
         """Return when the engine answers. Raises EngineError with its root cause if it ends or takes too long."""
@@ -96,7 +107,7 @@ class EngineProcess:
                 while not (self._ready.is_set() and self.port and await self._answers()):
                     if self._failed or self.ended():
                         raise EngineError(self.cause())
-                    await asyncio.sleep(POLL_S)
+                    await self._soon()
         except TimeoutError:
             raise EngineError(
                 f"the engine did not answer within {timeout:g} s (LLMRUN_START_TIMEOUT); {self.cause()}"
@@ -104,7 +115,7 @@ class EngineProcess:
 
     def ended(self) -> bool:
         """Whether the process is gone."""
-        return self._process is None or self._process.poll() is not None
+        return self._child is None or self._child.poll() is not None
 
     def cause(self) -> str:
         """Why the engine failed, in one line, from what it said and from its log."""
@@ -116,8 +127,8 @@ class EngineProcess:
             tail = log.read().decode(errors="replace")
         if cause := self._engine.root_cause(tail):
             return cause
-        code = self._process.poll() if self._process else None
-        if code is None:
+        code = self._child.poll() if self._child else None
+        if code is None or code == UNKNOWN_EXIT:
             return "its log names no cause"
         if code < 0:
             hint = " (out of memory?)" if code == -signal.SIGKILL else ""
@@ -135,8 +146,9 @@ class EngineProcess:
 
     async def end(self) -> None:
         """End every process of the engine: ask, let go of the lease, then force."""
-        if self._process and not self.ended():
-            self._process.send_signal(signal.SIGTERM)
+        child = self._child
+        if child and not self.ended():
+            child.send_signal(signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TERM_GRACE_S):
                     while not self.ended():
@@ -145,22 +157,29 @@ class EngineProcess:
             self._lease.close()
         for holder in list(self._holders):
             holder.close()
-        if self._process:
+        if child:
             # Its own session, so its own group: what is left of it is ours. Python's resource tracker is, for a
             # moment: it removes the shared memory of those that have ended.
             with contextlib.suppress(ProcessLookupError):
                 for _ in range(int(LAST_GRACE_S / POLL_S)):
-                    os.killpg(self._process.pid, 0)
+                    os.killpg(child.pid, 0)
                     await asyncio.sleep(POLL_S)
-                os.killpg(self._process.pid, signal.SIGKILL)
-            try:
-                await asyncio.to_thread(self._process.wait, TERM_GRACE_S)
-            except subprocess.TimeoutExpired:
-                log.warning("engine process %d does not end", self._process.pid)  # in the kernel, perhaps
+                os.killpg(child.pid, signal.SIGKILL)
+            if not await asyncio.to_thread(child.wait, TERM_GRACE_S):
+                log.warning("engine process %d does not end", child.pid)  # in the kernel, perhaps
+            child.close()
         if self._session:
             await self._session.close()
         if self._scratch:
             shutil.rmtree(self._scratch, ignore_errors=True)
+
+    async def _soon(self) -> None:
+        """Wait a moment, or until the engine says that it is ready."""
+        if self._ready.is_set():
+            await asyncio.sleep(LISTEN_POLL_S)
+            return
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._ready.wait(), POLL_S)
 
     async def _answers(self) -> bool:
         try:

@@ -71,7 +71,7 @@ class IngressActor:
                     await self._dirty.wait()
             self._dirty.clear()
             try:
-                call = self._control.demand.remote(self._id, self._waiting.traffic())
+                call = self._control.demand.remote(self._id, self._waiting.traffic(), self._waiting.first_tokens())
                 await asyncio.wait_for(call, CALL_TIMEOUT_S)
             except (ray.exceptions.RayError, TimeoutError):
                 await asyncio.sleep(RETRY_S)

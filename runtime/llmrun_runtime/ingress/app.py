@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import logging
 import uuid
@@ -74,7 +75,7 @@ class Ingress:
             if method not in ("GET", "HEAD"):
                 raise Refusal(405, f"{path} takes GET", "method_not_allowed")
             await self._models(path, send)
-        elif path.startswith(CONTROL_ROOT + "/"):
+        elif path.startswith(CONTROL_ROOT + "/") or path == "/metrics":
             await self._control(scope, receive, send)
         else:
             models = self._waiting.table.models.values()
@@ -122,7 +123,8 @@ class Ingress:
             with self._waiting.in_flight(claim):
                 try:
                     token = (TOKEN_HEADER, claim.replica.token)
-                    await relay(self._http(), scope, send, url, [*headers, token], body, answer_headers)
+                    first = functools.partial(self._waiting.answered, claim)
+                    await relay(self._http(), scope, send, url, [*headers, token], body, answer_headers, first)
                     return
                 except UpstreamGone as error:
                     log.warning("request %s: replica %s is gone: %s", request_id, claim.replica.id[:12], error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import aiohttp
@@ -74,8 +74,9 @@ async def relay(
     headers: list[tuple[str, str]],
     body: bytes | AsyncIterator[bytes] | None,
     answer_headers: list[tuple[bytes, bytes]],
+    on_first: Callable[[], None] = lambda: None,
 ) -> None:
-    """Ask `url` and stream its answer to the client as it comes.
+    """Ask `url` and stream its answer to the client as it comes; `on_first` is called with each piece.
 
     Raises UpstreamGone before the first byte. After it, an upstream that breaks off breaks off the client's answer
     too, so that nobody takes half an answer for a whole one.
@@ -95,6 +96,7 @@ async def relay(
         kept = [(key.lower(), value) for key, value in upstream.raw_headers if key.lower() not in OF_THE_ANSWER]
         await send({"type": "http.response.start", "status": upstream.status, "headers": [*kept, *answer_headers]})
         async for chunk in upstream.content.iter_any():
+            on_first()
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 

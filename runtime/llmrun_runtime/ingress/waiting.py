@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ class Claim:
 
     model: str
     replica: ReplicaRoute
+    waited: bool = False
 
 
 class Waiting:
@@ -36,8 +38,10 @@ class Waiting:
         self.wake_timeout = wake_timeout
         self._on_wait = on_wait
         self._waiting: Counter[str] = Counter()
+        self._since: dict[str, float] = {}
         self._by_model: Counter[str] = Counter()
         self._by_replica: Counter[str] = Counter()
+        self._first_tokens: dict[str, float] = {}
         self._changed = asyncio.Event()
 
     def update(self, table: Table) -> None:
@@ -48,7 +52,18 @@ class Waiting:
     def traffic(self) -> dict[str, Traffic]:
         """What waits and what is in flight, by model."""
         models = {*(+self._waiting), *(+self._by_model)}
-        return {model: Traffic(self._waiting[model], self._by_model[model]) for model in models}
+        return {m: Traffic(self._waiting[m], self._by_model[m], self._since.get(m, 0)) for m in models}
+
+    def first_tokens(self) -> dict[str, float]:
+        """When (unix time) requests that had waited got their first bytes, by replica, since the last call."""
+        found, self._first_tokens = self._first_tokens, {}
+        return found
+
+    def answered(self, claim: Claim) -> None:
+        """A request has got its first byte."""
+        if claim.waited and claim.replica.id not in self._first_tokens:
+            self._first_tokens[claim.replica.id] = time.time()
+            self._on_wait()
 
     @contextlib.contextmanager
     def in_flight(self, claim: Claim) -> Iterator[None]:
@@ -79,6 +94,7 @@ class Waiting:
         loop = asyncio.get_running_loop()
         forgive = loop.time() + AVOID_S
         self._waiting[counted] += 1
+        self._since.setdefault(counted, time.time())
         self._on_wait()
         try:
             while True:
@@ -94,9 +110,11 @@ class Waiting:
                 model = find_model(self.table, name)
                 failures = min(failures, model.failures)
                 if replica := choose(model, self._by_replica, avoid if loop.time() < forgive else ()):
-                    return Claim(model.name, replica)
+                    return Claim(model.name, replica, waited=True)
         finally:
             self._waiting[counted] -= 1
+            if not self._waiting[counted]:
+                del self._since[counted]
             self._on_wait()
 
     def _wake_all(self) -> None:

@@ -1,0 +1,89 @@
+"""Cold starts, with their parts: from the request that found nothing to its first token.
+
+They are stored, and counted for Prometheus.
+
+The ingress knows when it was asked and when the first token came, the replica what happened on its node; all clocks
+are of unix time, so between machines a part is as exact as their clocks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from prometheus_client import CollectorRegistry, Histogram
+
+from llmrun.wire import START_PARTS, ColdStart
+from llmrun_runtime.control.database import Database
+from llmrun_runtime.reports import Registration
+
+# Seconds; to 30 minutes, which a large model's first start on a node may take.
+BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 1800)
+
+
+class Starts:
+    """The wakes that are under way, and where they are noted when they have ended well."""
+
+    def __init__(self, database: Database, metrics: CollectorRegistry) -> None:
+        self._database = database
+        self._wakes: dict[tuple[str, int], tuple[float, float]] = {}
+        self._open: dict[str, ColdStart] = {}
+        self._parts = Histogram(
+            "llmrun_cold_start_part_seconds",
+            "How long each part of a cold start took.",
+            ("model", "part"),
+            registry=metrics,
+            buckets=BUCKETS,
+        )
+        self._whole = Histogram(
+            "llmrun_cold_start_seconds",
+            "From the request that found no replica to its first token.",
+            ("model",),
+            registry=metrics,
+            buckets=BUCKETS,
+        )
+
+    def decided(self, model: str, version: int, asked: float) -> None:
+        """A model at zero gets a target, because somebody has been waiting since `asked` (unix time)."""
+        self._wakes.setdefault((model, version), (asked, time.time()))
+
+    def over(self, model: str, version: int) -> None:
+        """That wake failed or was taken back."""
+        self._wakes.pop((model, version), None)
+
+    def ready(self, report: Registration) -> None:
+        """A replica answers; the first one since a wake has ended it."""
+        wake = self._wakes.pop((report.model, report.version), None)
+        if not wake:
+            return
+        moments = {**report.moments, "decided": wake[1], "registered": time.time()}
+        start = ColdStart(
+            model=report.model,
+            version=report.version,
+            node=report.host,
+            forked=report.forked,
+            asked=wake[0],
+            parts={part: max(0.0, round(moments[part] - wake[0], 3)) for part in START_PARTS if part in moments},
+        )
+        self._open[report.id] = start
+
+    def first_tokens(self, moments: Mapping[str, float]) -> None:
+        """Requests that had waited have got their first bytes: replica's id → unix time."""
+        for replica, moment in moments.items():
+            start = self._open.pop(replica, None)
+            if start:
+                parts = {**start.parts, "first_token": max(0.0, round(moment - start.asked, 3))}
+                self._note(start.model_copy(update={"parts": parts}))
+
+    def of(self, model: str) -> list[ColdStart]:
+        """The last ones, the newest first."""
+        return self._database.starts(model)
+
+    def _note(self, start: ColdStart) -> None:
+        self._database.put_start(start)
+        before = 0.0
+        for part in START_PARTS:
+            if part in start.parts:
+                self._parts.labels(start.model, part).observe(max(0.0, start.parts[part] - before))
+                before = start.parts[part]
+        self._whole.labels(start.model).observe(start.parts["first_token"])
