@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from io import BytesIO
@@ -17,9 +18,11 @@ from aiohttp import web
 from llmrun.settings import Settings
 from llmrun_runtime import http
 from llmrun_runtime.engines.base import TOKEN_HEADER
+from llmrun_runtime.ingress import patience
 from llmrun_runtime.ingress.app import Ingress
 from llmrun_runtime.ingress.routing import choose
 from llmrun_runtime.ingress.waiting import Waiting
+from llmrun_runtime.reports import Traffic
 from llmrun_runtime.table import ModelRoute, ReplicaRoute, Table, by_names
 
 CHAT = "/v1/chat/completions"
@@ -38,6 +41,8 @@ class Engine:
         """Stream PIECES; `hang`, `die_early` and `die_late` misbehave."""
         self.asked.append(request)
         body = await request.json()
+        if body.get("refuse"):
+            return web.json_response({"error": {"message": "no\nsuch"}}, status=400)
         if body.get("die_early"):
             assert request.transport
             request.transport.abort()
@@ -102,6 +107,7 @@ async def bench() -> AsyncIterator[Bench]:
     async with aiohttp.ClientSession() as session:
         yield Bench(waiting, f"http://127.0.0.1:{sock.getsockname()[1]}", session)
     await ingress.close()
+    await waiting.close()
     server.cancel()
     await asyncio.gather(server, return_exceptions=True)
 
@@ -323,3 +329,72 @@ def test_routing_takes_the_least_busy_that_has_room() -> None:
     assert choose(model, {"r1": 1, "r2": 1, "r3": 1}, avoid=["r1"]) == model.replicas[1]
     assert choose(model, {"r1": 2, "r2": 2, "r3": 2}) is None
     assert choose(replace(model, replicas=()), {}) is None
+
+
+async def test_who_does_not_want_to_wait_is_told_when_to_come_back_and_the_wake_goes_on(bench: Bench) -> None:
+    bench.table(route(state="waking", usual_start=3.2))
+    for limit, least in (("0", 0.0), ("0.3", 0.3)):
+        begun = time.monotonic()
+        status, headers, answer = await bench.ask(headers={"X-LLMRun-Max-Wait": limit})
+        assert (status, answer["error"]["code"]) == (503, "model_not_ready")
+        assert least <= time.monotonic() - begun < least + 0.3
+        assert headers["retry-after"] == {"0": "4", "0.3": "3"}[limit]
+    assert bench.waiting.traffic()["one"].waiting == 1  # in the place of both
+    bench.table(route(9))
+    await asyncio.sleep(0.05)
+    assert bench.waiting.traffic() == {}
+    bench.table(route(state="waking", usual_start=900))
+    assert (await bench.ask(headers={"X-LLMRun-Max-Wait": "0"}))[1]["retry-after"] == "120"
+    for wrong in ("soon", "-1", "inf", "nan"):
+        status, _, answer = await bench.ask(headers={"X-LLMRun-Max-Wait": wrong})
+        assert status == 400 and f"{wrong!r} is no number of seconds" in answer["error"]["message"]
+
+
+async def test_a_queue_has_an_end(bench: Bench, engine: Engine) -> None:
+    bench.table(route(state="waking", max_queued=2))
+    first = [asyncio.create_task(bench.ask()) for _ in range(2)]
+    while bench.waiting.traffic().get("one", Traffic()).waiting < 2:
+        await asyncio.sleep(0.01)
+    status, headers, answer = await bench.ask()
+    assert (status, answer["error"]["code"]) == (429, "queue_full") and int(headers["retry-after"]) > 0
+    assert "2 requests wait for one already" in answer["error"]["message"]
+    bench.table(route(engine.port, max_queued=2))
+    assert [(await one)[0] for one in first] == [200, 200]
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comments after 0.2 s."""
+    monkeypatch.setattr(patience, "QUIET_S", 0.2)
+    monkeypatch.setattr(patience, "EVERY_S", 0.2)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_a_streaming_caller_who_waits_hears_comments_and_then_the_engines_bytes(
+    bench: Bench, engine: Engine
+) -> None:
+    bench.table(route(state="waking", phase="loading weights"))
+    asked = asyncio.create_task(bench.ask({"model": "one", "stream": True}))
+    plain = asyncio.create_task(bench.ask())
+    await asyncio.sleep(0.7)
+    assert not plain.done()
+    bench.table(route(engine.port))
+    status, headers, body = await asked
+    assert status == 200 and headers["content-type"].startswith("text/event-stream") and "x-request-id" in headers
+    assert body.startswith(b": waking one, 0 s, loading weights\n\n: waking one, ")
+    assert body.endswith(b"".join(PIECES)) and body.count(b"data: ") == len(PIECES)
+    assert (await plain)[2] == b"".join(PIECES)
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_what_goes_wrong_after_the_first_comment_is_an_event(bench: Bench, engine: Engine) -> None:
+    bench.table(route(state="waking"))
+    body = (await bench.ask({"model": "one", "stream": True}))[2]
+    assert body.startswith(b": waking one, 0 s\n\n")
+    event = json.loads(body.rpartition(b"data: ")[2])
+    assert event["error"]["code"] == "model_not_ready" and "not ready within 1.5 s" in event["error"]["message"]
+    asked = asyncio.create_task(bench.ask({"model": "one", "stream": True, "refuse": True}))
+    await asyncio.sleep(0.5)
+    bench.table(route(engine.port))
+    status, _, body = await asked
+    assert status == 200 and json.loads(body.rpartition(b"data: ")[2]) == {"error": {"message": "no\nsuch"}}

@@ -28,19 +28,26 @@ def demand(**given: Any) -> Demand:
 @pytest.mark.parametrize(
     ("given", "decision"),
     [
-        ({"waiting": 1}, Decision(1, 2)),
-        ({"waiting": 35}, Decision(4, 2)),
-        ({"waiting": 900}, Decision(4, 2)),
-        ({"target": 1, "in_flight": 11}, Decision(2, 2)),
-        ({"target": 1, "last_used": 939}, Decision(0, 3)),
-        ({"target": 1, "last_used": 941}, Decision(1, 5)),
-        ({"target": 1, "last_used": 0, "in_flight": 1}, Decision(1, 5)),
-        ({"target": 1, "last_used": 0, "waiting": 1}, Decision(1, 5)),
-        ({"target": 3, "in_flight": 5, "low_since": 900}, Decision(1, 4)),
-        ({"target": 3, "in_flight": 15, "low_since": 900}, Decision(2, 4)),
-        ({"target": 3, "in_flight": 5, "low_since": 990}, Decision(3, 5)),
-        ({"target": 9}, Decision(4, 5)),
-        ({}, Decision(0, 5)),
+        ({"waiting": 1}, Decision(1, 3)),
+        ({"waiting": 35}, Decision(4, 3)),
+        ({"waiting": 900}, Decision(4, 3)),
+        ({"target": 1, "in_flight": 11}, Decision(2, 3)),
+        ({"target": 1, "last_used": 939}, Decision(0, 6)),
+        ({"target": 1, "last_used": 941}, Decision(1, 8)),
+        ({"target": 1, "last_used": 0, "in_flight": 1}, Decision(1, 8)),
+        ({"target": 1, "last_used": 0, "waiting": 1}, Decision(1, 8)),
+        ({"target": 3, "in_flight": 5, "low_since": 900}, Decision(1, 7)),
+        ({"target": 3, "in_flight": 15, "low_since": 900}, Decision(2, 7)),
+        ({"target": 3, "in_flight": 5, "low_since": 990}, Decision(3, 8)),
+        ({"target": 9}, Decision(4, 8)),
+        ({}, Decision(0, 8)),
+        ({"target": 1, "pending": True}, Decision(0, 5)),
+        ({"target": 1, "pending": True, "placed": 1}, Decision(1, 8)),
+        ({"target": 4, "pending": True, "placed": 2}, Decision(2, 5)),
+        ({"target": 1, "pending": True, "waiting": 1}, Decision(1, 8)),
+        ({"target": 1, "placed": 0}, Decision(1, 8)),  # one that was killed: Serve brings it back
+        ({"target": 2, "ready": 2, "in_flight": 3, "unloaded": True}, Decision(0, 2)),
+        ({"waiting": 1, "unloaded": True}, Decision(1, 3)),
     ],
 )
 def test_steps(given: dict[str, Any], decision: Decision) -> None:
@@ -49,17 +56,17 @@ def test_steps(given: dict[str, Any], decision: Decision) -> None:
 
 def test_min_replicas_stay() -> None:
     limits = Limits(min_replicas=2, max_replicas=4, target_ongoing_requests=10, idle_timeout=60)
-    assert decide(limits, demand()) == Decision(2, 2)
-    assert decide(limits, demand(target=4, last_used=0)) == Decision(2, 3)
+    assert decide(limits, demand()) == Decision(2, 3)
+    assert decide(limits, demand(target=4, last_used=0)) == Decision(2, 6)
 
 
 def test_after_a_failure_only_new_waiters_start_it_again() -> None:
     failed = Failure(count=1, cause="no", at=1000)
     assert decide(LIMITS, demand(now=1000.5, target=1, waiting=3, failure=failed)) == Decision(0, 1)
-    assert decide(LIMITS, demand(now=1002, waiting=1, failure=failed)) == Decision(1, 2)
+    assert decide(LIMITS, demand(now=1002, waiting=1, failure=failed)) == Decision(1, 3)
     warm = Limits(min_replicas=1, max_replicas=1, target_ongoing_requests=10, idle_timeout=60)
     assert decide(warm, demand(now=1002, failure=failed)) == Decision(0, 1)
-    assert decide(warm, demand(now=1006, failure=failed)) == Decision(1, 2)
+    assert decide(warm, demand(now=1006, failure=failed)) == Decision(1, 3)
 
 
 def test_a_failed_growth_leaves_what_is_ready_alone() -> None:
@@ -71,6 +78,13 @@ def test_after_three_failures_in_a_row_callers_are_refused_while_the_pause_lasts
     failed = Failure(count=3, cause="no", at=1000)
     assert failed.refuses(1019) and not failed.refuses(1021)
     assert decide(LIMITS, demand(now=1019, waiting=1, failure=failed)) == Decision(0, 1)
-    assert decide(LIMITS, demand(now=1021, waiting=1, failure=failed)) == Decision(1, 2)
-    assert Failure(count=50, cause="no", at=0).paused(299)
-    assert not Failure(count=50, cause="no", at=0).paused(301)
+    assert decide(LIMITS, demand(now=1021, waiting=1, failure=failed)) == Decision(1, 3)
+    assert Failure(count=50, cause="no", at=0).paused(1799)
+    assert not Failure(count=50, cause="no", at=0).paused(1801)
+
+
+def test_after_too_many_failures_it_tries_by_itself_once_the_pause_is_over() -> None:
+    failed = Failure(count=3, cause="no", at=1000)
+    assert decide(LIMITS, demand(now=1019, failure=failed)) == Decision(0, 1)
+    assert decide(LIMITS, demand(now=1021, failure=failed)) == Decision(1, 4)
+    assert decide(LIMITS, demand(now=1021, failure=Failure(count=2, cause="no", at=1000))) == Decision(0, 8)

@@ -75,6 +75,14 @@ class Client:
         """Remove an app's models; what was removed."""
         return list(self._call("DELETE", f"/apps/{quote(app)}")["deleted"])
 
+    def warm(self, model: str) -> str:
+        """Wake a model; its name."""
+        return str(self._call("POST", f"/warm/{quote(model)}")["model"])
+
+    def unload(self, model: str) -> str:
+        """Send a model to zero; its name."""
+        return str(self._call("POST", f"/unload/{quote(model)}")["model"])
+
     def starts(self, model: str) -> list[ColdStart]:
         """A model's last cold starts, the newest first."""
         return [ColdStart.model_validate(row) for row in self._call("GET", f"/starts/{quote(model)}")]

@@ -23,6 +23,8 @@ app = typer.Typer(
 app.command()(deploy.deploy)
 app.command()(model.status)
 app.command()(model.chat)
+app.command()(model.warm)
+app.command()(model.unload)
 app.command()(model.logs)
 app.command()(model.delete)
 app.add_typer(weights.weights, name="weights")

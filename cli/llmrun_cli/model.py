@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+import time
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ from llmrun.wire import START_PARTS, ColdStart, ModelStatus
 from llmrun_cli.client import Client, error_message
 from llmrun_cli.terminal import note, out, print_whole
 
+POLL_S = 0.2
 STYLES = {"hot": "green", "waking": "yellow", "draining": "yellow", "failed": "red", "cold": "blue"}
 
 
@@ -81,6 +83,48 @@ def _starts(starts: list[ColdStart]) -> None:
     known = [[start.parts[part] for start in starts if part in start.parts] for part in START_PARTS]
     table.add_row("median", *(f"{statistics.median(times):.2f}" if times else "" for times in known), style="bold")
     print_whole(table)
+
+
+def warm(
+    model: Annotated[str, typer.Argument(help="The model.")],
+    wait: Annotated[bool, typer.Option(help="Return when it answers.")] = True,
+) -> None:
+    """Wake a model before somebody asks. It goes back to zero after its idle_timeout, as always."""
+    client = Client(Settings())
+    name = client.warm(model)
+    _wait(client, name, "hot") if wait else None
+    out.print(f"{name} is {'hot' if wait else 'waking'}")
+
+
+def unload(
+    model: Annotated[str, typer.Argument(help="The model.")],
+    wait: Annotated[bool, typer.Option(help="Return when it is at zero.")] = True,
+) -> None:
+    """Send a model to zero now, also one with min_replicas or a schedule; requests in flight end in peace.
+
+    The next request, or `llmrun warm`, wakes it.
+    """
+    client = Client(Settings())
+    name = client.unload(model)
+    _wait(client, name, "cold") if wait else None
+    out.print(f"{name} is {'cold' if wait else 'draining'}")
+
+
+def _wait(client: Client, model: str, state: str) -> None:
+    """Until the model is in that state. Raises Refused if it fails meanwhile or is deleted."""
+    shown = ""
+    while True:
+        row = next((row for row in client.status().models if row.name == model), None)
+        if row is None:
+            raise Refused(f"{model} is not deployed any more", 404)
+        if row.state == state:
+            return
+        if row.state == "failed":
+            raise Refused(f"{model} did not start: {row.cause}", 503)
+        if row.cause and row.cause != shown:
+            shown = row.cause
+            note(f"{model}: {shown}", "yellow")
+        time.sleep(POLL_S)
 
 
 def delete(
@@ -158,6 +202,8 @@ def _ask(url: str, body: dict[str, Any]) -> str:
                 response.read()
                 raise Refused(error_message(response), response.status_code)
             for line in response.iter_lines():
+                if line.startswith(": "):  # what is said to those who wait
+                    note(line[2:], "dim")
                 data = line.removeprefix("data: ")
                 if line.startswith("data: ") and data != "[DONE]":
                     event = json.loads(data)

@@ -33,8 +33,13 @@ def llm(
     min_replicas: int = 0,
     max_replicas: int = 1,
     idle_timeout: float = 300,
+    schedule: str | Sequence[str] | None = None,
+    min_uptime: float = 60,
+    evictable: bool = True,
     target_ongoing_requests: int = 32,
     max_ongoing_requests: int = 256,
+    max_queued: int = 1000,
+    cold_start: str = "default",
     engine: str = "vllm",
     engine_args: Mapping[str, JsonValue] | Sequence[str] | str = "",
     env: Mapping[str, str | Secret] | None = None,
@@ -57,8 +62,13 @@ def llm(
         min_replicas: replicas that stay when nobody asks. 0 frees everything.
         max_replicas: replicas at most.
         idle_timeout: seconds without a request after which replicas above `min_replicas` end.
+        schedule: when one replica stays though nobody asks: `"Mon-Fri 08:00-18:00 Europe/Berlin"`, or a list of such.
+        min_uptime: seconds for which a replica is safe from having to make room for another model's.
+        evictable: whether replicas that nobody asks ever make room for another model's.
         target_ongoing_requests: requests in flight per replica above which another replica starts.
         max_ongoing_requests: requests in flight per replica at most; more wait in the ingress.
+        max_queued: requests that wait at most, while there is no replica with room; the rest get 429.
+        cold_start: `"fast"` trims what a GPU engine prepares at its start (CUDA graphs), for some speed under load.
         engine: the engine's name.
         engine_args: the engine's arguments: `{"max_model_len": 8192}`, or pasted flags, `"--max-model-len 8192"`.
         env: variables for the engine. `Secret("NAME")` is read on the node.
@@ -94,6 +104,11 @@ def llm(
             "idle_timeout": idle_timeout,
             "target_ongoing_requests": target_ongoing_requests,
             "max_ongoing_requests": max_ongoing_requests,
+            "schedule": schedule,
+            "min_uptime": min_uptime,
+            "evictable": evictable,
+            "max_queued": max_queued,
+            "cold_start": cold_start,
             "engine": engine,
             "engine_args": engine_args,
             "env": {} if env is None else env,

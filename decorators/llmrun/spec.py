@@ -10,11 +10,12 @@ import json
 import re
 import shlex
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from llmrun.errors import SpecError
+from llmrun.schedule import parse_window
 from llmrun.weights import AnyWeights
 
 # RFC 1123: a DNS label, so that a name can be a host name, a metric label and an application's name.
@@ -51,7 +52,10 @@ SHORT_FLAGS = {
 }
 # What changes without a restart: the scaler and the ingress use these, the engine does not.
 SOFT_FIELDS = frozenset(
-    {"min_replicas", "max_replicas", "idle_timeout", "target_ongoing_requests", "max_ongoing_requests"}
+    {
+        *("min_replicas", "max_replicas", "idle_timeout", "schedule", "min_uptime", "evictable"),
+        *("target_ongoing_requests", "max_ongoing_requests", "max_queued"),
+    }
 )
 
 
@@ -167,8 +171,13 @@ class ModelSpec(BaseModel):
     min_replicas: int = Field(default=0, ge=0)
     max_replicas: int = Field(default=1, ge=1)
     idle_timeout: float = Field(default=300, gt=0, allow_inf_nan=False)
+    schedule: tuple[str, ...] = ()
+    min_uptime: float = Field(default=60, ge=0, allow_inf_nan=False)
+    evictable: bool = True
     target_ongoing_requests: int = Field(default=32, ge=1)
     max_ongoing_requests: int = Field(default=256, ge=1)
+    max_queued: int = Field(default=1000, ge=0)
+    cold_start: Literal["default", "fast"] = "default"
     engine: str = "vllm"
     engine_args: dict[str, JsonValue] = Field(default_factory=dict)
     env: dict[str, Secret | str] = Field(default_factory=dict)
@@ -190,6 +199,18 @@ class ModelSpec(BaseModel):
         if isinstance(value, str):
             raise ValueError(f"{info.field_name}={value!r}: write a list, {info.field_name}=[{value!r}]")  # noqa: TRY004 - pydantic turns only ValueError into a message
         return value
+
+    @field_validator("schedule", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else () if value is None else value
+
+    @field_validator("schedule")
+    @classmethod
+    def _windows(cls, schedule: tuple[str, ...]) -> tuple[str, ...]:
+        for text in schedule:
+            parse_window(text)
+        return schedule
 
     @field_validator("aliases")
     @classmethod
@@ -294,6 +315,10 @@ class ModelSpec(BaseModel):
     def served_names(self) -> tuple[str, ...]:
         """All the names that clients may ask for, the public name first."""
         return (self.name, *self.aliases)
+
+    def scheduled(self, now: float) -> bool:
+        """Whether its schedule keeps it warm at `now` (unix time)."""
+        return any(parse_window(text).covers(now) for text in self.schedule)
 
     def fingerprint(self, *, soft: bool = True) -> str:
         """A hash (hex, sha256) of what was said; without the soft fields, of what a replica runs."""

@@ -36,6 +36,12 @@ class ModelRoute:
     """No start is tried now; whoever asks hears `cause` at once."""
     cause: str = ""
     """Why the last start failed, or why there is no replica yet."""
+    phase: str = ""
+    """While it wakes: what it is at, in a few words."""
+    usual_start: float = 0
+    """Seconds that its last cold starts took, their median; 0 where there were none."""
+    max_queued: int = 1000
+    """Requests that may wait for it."""
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,14 @@ def make_api(parts: ControlParts) -> App:
         await asyncio.to_thread(parts.database.put_package, digest, bytes(data))
         return Response(status_code=204)
 
+    @api.post(f"{root}/warm/{{name:path}}")
+    async def warm(name: str) -> dict[str, str]:
+        return {"model": _steer(parts, name, parts.scaling.warm)}
+
+    @api.post(f"{root}/unload/{{name:path}}")
+    async def unload(name: str) -> dict[str, str]:
+        return {"model": _steer(parts, name, parts.scaling.unload)}
+
     @api.delete(f"{root}/models/{{name:path}}")
     async def delete_model(name: str) -> dict[str, list[str]]:
         model = _known(parts, name)
@@ -159,6 +167,17 @@ def _known(parts: ControlParts, name: str) -> str:
             return row.name
     names = ", ".join(sorted({row.name for row in rows})) or "none"
     raise Refused(f"there is no model {name!r}; there are: {names}", 404)
+
+
+def _steer(parts: ControlParts, name: str, how: Callable[[str], None]) -> str:
+    """Do it to the model in force that goes by that name. Raises Refused."""
+    model = _known(parts, name)
+    if model not in parts.scaling.deployed:
+        raise Refused(f"{model}: no version of it is in force", 409)
+    if model in parts.scaling.held:
+        raise Refused(f"{model}: a deploy is at it: try again when it has ended", 409)
+    how(model)
+    return model
 
 
 ReadLogs = Callable[[str, dict[str, dict[str, int]], int], Awaitable[dict[str, dict[str, tuple[int, str]]]]]

@@ -18,6 +18,8 @@ class Registry:
     replicas: dict[str, tuple[Registration, float]] = field(default_factory=dict)
     ingresses: dict[str, tuple[dict[str, Traffic], float]] = field(default_factory=dict)
     last_used: dict[str, float] = field(default_factory=dict)
+    ready_since: dict[str, float] = field(default_factory=dict)
+    """When each replica that is ready became so."""
 
     def report(self, report: Registration, now: float) -> bool:
         """Take a replica's report; whether the routing table changed by it. A draining one does not turn back."""
@@ -28,6 +30,7 @@ class Registry:
         if report.state == "ready":
             if not known or known[0].state != "ready":
                 self.used(report.model, now)
+                self.ready_since[report.id] = now
             self.used(report.model, now - report.idle_s)
         return not known or _routed(known[0]) != _routed(report)
 
@@ -44,13 +47,14 @@ class Registry:
 
     def remove(self, replica: str) -> bool:
         """Forget a replica; whether it was known."""
+        self.ready_since.pop(replica, None)
         return self.replicas.pop(replica, None) is not None
 
     def expire(self, now: float) -> list[Registration]:
         """Forget who has been silent for LEASE_S; the replicas among them."""
         gone = [report for report, seen in self.replicas.values() if now - seen > LEASE_S]
         for report in gone:
-            del self.replicas[report.id]
+            self.remove(report.id)
         self.ingresses = {key: row for key, row in self.ingresses.items() if now - row[1] <= LEASE_S}
         return gone
 

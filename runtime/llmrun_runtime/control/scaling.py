@@ -15,10 +15,12 @@ from dataclasses import dataclass, field, replace
 
 import ray
 
+from llmrun.errors import Refused
 from llmrun.wire import ModelStatus, ReplicaStatus, State
 from llmrun_runtime.control.database import Deployed
 from llmrun_runtime.control.placing import Node, has_room, shortage
 from llmrun_runtime.control.registry import Registry
+from llmrun_runtime.control.room import Holder, make_room
 from llmrun_runtime.control.serving import Serving, cluster_nodes
 from llmrun_runtime.control.starts import Starts
 from llmrun_runtime.engines.kinds import get_engine
@@ -30,6 +32,8 @@ log = logging.getLogger("llmrun.control")
 TICK_S = 0.25
 # A replica that Serve could not place reports nothing; for so long that may be a worker's start.
 PLACING_S = 4.0
+# What comes after each moment that a replica reports, the last one first.
+PHASES = {"forked": "loading weights", "weights": "starting the engine", "placed": "bringing weights"}
 
 
 @dataclass
@@ -41,6 +45,16 @@ class Facts:
     low_since: float = 0
     unplaced_since: float = 0
     shortage: str = ""
+    pending: bool = False
+    """The target was raised, and not all of that has been placed yet."""
+    by_hand: bool = False
+    """`llmrun warm` waits for it."""
+    unloaded: bool = False
+    """`llmrun unload`: zero until somebody asks."""
+    going: tuple[str, ...] = ()
+    """Models that make room for this one."""
+    yielded: str = ""
+    """The model that this one made room for."""
     task: asyncio.Task[None] | None = field(default=None, repr=False)
 
 
@@ -99,7 +113,7 @@ class Scaling:
         facts = self._facts[row.name]
         self._starts.over(row.name, row.engine_version)
         count = facts.failure.count + 1 if facts.failure else 1
-        facts.failure = Failure(count, cause, time.monotonic())
+        facts.failure, facts.by_hand = Failure(count, cause, time.monotonic()), False
         log.warning("%s v%d did not start (%d in a row): %s", row.name, row.version, count, cause)
         self.kick()
 
@@ -107,7 +121,8 @@ class Scaling:
         """A replica has become ready: earlier failures of its version are over."""
         row = self.deployed.get(report.model)
         if row and row.engine_version == report.version:
-            self._facts[row.name].failure, self._facts[row.name].death = None, ""
+            facts = self._facts[row.name]
+            facts.failure, facts.death, facts.yielded, facts.by_hand = None, "", "", False
 
     def died(self, report: Registration, cause: str) -> None:
         """The engine of a replica has died after it was ready; Serve starts another one."""
@@ -115,6 +130,25 @@ class Scaling:
         log.warning("%s v%d: %s", report.model, report.version, cause)
         if row and row.engine_version == report.version:
             self._facts[row.name].death = cause
+
+    def warm(self, model: str) -> None:
+        """Wake a model as if somebody asked. Raises Refused while its start has failed too often."""
+        facts = self._facts[model]
+        if facts.failure and facts.failure.refuses(time.monotonic()):
+            raise Refused(f"{model} did not start: {facts.failure.cause}", 503)
+        facts.unloaded = False
+        facts.by_hand = not self._registry.ready(model, self.deployed[model].engine_version)
+        self._registry.used(model, time.monotonic())
+        self.kick()
+
+    def unload(self, model: str) -> None:
+        """Send a model to zero, until somebody asks or `warm`. Raises Refused while somebody waits for it."""
+        waiting = self._registry.waiting(model)
+        if waiting:
+            raise Refused(f"{model}: {waiting} requests wait for it", 409)
+        facts = self._facts[model]
+        facts.unloaded, facts.by_hand = True, False
+        self.kick()
 
     async def watch(self, epoch: str, number: int, timeout: float) -> Table:
         """The table, as soon as it differs from the one named, or after `timeout` as it is."""
@@ -158,8 +192,12 @@ class Scaling:
         if ready and not row.proven:
             self.deployed[row.name] = row = replace(row, proven=True)
             self.on_proven(row)
-        waiting, in_flight = registry.waiting(row.name), registry.in_flight(row.name)
-        limits = Limits(spec.min_replicas, spec.max_replicas, spec.target_ongoing_requests, spec.idle_timeout)
+        waiting, in_flight = registry.waiting(row.name) + facts.by_hand, registry.in_flight(row.name)
+        placed = len(registry.of(row.name, row.engine_version))
+        facts.unloaded = facts.unloaded and not waiting
+        facts.pending = facts.pending and placed < target
+        least = self._least(row)
+        limits = Limits(least, spec.max_replicas, spec.target_ongoing_requests, spec.idle_timeout)
         if limits.needed(waiting + in_flight) >= target:
             facts.low_since = now
         demand = Demand(
@@ -170,12 +208,19 @@ class Scaling:
             in_flight=in_flight,
             last_used=registry.last_used.setdefault(row.name, now),
             low_since=facts.low_since,
+            placed=placed,
+            pending=facts.pending,
+            unloaded=facts.unloaded,
             failure=facts.failure,
         )
         wanted = decide(limits, demand).target
-        self._look_for_room(row, facts, now, unplaced=target > len(registry.of(row.name, row.engine_version)))
-        if wanted and not target and waiting:
-            self._starts.decided(row.name, row.engine_version, registry.waiting_since(row.name) or time.time())
+        self._see_to_room(row, facts, now, grows=wanted > target, unplaced=wanted > placed)
+        if wanted > target:
+            facts.pending = True
+            if not target and waiting:
+                self._starts.decided(row.name, row.engine_version, registry.waiting_since(row.name) or time.time())
+        elif wanted < target and not placed:
+            self._starts.over(row.name, row.engine_version)
         sure = self._serving.is_sure(row.name, row.engine_version)
         if (wanted != target or not sure) and (facts.task is None or facts.task.done()):
             facts.task = asyncio.get_running_loop().create_task(self._set(row, wanted))
@@ -187,14 +232,62 @@ class Scaling:
         except (ray.exceptions.RayError, TimeoutError) as error:
             log.warning("Serve did not take the target of %s; tried again: %r", row.name, error)
 
-    def _look_for_room(self, row: Deployed, facts: Facts, now: float, *, unplaced: bool) -> None:
-        """Note why a replica is not placed, once that takes longer than a worker's start."""
+    def _least(self, row: Deployed) -> int:
+        """Replicas that stay though nobody asks."""
+        if self._facts[row.name].unloaded:
+            return 0
+        return max(row.spec.min_replicas, int(row.spec.scheduled(time.time())))
+
+    def _see_to_room(self, row: Deployed, facts: Facts, now: float, *, grows: bool, unplaced: bool) -> None:
+        """Have others make room for a replica that has none: at once for one that is wanted now, else after PLACING_S.
+
+        Ray's account of what is free is some tenths of a second old, and a worker's start takes some; hence the wait.
+        """
         if not unplaced:
-            facts.unplaced_since, facts.shortage = 0, ""
+            facts.unplaced_since, facts.shortage, facts.going = 0, "", ()
             return
         facts.unplaced_since = facts.unplaced_since or now
-        if now - facts.unplaced_since > PLACING_S:
-            facts.shortage = self.shortage(row)
+        if facts.going:
+            if any(self._registry.of(model) for model in facts.going):
+                facts.shortage = f"waiting for {', '.join(facts.going)} to make room"
+                return
+            facts.going, facts.unplaced_since, facts.shortage = (), now, ""
+        if not grows and now - facts.unplaced_since <= PLACING_S:
+            return
+        nodes = cluster_nodes()
+        facts.shortage = self.shortage(row, nodes)
+        if facts.shortage:
+            for holder in make_room(row.placement, nodes, self._holders(row, now)):
+                self._give_way(self.deployed[holder.model], row)
+                facts.going = (*facts.going, holder.model)
+
+    def _holders(self, row: Deployed, now: float) -> list[Holder]:
+        """The replicas of other models that could end."""
+        found = []
+        for other in self.deployed.values():
+            name, registry = other.name, self._registry
+            if name == row.name or not other.spec.evictable or name in self.held:
+                continue
+            if registry.waiting(name) or registry.in_flight(name):
+                continue
+            old = [
+                report
+                for report in registry.ready(name, other.engine_version)
+                if now - registry.ready_since.get(report.id, now) >= other.spec.min_uptime
+            ]
+            spare = max(0, self._serving.target(name, other.engine_version) - self._least(other))
+            for report in old[:spare]:
+                found.append(Holder(name, report.node, other.placement, registry.last_used.get(name, 0)))
+        return found
+
+    def _give_way(self, row: Deployed, to: Deployed) -> None:
+        facts = self._facts[row.name]
+        if facts.task and not facts.task.done():
+            return
+        log.info("%s makes room for %s", row.name, to.name)
+        facts.yielded = to.name
+        target = self._serving.target(row.name, row.engine_version)
+        facts.task = asyncio.get_running_loop().create_task(self._set(row, max(0, target - 1)))
 
     def shortage(self, row: Deployed, nodes: list[Node] | None = None) -> str:
         """Why there is no room for a replica of it now, and who holds it; "" if there is room."""
@@ -221,13 +314,27 @@ class Scaling:
             failures=failure.count if failure else 0,
             paused=failure is not None and failure.refuses(now),
             cause=self._cause(row),
+            phase=self._phase(row),
+            usual_start=self._starts.usual(row.name),
+            max_queued=row.spec.max_queued,
         )
+
+    def _phase(self, row: Deployed) -> str:
+        """What a model that wakes is at."""
+        if self._registry.ready(row.name, row.engine_version):
+            return ""
+        passed = {part for report in self._registry.of(row.name, row.engine_version) for part in report.moments}
+        for part, phase in PHASES.items():
+            if part in passed:
+                return phase
+        return self._facts[row.name].shortage or "placing a replica"
 
     def _state(self, row: Deployed) -> State:
         reports = self._registry.of(row.name)
         if self._registry.ready(row.name, row.engine_version):
             return "hot"
-        if self._serving.target(row.name, row.engine_version) or row.name in self.held:
+        by_hand = self._facts[row.name].by_hand
+        if by_hand or self._serving.target(row.name, row.engine_version) or row.name in self.held:
             return "waking"
         if reports:
             return "draining"
@@ -243,7 +350,8 @@ class Scaling:
 
     def _cause(self, row: Deployed) -> str:
         facts = self._facts[row.name]
-        return facts.failure.cause if facts.failure else facts.death or facts.shortage
+        gave = f"made room for {facts.yielded}" if facts.yielded else ""
+        return facts.failure.cause if facts.failure else facts.death or facts.shortage or gave
 
     def _status(self, row: Deployed, state: State, cause: str) -> ModelStatus:
         reports = self._registry.of(row.name)

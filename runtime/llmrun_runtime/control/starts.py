@@ -8,6 +8,7 @@ are of unix time, so between machines a part is as exact as their clocks.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Mapping
 
@@ -28,6 +29,7 @@ class Starts:
         self._database = database
         self._wakes: dict[tuple[str, int], tuple[float, float]] = {}
         self._open: dict[str, ColdStart] = {}
+        self._usual: dict[str, float] = {}
         self._parts = Histogram(
             "llmrun_cold_start_part_seconds",
             "How long each part of a cold start took.",
@@ -65,6 +67,8 @@ class Starts:
             asked=wake[0],
             parts={part: max(0.0, round(moments[part] - wake[0], 3)) for part in START_PARTS if part in moments},
         )
+        # Those of this model whose first token nobody waited for are not noted.
+        self._open = {replica: other for replica, other in self._open.items() if other.model != report.model}
         self._open[report.id] = start
 
     def first_tokens(self, moments: Mapping[str, float]) -> None:
@@ -75,12 +79,20 @@ class Starts:
                 parts = {**start.parts, "first_token": max(0.0, round(moment - start.asked, 3))}
                 self._note(start.model_copy(update={"parts": parts}))
 
+    def usual(self, model: str) -> float:
+        """The median of the last ones, in seconds; 0 where there were none."""
+        if model not in self._usual:
+            times = [start.parts["first_token"] for start in self.of(model) if "first_token" in start.parts]
+            self._usual[model] = round(statistics.median(times), 1) if times else 0.0
+        return self._usual[model]
+
     def of(self, model: str) -> list[ColdStart]:
         """The last ones, the newest first."""
         return self._database.starts(model)
 
     def _note(self, start: ColdStart) -> None:
         self._database.put_start(start)
+        self._usual.pop(start.model, None)
         before = 0.0
         for part in START_PARTS:
             if part in start.parts:

@@ -7,8 +7,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from llmrun_runtime.asgi import Scope
 from llmrun_runtime.table import ModelRoute, Table
 
+MAX_WAIT = b"x-llmrun-max-wait"
 ROUTED = ("model", "stream")
 
 
@@ -65,6 +67,21 @@ def _written_twice(body: bytes) -> str | None:
     json.loads(body, object_pairs_hook=keep)
     names = [name for name, _ in top]
     return next((key for key in ROUTED if names.count(key) > 1), None)
+
+
+def read_max_wait(scope: Scope) -> float | None:
+    """Seconds that the caller lets its request wait (`X-LLMRun-Max-Wait`); None if it does not say. Raises Refusal."""
+    said = dict(scope["headers"]).get(MAX_WAIT)
+    if said is None:
+        return None
+    try:
+        seconds = float(said)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds < float("inf"):
+        text = f"X-LLMRun-Max-Wait: {said.decode('latin-1')!r} is no number of seconds, 0 or more"
+        raise Refusal(400, text, "invalid_header")
+    return seconds
 
 
 def find_model(table: Table, name: str) -> ModelRoute:

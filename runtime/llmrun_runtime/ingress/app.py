@@ -17,7 +17,9 @@ from llmrun.wire import CONTROL_ROOT
 from llmrun_runtime.asgi import Receive, Scope, Send, answer, answer_error
 from llmrun_runtime.engines.base import TOKEN_HEADER
 from llmrun_runtime.engines.kinds import get_engine
-from llmrun_runtime.ingress.admission import Refusal, check_path, find_model, read_request
+from llmrun_runtime.ingress.admission import Refusal, check_path, find_model, read_max_wait, read_request
+from llmrun_runtime.ingress.early import EarlyStream
+from llmrun_runtime.ingress.patience import Patience
 from llmrun_runtime.ingress.relay import UpstreamGone, forwarded_headers, new_session, read_body, relay, stream_body
 from llmrun_runtime.ingress.waiting import Waiting
 from llmrun_runtime.table import ModelRoute
@@ -108,17 +110,24 @@ class Ingress:
     async def _infer(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
         body = await read_body(scope, receive, self._limit)
         asked = read_request(body)
+        limit = read_max_wait(scope)
         check_path(find_model(self._waiting.table, asked.model), scope["path"])
-        await _unless_gone(self._ask(scope, send, asked.model, body, request_id), receive)
+        early = EarlyStream(send, [(b"x-request-id", request_id.encode("latin-1"))])
+        patience = Patience(self._waiting, asked.model, limit, early if asked.stream else None)
+        try:
+            await _unless_gone(self._ask(scope, early, patience, body, request_id), receive)
+        except Refusal as refusal:
+            if not early.opened:
+                raise
+            await early.refuse(refusal)
 
-    async def _ask(self, scope: Scope, send: Send, name: str, body: bytes, request_id: str) -> None:
+    async def _ask(self, scope: Scope, send: Send, patience: Patience, body: bytes, request_id: str) -> None:
         """Wait for a replica and relay; go to another one if it is gone before its first byte."""
         headers = [*forwarded_headers(scope, PRIVATE | {b"x-request-id"}), ("x-request-id", request_id)]
         answer_headers = [(b"x-request-id", request_id.encode("latin-1"))]
-        deadline = asyncio.get_running_loop().time() + self._waiting.wake_timeout
         failed: list[str] = []
         for attempt in itertools.count():
-            claim = await self._waiting.claim(name, deadline, avoid=failed)
+            claim = await patience.claim(failed)
             url = f"http://{claim.replica.host}:{claim.replica.port}{scope['path']}"
             with self._waiting.in_flight(claim):
                 try:
@@ -131,7 +140,7 @@ class Ingress:
                     failed.append(claim.replica.id)
                     # What never reached an engine may be tried until it does; what did, once more.
                     if error.reached and attempt:
-                        text = f"a replica of {name} went away before it answered, twice: `llmrun logs` says why"
+                        text = f"a replica of {claim.model} went away before it answered, twice: `llmrun logs` says why"
                         raise Refusal(503, text, "replica_gone", "service_unavailable", retry_after=5) from None
 
     def _http(self) -> aiohttp.ClientSession:

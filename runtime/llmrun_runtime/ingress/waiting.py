@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
@@ -17,8 +18,11 @@ from llmrun_runtime.ingress.routing import choose
 from llmrun_runtime.reports import Traffic
 from llmrun_runtime.table import ModelRoute, ReplicaRoute, Table
 
-RETRY_AFTER_S = 10
+RETRY_AFTER_S, MOST_RETRY_AFTER_S = 10, 120
+# A caller who did not want to wait will come back: for so much longer than is usual the wake goes on for it.
+HOLD_FACTOR = 2
 AVOID_S = 1.0
+NOT_READY = "model_not_ready"
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Waiting:
         self._on_wait = on_wait
         self._waiting: Counter[str] = Counter()
         self._since: dict[str, float] = {}
+        self._held: dict[str, asyncio.Task[None]] = {}
         self._by_model: Counter[str] = Counter()
         self._by_replica: Counter[str] = Counter()
         self._first_tokens: dict[str, float] = {}
@@ -80,18 +85,22 @@ class Waiting:
             if self._waiting[claim.model]:
                 self._wake_all()
 
-    async def claim(self, name: str, deadline: float, avoid: Collection[str] = ()) -> Claim:
+    async def claim(self, name: str, deadline: float, avoid: Collection[str] = (), began: float | None = None) -> Claim:
         """A replica for the model that clients call `name`, as soon as one has room.
 
         Replicas in `avoid` have just failed this request: they are taken again after AVOID_S, if they are still in
         the table and there is no other. Raises Refusal: the model is gone, its start fails while we wait, or
-        `deadline` (of the event loop's clock) is over.
+        `deadline` (of the event loop's clock) is over; `began`, of the same, is when the caller came.
         """
         model = find_model(self.table, name)
         if replica := choose(model, self._by_replica, avoid):
             return Claim(model.name, replica)
+        if self._waiting[model.name] >= model.max_queued:
+            text = f"{self._waiting[model.name]} requests wait for {model.name} already (max_queued)"
+            raise Refusal(429, text, "queue_full", "rate_limit_error", retry_after=retry_after(model))
         counted, failures = model.name, model.failures
         loop = asyncio.get_running_loop()
+        began = loop.time() if began is None else began
         forgive = loop.time() + AVOID_S
         self._waiting[counted] += 1
         self._since.setdefault(counted, time.time())
@@ -101,9 +110,9 @@ class Waiting:
                 now = loop.time()
                 if not model.replicas and (model.paused or model.failures > failures):
                     text = f"{model.name} did not start: {model.cause}"
-                    raise Refusal(503, text, "model_failed", "service_unavailable", retry_after=RETRY_AFTER_S)
+                    raise Refusal(503, text, "model_failed", "service_unavailable", retry_after=retry_after(model))
                 if now >= deadline:
-                    raise _too_late(model, self.wake_timeout)
+                    raise _too_late(model, now - began)
                 with contextlib.suppress(TimeoutError):
                     until = min(deadline, forgive) if avoid and now < forgive else deadline
                     await asyncio.wait_for(self._changed.wait(), until - now)
@@ -117,13 +126,47 @@ class Waiting:
                 del self._since[counted]
             self._on_wait()
 
+    def describe(self, name: str) -> str:
+        """What whoever waits for that name can be told."""
+        model = find_model(self.table, name)
+        return f"waking {model.name}" if not model.replicas else f"queued for {model.name}"
+
+    def phase(self, name: str) -> str:
+        """What that model is at while it wakes; "" if that is not known."""
+        model = find_model(self.table, name)
+        return model.phase
+
+    async def close(self) -> None:
+        """Let go of the wakes that are held for callers to come."""
+        for task in self._held.values():
+            task.cancel()
+        await asyncio.gather(*self._held.values(), return_exceptions=True)
+
+    def hold(self, name: str) -> None:
+        """Go on waiting for a while in the place of a caller who would not: it will come back."""
+        model = find_model(self.table, name)
+        held = self._held.get(model.name)
+        if not model.replicas and (held is None or held.done()):
+            self._held[model.name] = asyncio.get_running_loop().create_task(self._stand_in(model))
+
+    async def _stand_in(self, model: ModelRoute) -> None:
+        limit = HOLD_FACTOR * max(model.usual_start, RETRY_AFTER_S) + RETRY_AFTER_S
+        with contextlib.suppress(Refusal, TimeoutError):
+            async with asyncio.timeout(limit):
+                await self.claim(model.name, float("inf"))
+
     def _wake_all(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
 
-def _too_late(model: ModelRoute, limit: float) -> Refusal:
+def retry_after(model: ModelRoute, waited: float = 0) -> int:
+    """Whole seconds after which a caller may hope to be served, as the model's earlier starts took."""
+    return math.ceil(min(max(1, (model.usual_start or RETRY_AFTER_S) - waited), MOST_RETRY_AFTER_S))
+
+
+def _too_late(model: ModelRoute, waited: float) -> Refusal:
     what = "had no room" if model.replicas else "was not ready"
-    why = f": {model.cause}" if model.cause else ""
-    text = f"{model.name} {what} within {limit:g} s{why}"
-    return Refusal(503, text, "model_not_ready", "service_unavailable", retry_after=RETRY_AFTER_S)
+    why = f": {model.cause or model.phase}" if model.cause or model.phase else ""
+    text = f"{model.name} {what} within {waited:.3g} s{why}"
+    return Refusal(503, text, NOT_READY, "service_unavailable", retry_after=retry_after(model, waited))

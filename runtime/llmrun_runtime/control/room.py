@@ -1,0 +1,55 @@
+"""Who makes room for a model that wakes: idle replicas of others. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llmrun_runtime.control.placing import Node, Placement, could_run, has_room
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A replica that nobody asks, above `min_replicas`, up for `min_uptime`, of a model that is `evictable`."""
+
+    model: str
+    node: str
+    placement: Placement
+    idle_since: float
+
+
+def make_room(placement: Placement, nodes: Sequence[Node], holders: Sequence[Holder]) -> list[Holder]:
+    """The replicas that have to end so that one of `placement` fits; [] if even all of them would not do.
+
+    1. On each node that could hold it, those idle for longest go first, until it fits.
+    2. Those of them that turn out not to be needed stay.
+    3. Of the nodes, the one where the last of them has been idle for longest.
+    """
+    found: list[list[Holder]] = []
+    for node in nodes:
+        if not node.id or not could_run(placement, node):
+            continue
+        going: list[Holder] = []
+        # 1.
+        for holder in sorted((h for h in holders if h.node == node.id), key=lambda h: h.idle_since):
+            if _fits(placement, node, going):
+                break
+            going.append(holder)
+        if not going or not _fits(placement, node, going):
+            continue
+        # 2.
+        for holder in list(going):
+            others = [h for h in going if h is not holder]
+            if _fits(placement, node, others):
+                going = others
+        found.append(going)
+    # 3.
+    return min(found, key=lambda going: max(h.idle_since for h in going), default=[])
+
+
+def _fits(placement: Placement, node: Node, going: Sequence[Holder]) -> bool:
+    available = dict(node.available)
+    for holder in going:
+        for key, amount in holder.placement.resources().items():
+            available[key] = available.get(key, 0) + amount
+    return has_room(placement, [Node(node.id, node.host, node.total, available)])

@@ -1,0 +1,47 @@
+"""One caller's wait for a replica: its deadline, and what it hears meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+
+from llmrun_runtime.ingress.admission import Refusal
+from llmrun_runtime.ingress.early import EVERY_S, QUIET_S, EarlyStream
+from llmrun_runtime.ingress.waiting import NOT_READY, Claim, Waiting
+
+
+class Patience:
+    """How long the caller of `name` waits in all: `limit` seconds at most, and never longer than the ingress lets it.
+
+    `early` is where a streaming caller hears of its wait; None for one that just waits.
+    """
+
+    def __init__(self, waiting: Waiting, name: str, limit: float | None, early: EarlyStream | None) -> None:
+        self._waiting = waiting
+        self._name = name
+        self._early = early
+        self._began = asyncio.get_running_loop().time()
+        self._limited = limit is not None
+        most = waiting.wake_timeout
+        self._deadline = self._began + (most if limit is None else min(limit, most))
+
+    async def claim(self, avoid: Collection[str]) -> Claim:
+        """See `Waiting.claim`."""
+        claiming = asyncio.ensure_future(self._waiting.claim(self._name, self._deadline, avoid, self._began))
+        loop = asyncio.get_running_loop()
+        pause = max(0.0, self._began + QUIET_S - loop.time())
+        try:
+            while not (await asyncio.wait({claiming}, timeout=pause if self._early else None))[0]:
+                pause = EVERY_S
+                if self._early:
+                    phase = self._waiting.phase(self._name)
+                    text = f"{self._waiting.describe(self._name)}, {loop.time() - self._began:.0f} s"
+                    await self._early.comment(f"{text}, {phase}" if phase else text)
+            return claiming.result()
+        except Refusal as refusal:
+            if self._limited and refusal.code == NOT_READY:
+                self._waiting.hold(self._name)
+            raise
+        finally:
+            claiming.cancel()
+            await asyncio.gather(claiming, return_exceptions=True)

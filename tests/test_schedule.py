@@ -1,0 +1,52 @@
+"""Schedules, at given times."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from zoneinfo import ZoneInfo
+
+import pytest
+
+from llmrun.schedule import parse_window
+
+
+def at(text: str, zone: str = "Europe/Berlin") -> float:
+    """Unix time of a local time."""
+    return datetime.fromisoformat(text).replace(tzinfo=ZoneInfo(zone)).timestamp()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "when", "open_"),
+    [
+        ("Mon-Fri 08:00-18:00 Europe/Berlin", "2026-11-23 08:00", True),  # a Monday
+        ("Mon-Fri 08:00-18:00 Europe/Berlin", "2026-11-23 07:59", False),
+        ("Mon-Fri 08:00-18:00 Europe/Berlin", "2026-11-27 17:59", True),
+        ("Mon-Fri 08:00-18:00 Europe/Berlin", "2026-11-27 18:00", False),
+        ("Mon-Fri 08:00-18:00 Europe/Berlin", "2026-11-28 12:00", False),
+        ("mon-fri 8:00-18:00 Europe/Berlin", "2026-07-06 08:30", True),  # summer time
+        ("Fri-Mon 00:00-24:00 Europe/Berlin", "2026-11-22 23:59", True),
+        ("Fri-Mon 00:00-24:00 Europe/Berlin", "2026-11-24 00:00", False),
+        ("Fri 22:00-06:00 Europe/Berlin", "2026-11-28 05:59", True),
+        ("Fri 22:00-06:00 Europe/Berlin", "2026-11-27 05:59", False),
+        ("08:00-18:00", "2026-11-23 08:30", False),  # 07:30 in UTC
+        ("08:00-18:00", "2026-11-23 09:30", True),
+    ],
+)
+def test_windows(schedule: str, when: str, open_: bool) -> None:
+    assert parse_window(schedule).covers(at(when)) is open_
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("always", "write it like 'Mon-Fri 08:00-18:00 Europe/Berlin'"),
+        ("Mon-Fry 08:00-18:00", "'Fry' is no day"),
+        ("Mon 08:00-25:00", "two different times from 00:00 to 24:00"),
+        ("Mon 08:00-08:00", "two different times"),
+        ("Mon 08:00-18:75", "two different times"),
+        ("Mon 08:00-18:00 Europe/Bärlin", "there is no time zone 'Europe/Bärlin'"),
+    ],
+)
+def test_a_wrong_one_says_how_to_write_it(text: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why):
+        parse_window(text)
