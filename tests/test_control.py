@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +15,13 @@ from llmrun.spec import ModelSpec
 from llmrun.weights import Weights
 from llmrun.wire import DeployRequest, Plan
 from llmrun_runtime.control import database as database_module
+from llmrun_runtime.control import warming
 from llmrun_runtime.control.database import Database, Deployed
-from llmrun_runtime.control.events import Job
+from llmrun_runtime.control.events import Job, Jobs
 from llmrun_runtime.control.placing import Node, Placement, has_room, resolve, shortage
 from llmrun_runtime.control.planning import check, make_plan
 from llmrun_runtime.control.registry import Registry
+from llmrun_runtime.control.room import Holder, make_room
 from llmrun_runtime.reports import LEASE_S, Registration, Traffic
 from llmrun_runtime.serveconfig import app_name, parse_app_name
 from llmrun_runtime.weights.pin import File, Pin
@@ -94,6 +97,72 @@ def test_a_part_of_an_app_leaves_the_rest_alone() -> None:
 def test_another_placement_is_a_new_engine() -> None:
     made = plan(spec("a"), rows=(deployed(spec("a"), placement=Placement(1, 1)),))
     assert made.changes[0].kind == "change" and made.changes[0].lines == ("runs on 1 × GPU → CPU",)
+
+
+class Agents:
+    """Stands in for the nodes' agents: what was asked of them."""
+
+    def __init__(self) -> None:
+        self.warmed: list[tuple[str, str]] = []
+        self.left: list[str] = []
+
+    def on(self, node: str) -> Any:
+        """A handle."""
+        remote = SimpleNamespace(remote=lambda engine: self.warmed.append((node, engine)))
+        return SimpleNamespace(warm=remote)
+
+
+def test_nodes_that_stay_are_kept_ready_and_those_that_may_go_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    agents, registry = Agents(), Registry()
+    monkeypatch.setattr(warming, "agent_on", agents.on)
+    monkeypatch.setattr(warming, "leave", agents.left.append)
+    scaling: Any = SimpleNamespace(deployed={"a": deployed(spec("a"))})
+    look = warming.Warming(scaling, registry, Jobs(), 60, lambda: "head").look
+    head, other = (Node(name, name, {"CPU": 4}, {"CPU": 4}) for name in ("head", "other"))
+    look([head, other], 0)
+    assert agents.warmed == [("head", "vllm"), ("other", "vllm")] and not agents.left
+    agents.warmed.clear()
+    kind = Node("", "group", {"CPU": 4}, {})
+    look([head, other, kind], 0)
+    look([head, other, kind], 59)
+    assert agents.warmed == [("head", "vllm")] * 2 and not agents.left
+    registry.report(Registration("r", "a", 1, "other", "h", 1, "t", "ready"), 59)
+    look([head, other, kind], 61)
+    registry.remove("r")
+    look([head, other, kind], 120)
+    assert not agents.left
+    look([head, other, kind], 121)
+    assert agents.left == ["other"]
+    scaling.deployed.clear()
+    agents.warmed.clear()
+    look([head, other], 200)
+    assert not agents.warmed
+
+
+GPU = Placement(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("holders", "going"),
+    [
+        ([], []),
+        ([("a", "n1", GPU, 5), ("b", "n1", GPU, 3), ("c", "n2", GPU, 4)], ["b"]),
+        ([("a", "n1", Placement(1, 0), 1), ("b", "n1", GPU, 3)], ["b"]),  # a's CPU would not help
+        ([("a", "n3", GPU, 1)], []),  # another kind of node
+        ([("a", "n1", Placement(1, 0), 1)], []),
+    ],
+)
+def test_who_has_been_idle_for_longest_makes_room(holders: list[Any], going: list[str]) -> None:
+    full = {"CPU": 4, "GPU": 0}
+    nodes = [Node(name, name, {"CPU": 8, "GPU": 2}, full) for name in ("n1", "n2")]
+    nodes.append(Node("n3", "n3", {"CPU": 8}, {"CPU": 8}))
+    assert [holder.model for holder in make_room(GPU, nodes, [Holder(*holder) for holder in holders])] == going
+
+
+def test_two_small_ones_make_room_for_a_large_one() -> None:
+    nodes = [Node("n", "n", {"CPU": 8, "GPU": 2}, {"CPU": 4, "GPU": 0})]
+    holders = [Holder("a", "n", GPU, 1), Holder("b", "n", GPU, 2)]
+    assert [holder.model for holder in make_room(Placement(1, 2), nodes, holders)] == ["a", "b"]
 
 
 def test_secrets_are_shown_by_name() -> None:

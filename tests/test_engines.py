@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from llmrun.errors import EngineError, HookError
+from llmrun_runtime.engines import vllm
 from llmrun_runtime.engines.base import Launch, Member, ShimConfig, to_flags
 from llmrun_runtime.engines.hooks import Hooks
 from llmrun_runtime.engines.kinds import get_engine
@@ -52,6 +53,48 @@ def test_the_command_carries_names_host_shim_and_flags() -> None:
         '--max-model-len 8192 --enable-x --no-enable-y --z {"a": 1} --s p q --d-e.f_g 1 --tensor-parallel-size 2'
     )
     assert to_flags({"none": None}) == []
+
+
+@pytest.mark.parametrize(
+    ("there", "filesystem", "chosen"),
+    [
+        ({"runai_model_streamer", "fastsafetensors", "instanttensor"}, "ext4", "instanttensor"),
+        ({"runai_model_streamer", "fastsafetensors"}, "xfs", "fastsafetensors"),
+        ({"runai_model_streamer", "fastsafetensors"}, "nfs4", "runai_streamer"),
+        ({"fastsafetensors"}, "fuse.s3fs", "fastsafetensors"),
+        (set(), "ext4", ""),
+    ],
+)
+def test_the_way_onto_a_gpu_is_chosen_by_disk_and_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: set[str], filesystem: str, chosen: str
+) -> None:
+    monkeypatch.setattr(vllm, "filesystem", lambda path: filesystem)
+    monkeypatch.setattr(vllm, "_installed", there.__contains__)
+    assert vllm.load_format(tmp_path, there.__contains__) == ""  # no safetensors
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    line = " ".join(VLLM.arguments(launch(weights=str(tmp_path), engine_args={})))
+    assert (f"--load-format {chosen}" in line) if chosen else "--load-format" not in line
+    said = launch(weights=str(tmp_path), engine_args={"load_format": "auto"})
+    assert "--load-format auto" in " ".join(VLLM.arguments(said))
+    on_cpu = launch(weights=str(tmp_path), engine_args={}, members=(Member("n", "h"),))
+    assert "--load-format" not in VLLM.arguments(on_cpu)
+
+
+def test_the_disk_of_a_path_is_known() -> None:
+    assert vllm.filesystem(Path("/proc/self")) == "proc"
+
+
+def test_a_fast_start_captures_few_graphs_unless_the_user_says_which() -> None:
+    assert "--max-cudagraph-capture-size 16" in " ".join(VLLM.arguments(launch(fast_start=True)))
+    for said in ({"enforce_eager": True}, {"cudagraph_capture_sizes": [1, 2]}):
+        assert "--max-cudagraph-capture-size" not in VLLM.arguments(launch(fast_start=True, engine_args=said))
+
+
+def test_engines_keep_a_cache_of_their_own() -> None:
+    env = VLLM.environment({}, Path("/cache/one/v1"))
+    assert env["VLLM_CACHE_ROOT"] == "/cache/one/v1" and env["VLLM_ENABLE_STARTUP_PLAN"] == "1"
+    assert VLLM.environment({"VLLM_CACHE_ROOT": "/mine"}, Path("/c"))["VLLM_CACHE_ROOT"] == "/mine"
+    assert "VLLM_CACHE_ROOT" not in VLLM.environment({}, None)
 
 
 def test_cpu_defaults_give_way_to_what_the_user_said() -> None:
@@ -191,7 +234,7 @@ class Script:
     def libraries(self) -> tuple[str, ...]:
         return ()
 
-    def environment(self, env: Mapping[str, str]) -> dict[str, str]:
+    def environment(self, env: Mapping[str, str], cache: Path | None) -> dict[str, str]:
         return dict(os.environ)
 
     def root_cause(self, log: str) -> str:

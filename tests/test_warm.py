@@ -71,7 +71,7 @@ class Thing:
     def libraries(self) -> tuple[str, ...]:
         return ()
 
-    def environment(self, env: Mapping[str, str]) -> dict[str, str]:
+    def environment(self, env: Mapping[str, str], cache: Path | None) -> dict[str, str]:
         return {}
 
     def root_cause(self, log: str) -> str:

@@ -48,6 +48,11 @@ class Settings(BaseSettings):
         default=True,
         description="Whether a node keeps a process with the engine's code loaded, which new engines are forked from.",
     )
+    node_idle_timeout: float = Field(
+        default=300,
+        gt=0,
+        description="How long a node that an autoscaler could give back stays without a replica.",
+    )
     place_timeout: float = Field(
         default=60, gt=0, description="How long a deploy waits for Ray to place the proof where there is room."
     )

@@ -133,12 +133,17 @@ class NodeAgent:
         return f"node {self._host} ({socket.gethostname()})"
 
 
+def agent_name(node_id: str) -> str:
+    """What a node's agent is called."""
+    return f"node-{node_id}"
+
+
 def agent_on(node_id: str) -> Any:
     """A handle to the node's agent, started if there is none."""
     return (
         ray.remote(NodeAgent)
         .options(
-            name=f"node-{node_id}",
+            name=agent_name(node_id),
             namespace=NAMESPACE,
             lifetime="detached",
             get_if_exists=True,

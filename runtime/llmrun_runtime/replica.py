@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import socket
 import sys
 import time
@@ -43,6 +44,7 @@ DRAIN_POLL_S = 0.1
 LINGER_S = 1.0
 CONTROL_TIMEOUT_S = 10
 AGENT_TIMEOUT_S = 10
+KEEP_CACHES = 3  # versions of a model on a node
 
 
 class ReplicaConfig(BaseModel):
@@ -159,6 +161,8 @@ class Replica:
             env=engine_environment(spec, site, self._where()),
             shim=shim,
             log=self._log,
+            cache=engine_cache(Settings().root, spec.name, self._config.version),
+            fast_start=spec.cold_start == "fast",
             warm=await self._warm(),
         )
         return EngineProcess(get_engine(spec.engine), launch)
@@ -271,6 +275,18 @@ class Replica:
                 file.write(f"[llmrun] {time.strftime('%H:%M:%S')} {text}\n")
         except OSError as error:  # a full disk must not end the replica
             log.warning("%s (its log cannot be written: %s)", text, error)
+
+
+def engine_cache(root: Path, model: str, version: int) -> Path:
+    """Where engines of that version keep what they may find again; those of versions long gone are removed."""
+    folder = root / "cache" / "engines" / model
+    mine = folder / f"v{version}"
+    mine.mkdir(parents=True, exist_ok=True)
+    os.utime(mine)
+    others = sorted((path for path in folder.iterdir() if path != mine), key=lambda path: path.stat().st_mtime)
+    for old in others[: -KEEP_CACHES + 1]:
+        shutil.rmtree(old, ignore_errors=True)
+    return mine
 
 
 def engine_environment(spec: ModelSpec, site: Path | None, where: str) -> dict[str, str]:

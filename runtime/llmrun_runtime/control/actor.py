@@ -41,7 +41,8 @@ class Control:
         await self._parts.load()
         loop = asyncio.get_running_loop()
         api = http.serve(make_api(self._parts), self._socket)
-        self._running = [loop.create_task(self._parts.scaling.run()), loop.create_task(api)]
+        tasks = (self._parts.scaling.run(), self._parts.warming.run(), api)
+        self._running = [loop.create_task(task) for task in tasks]
 
     async def report(self, report: Registration) -> None:
         """A replica says how it is."""

@@ -69,6 +69,10 @@ class Jobs:
         job.task = asyncio.get_running_loop().create_task(self._run(what, job, work))
         return job
 
+    def running(self) -> bool:
+        """Whether any job has not ended."""
+        return any(job.task and not job.task.done() for job in self._jobs.values())
+
     def find(self, job_id: str) -> Job:
         """A job by its id. Raises Refused."""
         if job_id not in self._jobs:

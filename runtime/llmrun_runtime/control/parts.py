@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
+import ray
 from prometheus_client import CollectorRegistry
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -19,6 +20,7 @@ from llmrun_runtime.control.scaling import Scaling
 from llmrun_runtime.control.serving import Serving, cluster_nodes
 from llmrun_runtime.control.starts import Starts
 from llmrun_runtime.control.stock import Stock
+from llmrun_runtime.control.warming import Warming
 from llmrun_runtime.node import agent_on
 
 log = logging.getLogger("llmrun.control")
@@ -49,6 +51,13 @@ class ControlParts:
         self.errands = Errands(self.stock, self.jobs)
         self.deployer = Deployer(
             settings, self.database, self.registry, self.scaling, self.serving, self.stock, self.jobs
+        )
+        self.warming = Warming(
+            self.scaling,
+            self.registry,
+            self.jobs,
+            settings.node_idle_timeout,
+            lambda: str(ray.get_runtime_context().get_node_id()),
         )
         self.scaling.on_proven = lambda row: self.database.put_version(row, in_force=True)
 

@@ -66,6 +66,10 @@ class Launch:
     env: dict[str, str] = field(default_factory=dict)
     shim: ShimConfig = field(default_factory=lambda: ShimConfig(model=""))
     log: Path = Path("/dev/null")
+    cache: Path | None = None
+    """Where the engine keeps what it may find again at its next start; of this model's version alone."""
+    fast_start: bool = False
+    """Whether a quick start is worth some speed under load (`cold_start="fast"`)."""
     warm: Path | None = None
     """The socket of the node's warm parent; None where there is none."""
 
@@ -93,8 +97,8 @@ class Engine(Protocol):
         """Shared libraries that a warm parent must load first (LD_PRELOAD), as the engine's own start does."""
         ...
 
-    def environment(self, env: Mapping[str, str]) -> dict[str, str]:
-        """Variables for this engine, over `env`."""
+    def environment(self, env: Mapping[str, str], cache: Path | None) -> dict[str, str]:
+        """Variables for this engine, over `env`; `cache` is None for a warm parent."""
         ...
 
     def root_cause(self, log: str) -> str:

@@ -33,7 +33,7 @@ class Keeper:
         self._engine = engine
         self._path = path
         self._output = output
-        self._env = {**env, **engine.environment(env)}
+        self._env = {**env, **engine.environment(env, None)}
         self._listener: socket.socket | None = None
         self._task: asyncio.Task[None] | None = None
 

@@ -71,7 +71,7 @@ class EngineProcess:
         """Start the process. Raises EngineError if its command cannot be run at all."""
         self._lease = await asyncio.start_server(self._serve_lease, "127.0.0.1", 0)
         host, port = self._lease.sockets[0].getsockname()[:2]
-        env = {**self._launch.env, **self._engine.environment(self._launch.env)}
+        env = {**self._launch.env, **self._engine.environment(self._launch.env, self._launch.cache)}
         env |= {LEASE_ENV: f"{host}:{port}", TOKEN_ENV: self.token, SHIM_ENV: self._launch.shim.to_json()}
         sweep_scratch()
         self._scratch = tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-")

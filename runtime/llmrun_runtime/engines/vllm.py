@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import psutil
 
 from llmrun_runtime.engines.base import IDLE_CONNECTION_S, Launch, to_flags
 
@@ -25,6 +27,38 @@ SECONDHAND = (
 
 
 WANTED = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+
+
+# Each captured size costs a GPU engine's start some tenths of a second; larger batches then run without a graph.
+FEW_GRAPHS = 16
+GRAPH_SIZES = {
+    *("cudagraph_capture_sizes", "max_cudagraph_capture_size", "enforce_eager"),
+    *("compilation_config", "optimization_level"),
+}
+# Ways to read safetensors onto a GPU, the best first; vLLM has them where their packages are installed.
+FROM_DISKS = ("instanttensor", "fastsafetensors", "runai_streamer")  # direct I/O
+FROM_NETWORKS = ("runai_streamer", "instanttensor", "fastsafetensors")  # many reads at once
+PACKAGES = {"runai_streamer": "runai_model_streamer"}
+NETWORK_FILESYSTEMS = ("nfs", "cifs", "smb", "lustre", "ceph", "beegfs", "glusterfs", "gpfs", "fuse", "9p")
+
+
+def load_format(weights: Path, installed: Callable[[str], bool]) -> str:
+    """vLLM's `--load-format` for a GPU: by where the weights lie and what is installed; "" for vLLM's own choice."""
+    if not any(weights.glob("*.safetensors")):
+        return ""
+    kinds = FROM_NETWORKS if filesystem(weights).startswith(NETWORK_FILESYSTEMS) else FROM_DISKS
+    return next((kind for kind in kinds if installed(PACKAGES.get(kind, kind))), "")
+
+
+def filesystem(path: Path) -> str:
+    """The type of the file system that a path lies on."""
+    real = path.resolve()
+    mounts = sorted(psutil.disk_partitions(all=True), key=lambda mount: len(mount.mountpoint), reverse=True)
+    return next((mount.fstype for mount in mounts if real.is_relative_to(mount.mountpoint)), "")
+
+
+def _installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 class VLLM:
@@ -53,6 +87,10 @@ class VLLM:
         args = dict(launch.engine_args)
         if gpus > 1:
             args.setdefault("tensor_parallel_size", gpus)
+        if gpus and (how := load_format(Path(launch.weights), _installed)):
+            args.setdefault("load_format", how)
+        if gpus and launch.fast_start and not args.keys() & GRAPH_SIZES:
+            args["max_cudagraph_capture_size"] = FEW_GRAPHS
         return [
             *("--model", launch.weights),
             *("--served-model-name", *launch.names),
@@ -63,11 +101,14 @@ class VLLM:
             *to_flags(args),
         ]
 
-    def environment(self, env: Mapping[str, str]) -> dict[str, str]:
+    def environment(self, env: Mapping[str, str], cache: Path | None) -> dict[str, str]:
         """No usage data; no question to a hub, for weights lie on the disk; the lease in every process."""
         ours = {key: env.get(key, value) for key, value in WANTED.items()}
         # Longer than the ingress keeps an idle connection: it is never the engine that closes one under a request.
         ours["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = str(2 * IDLE_CONNECTION_S)
+        if cache:  # what was compiled, and how much memory the KV cache got: neither is found out again
+            ours["VLLM_CACHE_ROOT"] = env.get("VLLM_CACHE_ROOT", str(cache))
+            ours["VLLM_ENABLE_STARTUP_PLAN"] = env.get("VLLM_ENABLE_STARTUP_PLAN", "1")
         if "VLLM_PLUGINS" in env:  # a list of those allowed; without it all are
             ours["VLLM_PLUGINS"] = f"{env['VLLM_PLUGINS']},llmrun_lease".lstrip(",")
         return ours

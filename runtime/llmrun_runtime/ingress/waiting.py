@@ -168,5 +168,5 @@ def retry_after(model: ModelRoute, waited: float = 0) -> int:
 def _too_late(model: ModelRoute, waited: float) -> Refusal:
     what = "had no room" if model.replicas else "was not ready"
     why = f": {model.cause or model.phase}" if model.cause or model.phase else ""
-    text = f"{model.name} {what} within {waited:.3g} s{why}"
+    text = f"{model.name} {what} within {waited:.3g} s{why}" if waited > 0.05 else f"{model.name} is not ready{why}"
     return Refusal(503, text, NOT_READY, "service_unavailable", retry_after=retry_after(model, waited))
