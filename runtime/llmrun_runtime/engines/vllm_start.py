@@ -33,7 +33,7 @@ from vllm.entrypoints.launchers.cli_args import (
 )
 from vllm.entrypoints.launchers.launcher import setup_server
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
-from vllm.model_executor.models.registry import ModelRegistry
+from vllm.model_executor.models import registry
 from vllm.platforms import current_platform
 from vllm.renderers import hf as renderers
 from vllm.tokenizers import hf as tokenizers
@@ -86,6 +86,7 @@ def prepare(*, to_fork: bool) -> None:
         tokenizers.copy = SimpleNamespace(copy=copy.copy, deepcopy=_copied)
         if current_platform.is_cpu():
             _take_kv_memory_on_demand()
+            _look_at_classes_here()
             if to_fork:
                 _replace_kernels()
 
@@ -100,7 +101,7 @@ def learn(argv: list[str]) -> None:
     try:
         config = json.loads((Path(folder) / "config.json").read_text())
         for architecture in config.get("architectures") or ():
-            ModelRegistry.models[architecture].load_model_cls()
+            registry.ModelRegistry.models[architecture].load_model_cls()
         said = {"runner_type": "generate", "tokenizer_mode": "auto", "revision": None, "trust_remote_code": False}
         tokenizer = cached_get_tokenizer(folder, **said)
         _prepared.copies[folder] = [copy.deepcopy(copy.copy(tokenizer)) for _ in range(TOKENIZERS)]
@@ -168,6 +169,14 @@ def _replace_kernels() -> None:
     current_platform.import_kernels()
     current_platform.register_triton_kernel_overrides()
     type(current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)
+
+
+def _look_at_classes_here() -> None:
+    """Import a model's class to see what it can do; vLLM does so in a process of its own. Saves 10 s, once a version.
+
+    vLLM's reason is that the import might touch a GPU.
+    """
+    registry._run_in_subprocess = lambda look: look()
 
 
 def _fork_cores() -> None:
