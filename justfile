@@ -69,3 +69,15 @@ unit *args: setup
 # how fast weights come, beside rclone, s3fs, huggingface_hub and a copy on the disk (2 minutes; needs 6 GB of disk)
 bench-weights: setup
     python -m tests.bench_weights
+
+# from a request at zero to the first token, beside vLLM's own server and Ray Serve LLM (25 minutes)
+bench-cold-start *args: setup _smollm2
+    python -m tests.bench_cold_start {{args}}
+
+# how fast an engine from the warm parent decodes, beside one that was started plainly (4 minutes)
+bench-forked: setup _smollm2
+    python -m tests.bench_forked
+
+# a hundred times from zero and back under random requests, with a look at what is left behind (15 minutes)
+soak: setup _smollm2
+    LLMRUN_TEST_CYCLES=100 pytest tests/test_e2e_cold.py -k cycles --timeout 3600

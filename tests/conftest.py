@@ -125,10 +125,17 @@ class Home:
         status: dict[str, Any] = until(reached, timeout, f"{model} is {state}")
         return status
 
-    def ask(self, model: str, content: str = "Hello", timeout: float = ENGINE_START_S, **more: Any) -> httpx.Response:
+    def ask(
+        self,
+        model: str,
+        content: str = "Hello",
+        timeout: float = ENGINE_START_S,
+        headers: dict[str, str] | None = None,
+        **more: Any,
+    ) -> httpx.Response:
         """One chat completion, greedy and short unless `more` says otherwise."""
         body = {"model": model, "messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 8}
-        return httpx.post(f"{self.url}/v1/chat/completions", json=body | more, timeout=timeout)
+        return httpx.post(f"{self.url}/v1/chat/completions", json=body | more, headers=headers, timeout=timeout)
 
     def engines(self, model: str) -> list[psutil.Process]:
         """The API servers of the model's engines that live, by what they were started with."""
@@ -136,7 +143,8 @@ class Home:
         for process in psutil.process_iter():
             try:
                 command = process.cmdline()
-                if "llmrun_runtime.engines.vllm_server" in command and model in command:
+                words = command if len(command) > 1 else command[0].split() if command else []  # a set title is one
+                if "llmrun_runtime.engines.vllm_server" in words and model in words:
                     found.append(process)
             except psutil.Error:
                 continue

@@ -22,6 +22,7 @@ MANY_PROCESSES = {
 PACKAGE = "vllm"
 MODULES = (
     "uvloop",
+    "setproctitle",
     "llmrun_runtime.engines.shim",
     # the server
     "vllm.entrypoints.launchers.api_server.entry",

@@ -67,6 +67,8 @@ class Request:
         os.environ.clear()
         os.environ.update(self.env)
         sys.argv = [module, *self.argv]
+        with contextlib.suppress(ImportError):  # what `ps` shows; engines bring the package
+            importlib.import_module("setproctitle").setproctitle(" ".join([sys.executable, "-m", *sys.argv]))
         tempfile.tempdir = None  # as TMPDIR says, not as the parent's did
         time.tzset()
         for name, reseed in (("numpy.random", "seed"), ("torch", "seed")):  # Python reseeds its own

@@ -1,0 +1,209 @@
+"""`just bench-cold-start`: from a request at zero to the first token, beside vLLM's own server and Ray Serve LLM.
+
+SmolLM2-135M-Instruct, bf16, on this machine's CPU; every engine gets `--enforce-eager --kv-cache-memory-bytes 1G`, but
+for vLLM as it comes. The rounds of all ways alternate; a way starts when the one before has left no process. For vLLM
+the time runs from the start of its process, for the others from the request. `--rounds N`, `--only WORD`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from llmrun.wire import START_PARTS
+from tests.conftest import REPO, SMOLLM2, Home, free_port, until, write_app
+
+EAGER = ("--enforce-eager", "--kv-cache-memory-bytes", "1G")
+ONE_PROCESS_LESS = ("--distributed-executor-backend", "uni")  # what llmrun adds on CPU
+START_S = 600
+# Between a model's end and the next request: a spare worker and what the warm parent learns come some seconds later.
+REST_S = 12
+
+
+def first_token(url: str, model: str, timeout: float = START_S) -> float:
+    """Seconds from asking until the first piece of an answer."""
+    begun = time.monotonic()
+    body = {"model": model, "prompt": "Once upon a time", "max_tokens": 4, "temperature": 0, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=timeout) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                assert "choices" in line, line
+                return time.monotonic() - begun
+    raise AssertionError("no token came")
+
+
+def vllm_server(*flags: str, **env: str) -> Callable[[], float]:
+    """From the start of vLLM's own server to its first token."""
+
+    def once() -> float:
+        port = free_port()
+        command = [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry"]
+        command += ["--model", str(SMOLLM2), "--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port)]
+        more = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", **env}
+        begun = time.monotonic()
+        with subprocess.Popen(
+            [*command, *flags], env=os.environ | more, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as server:
+            try:
+                while True:
+                    try:
+                        first_token(f"http://127.0.0.1:{port}", "m")
+                        return time.monotonic() - begun
+                    except httpx.ConnectError:
+                        assert server.poll() is None and time.monotonic() - begun < START_S
+                        time.sleep(0.02)
+            finally:
+                server.terminate()
+                server.wait(60)
+
+    return once
+
+
+@contextlib.contextmanager
+def llmrun_cluster(folder: Path, **env: str) -> Iterator[Home]:
+    """A cluster with the model deployed."""
+    home = Home(folder / "home", free_port())
+    home.ok("up", **env)
+    try:
+        app = write_app(folder / "cold" / "app.py", f'@llm("{SMOLLM2}", name="m", cpus=0.5)\nclass M: ...\n')
+        home.ok("deploy", app)
+        yield home
+    finally:
+        home.ok("down")
+
+
+def by_llmrun(home: Home, *, drop: bool = False) -> Callable[[], float]:
+    """From a request at zero to its first token. `drop`: with nothing of any file in memory."""
+
+    def once() -> float:
+        home.ok("unload", "m")
+        until(lambda: not home.engines("m"), 60, "the engine has ended")
+        time.sleep(REST_S)
+        if drop:
+            os.sync()
+            Path("/proc/sys/vm/drop_caches").write_text("3")
+        return first_token(home.url, "m")
+
+    return once
+
+
+@contextlib.contextmanager
+def ray_serve_llm(port: int) -> Iterator[Callable[[], float]]:
+    """Ray Serve LLM at zero; it needs pyarrow, which nothing else here does."""
+    with tempfile.TemporaryDirectory() as folder:
+        more = ["--no-deps", "--target", folder, "pyarrow"]
+        subprocess.run(
+            [*(shutil.which("uv") or "uv", "pip", "install", "-q", "--python", sys.executable), *more],
+            check=True,
+        )
+        path = os.pathsep.join([folder, str(REPO), os.environ.get("PYTHONPATH", "")])
+        server = subprocess.Popen(
+            [sys.executable, "-m", "tests.ray_serve_llm", str(SMOLLM2), str(port)],
+            env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert server.stdin and server.stdout
+        try:
+            assert "ready" in server.stdout.readline()
+
+            def once() -> float:
+                print("zero?", file=server.stdin, flush=True)
+                assert server.stdout and "zero" in server.stdout.readline()
+                time.sleep(REST_S)
+                return first_token(f"http://127.0.0.1:{port}", "m")
+
+            yield once
+        finally:
+            server.stdin.close()
+            server.wait(120)
+
+
+def measure(ways: dict[str, Callable[[], float]], rounds: int, only: str) -> dict[str, list[float]]:
+    """The seconds of each way, round by round; of one that takes minutes each time, one round."""
+    times: dict[str, list[float]] = {name: [] for name in ways if only in name}
+    for number in range(rounds):
+        for name, taken in times.items():
+            if number and taken[0] > 100:
+                continue
+            taken.append(ways[name]())
+            print(f"round {number + 1}, {name}: {taken[-1]:.2f} s", file=sys.stderr, flush=True)
+    return times
+
+
+def parts(home: Home, count: int) -> list[dict[str, float]]:
+    """The parts of the last cold starts, each for itself, in seconds."""
+    key = (home.path / "admin.key").read_text()
+    answer = httpx.get(f"{home.url}/llmrun/v1/starts/m", headers={"authorization": f"Bearer {key}"})
+    rows: list[dict[str, Any]] = answer.json()[:count]
+    found = []
+    for row in rows:
+        before, each = 0.0, {}
+        for part in START_PARTS:
+            each[part] = row["parts"][part] - before
+            before = row["parts"][part]
+        found.append(each)
+    return found
+
+
+def main() -> None:
+    """Print the tables and, last, the ratio."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default="")
+    args = parser.parse_args()
+    same = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    rival, ours = "vLLM server, eager", "llmrun, files in memory"
+    ways: dict[str, Callable[[], float]] = {
+        rival: vllm_server(*EAGER),
+        "vLLM server, eager, one process less as llmrun starts it": vllm_server(*EAGER, *ONE_PROCESS_LESS, **same),
+        "vLLM server as it comes": vllm_server("--kv-cache-memory-bytes", "1G"),
+    }
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llmrun-bench-")))
+        if args.only in "Ray Serve LLM":
+            ways["Ray Serve LLM"] = stack.enter_context(ray_serve_llm(free_port()))
+        plain = stack.enter_context(llmrun_cluster(folder / "plain", LLMRUN_WARM_PARENT="0"))
+        ways["llmrun, warm parent off"] = by_llmrun(plain)
+        warm = stack.enter_context(llmrun_cluster(folder / "warm"))
+        if os.access("/proc/sys/vm/drop_caches", os.W_OK):
+            ways["llmrun, no file in memory"] = by_llmrun(warm, drop=True)
+        ways[ours] = by_llmrun(warm)
+        times = measure(ways, args.rounds, args.only)
+        each = parts(warm, 2 * args.rounds)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    base = medians.get(rival, float("nan"))
+    print(f"\nfirst token after, in seconds; medians of {args.rounds} rounds (one, where a round takes minutes)\n")
+    print("| way | seconds (least, most) | to vLLM's server |")
+    print("| --- | --- | --- |")
+    for name, value in medians.items():
+        print(f"| {name} | {value:.2f} ({min(times[name]):.2f}, {max(times[name]):.2f}) | {value / base:.3f}× |")
+    if each:
+        print(
+            "\nllmrun's parts, in seconds: "
+            + ", ".join(
+                f"{part.replace('_', ' ')} {statistics.median(row[part] for row in each):.2f}" for part in START_PARTS
+            )
+        )
+    print(json.dumps({name: [round(value, 2) for value in values] for name, values in times.items()}))
+    if ours in medians:
+        print(f"llmrun: {medians[ours]:.2f} s to the first token, {medians[ours] / base:.3f}× of {rival}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Ray Serve LLM with one model at zero, for `bench_cold_start`: `python -m tests.ray_serve_llm WEIGHTS PORT`.
+
+Says `ready`; each line on standard input is answered by `zero` once no replica is left.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import ray
+from ray import serve
+from ray.serve.llm import LLMConfig, build_openai_app
+
+
+def main() -> None:
+    """Serve until standard input ends."""
+    weights, port = sys.argv[1:]
+    ray.init(logging_level="ERROR", log_to_driver=False, include_dashboard=False)
+    serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
+    config = LLMConfig(
+        model_loading_config={"model_id": "m", "model_source": weights},
+        placement_group_config={"bundles": [{"CPU": 1}]},
+        engine_kwargs={"enforce_eager": True, "kv_cache_memory_bytes": 2**30},
+        deployment_config={
+            "autoscaling_config": {
+                "min_replicas": 0,
+                "max_replicas": 1,
+                "initial_replicas": 0,
+                "upscale_delay_s": 0,
+                "downscale_delay_s": 1,
+                "downscale_to_zero_delay_s": 1,
+                "metrics_interval_s": 0.5,
+                "look_back_period_s": 1,
+            }
+        },
+    )
+    serve.run(build_openai_app({"llm_configs": [config]}), name="llm")
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        while any("LLMServer" in name and d.replica_states for name, d in deployments()):
+            time.sleep(0.2)
+        print("zero", flush=True)
+    serve.shutdown()
+    ray.shutdown()
+
+
+def deployments() -> list[tuple[str, serve.schema.DeploymentStatusOverview]]:
+    """Those of the application, by name."""
+    return list(serve.status().applications["llm"].deployments.items())
+
+
+if __name__ == "__main__":
+    main()
