@@ -156,12 +156,12 @@ def test_who_has_been_idle_for_longest_makes_room(holders: list[Any], going: lis
     full = {"CPU": 4, "GPU": 0}
     nodes = [Node(name, name, {"CPU": 8, "GPU": 2}, full) for name in ("n1", "n2")]
     nodes.append(Node("n3", "n3", {"CPU": 8}, {"CPU": 8}))
-    assert [holder.model for holder in make_room(GPU, nodes, [Holder(*holder) for holder in holders])] == going
+    assert [holder.model for holder in make_room(GPU, nodes, [Holder("r", *holder) for holder in holders])] == going
 
 
 def test_two_small_ones_make_room_for_a_large_one() -> None:
     nodes = [Node("n", "n", {"CPU": 8, "GPU": 2}, {"CPU": 4, "GPU": 0})]
-    holders = [Holder("a", "n", GPU, 1), Holder("b", "n", GPU, 2)]
+    holders = [Holder("1", "a", "n", GPU, 1), Holder("2", "b", "n", GPU, 2)]
     assert [holder.model for holder in make_room(Placement(1, 2), nodes, holders)] == ["a", "b"]
 
 

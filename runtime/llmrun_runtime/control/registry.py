@@ -58,6 +58,11 @@ class Registry:
         self.ingresses = {key: row for key, row in self.ingresses.items() if now - row[1] <= LEASE_S}
         return gone
 
+    def lives(self, replica: str, *, draining: bool) -> bool:
+        """Whether it is still there; or, `draining`, still there and on its way out."""
+        known = self.replicas.get(replica)
+        return known is not None and (known[0].state == "draining" or not draining)
+
     def of(self, model: str, version: int | None = None) -> list[Registration]:
         """The replicas of a model, or of one version of it."""
         rows = (report for report, _ in self.replicas.values())

@@ -12,6 +12,7 @@ from llmrun_runtime.control.placing import Node, Placement, could_run, has_room
 class Holder:
     """A replica that nobody asks, above `min_replicas`, up for `min_uptime`, of a model that is `evictable`."""
 
+    id: str
     model: str
     node: str
     placement: Placement

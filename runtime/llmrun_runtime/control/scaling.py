@@ -51,8 +51,9 @@ class Facts:
     """`llmrun warm` waits for it."""
     unloaded: bool = False
     """`llmrun unload`: zero until somebody asks."""
-    going: tuple[str, ...] = ()
-    """Models that make room for this one."""
+    going: dict[str, str] = field(default_factory=dict)
+    """Replicas that make room for this one, and their models."""
+    going_since: float = 0
     yielded: str = ""
     """The model that this one made room for."""
     task: asyncio.Task[None] | None = field(default=None, repr=False)
@@ -244,14 +245,16 @@ class Scaling:
         Ray's account of what is free is some tenths of a second old, and a worker's start takes some; hence the wait.
         """
         if not unplaced:
-            facts.unplaced_since, facts.shortage, facts.going = 0, "", ()
+            facts.unplaced_since, facts.shortage, facts.going = 0, "", {}
             return
         facts.unplaced_since = facts.unplaced_since or now
         if facts.going:
-            if any(self._registry.of(model) for model in facts.going):
-                facts.shortage = f"waiting for {', '.join(facts.going)} to make room"
+            late = now - facts.going_since > PLACING_S  # one that does not even drain by then: Serve was not told
+            going = {i: m for i, m in facts.going.items() if self._registry.lives(i, draining=late)}
+            if going:
+                facts.shortage = f"waiting for {', '.join(going.values())} to make room"
                 return
-            facts.going, facts.unplaced_since, facts.shortage = (), now, ""
+            facts.going, facts.unplaced_since, facts.shortage = {}, now, ""
         if not grows and now - facts.unplaced_since <= PLACING_S:
             return
         nodes = cluster_nodes()
@@ -259,7 +262,8 @@ class Scaling:
         if facts.shortage:
             for holder in make_room(row.placement, nodes, self._holders(row, now)):
                 self._give_way(self.deployed[holder.model], row)
-                facts.going = (*facts.going, holder.model)
+                facts.going[holder.id] = holder.model
+            facts.going_since = now
 
     def _holders(self, row: Deployed, now: float) -> list[Holder]:
         """The replicas of other models that could end."""
@@ -277,7 +281,7 @@ class Scaling:
             ]
             spare = max(0, self._serving.target(name, other.engine_version) - self._least(other))
             for report in old[:spare]:
-                found.append(Holder(name, report.node, other.placement, registry.last_used.get(name, 0)))
+                found.append(Holder(report.id, name, report.node, other.placement, registry.last_used.get(name, 0)))
         return found
 
     def _give_way(self, row: Deployed, to: Deployed) -> None:
