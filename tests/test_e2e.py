@@ -133,7 +133,7 @@ def test_an_idle_cluster_takes_less_than_2_gib_beside_its_engines_and_their_warm
     parent = psutil.Process(json.loads((cluster.path / "cluster.json").read_text())["pid"])
     engines = {p.pid for engine in cluster.engines("smollm2") for p in (engine, *engine.children(recursive=True))}
     family = [process for process in (parent, *parent.children(recursive=True)) if process.pid not in engines]
-    warm = [process for process in family if "llmrun_runtime.engines.warm" in process.cmdline()]
+    warm = [process for process in family if "llmrun: warm parent" in " ".join(process.cmdline())]
     assert [process.memory_info().rss < 2**30 for process in warm] == [True]
     rest = sum(process.memory_info().rss for process in family) - warm[0].memory_info().rss
     assert len(family) > 8 and rest < 2 * 2**30

@@ -57,9 +57,8 @@ def titled(cluster: Home, title: str) -> list[psutil.Process]:
 
 
 def warm_parents(cluster: Home) -> list[psutil.Process]:
-    """The warm parents, without the engines that they forked."""
-    found = titled(cluster, "llmrun_runtime.engines.warm")
-    return [process for process in found if process.parent() not in found]
+    """The warm parents."""
+    return titled(cluster, "llmrun: warm parent")
 
 
 def starts(cluster: Home, model: str) -> list[dict[str, Any]]:

@@ -107,7 +107,7 @@ class Node:
         found = []
         for process in psutil.Process().children():
             try:
-                if "llmrun_runtime.engines.warm" in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+                if "llmrun: warm parent" in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
             except psutil.Error:
                 continue

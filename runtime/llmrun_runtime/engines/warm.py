@@ -24,7 +24,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,7 @@ class Request:
         os.environ.clear()
         os.environ.update(self.env)
         sys.argv = [module, *self.argv]
-        with contextlib.suppress(ImportError):  # what `ps` shows; engines bring the package
-            importlib.import_module("setproctitle").setproctitle(" ".join([sys.executable, "-m", *sys.argv]))
+        set_title([sys.executable, "-m", *sys.argv])
         tempfile.tempdir = None  # as TMPDIR says, not as the parent's did
         time.tzset()
         for name, reseed in (("numpy.random", "seed"), ("torch", "seed")):  # Python reseeds its own
@@ -239,6 +238,12 @@ def noted_reads() -> Iterator[set[str]]:
         kind.__getitem__ = original  # type: ignore[method-assign]
 
 
+def set_title(words: Sequence[str]) -> None:
+    """What `ps` shows, where the engine's environment has the package for it."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("setproctitle").setproctitle(" ".join(words))
+
+
 def installed(package: str) -> tuple[float, ...]:
     """When something was last installed or removed where a package lies, and the package itself."""
     spec = importlib.util.find_spec(package)
@@ -260,6 +265,7 @@ def private_bytes() -> int:
 def main() -> None:
     """Import, then serve; in a child, be the engine."""
     name, descriptor = sys.argv[1:]
+    set_title(["llmrun: warm parent of", name])  # before the environment changes: the title needs its place
     listener = socket.socket(fileno=int(descriptor))
     began = time.monotonic()
     # What the keeper set for the start of this process only.
