@@ -78,6 +78,6 @@ bench-cold-start *args: setup _smollm2
 bench-forked: setup _smollm2
     python -m tests.bench_forked
 
-# a hundred times from zero and back under random requests, with a look at what is left behind (15 minutes)
+# a hundred times from zero and back under random requests, and kills in every phase of a wake (20 minutes)
 soak: setup _smollm2
-    LLMRUN_TEST_CYCLES=100 pytest tests/test_e2e_cold.py -k cycles --timeout 3600
+    LLMRUN_TEST_CYCLES=100 pytest tests/test_e2e_cold.py -k "cycles or killed" --timeout 3600
