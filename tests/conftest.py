@@ -143,8 +143,8 @@ class Home:
         for process in psutil.process_iter():
             try:
                 command = process.cmdline()
-                words = command if len(command) > 1 else command[0].split() if command else []  # a set title is one
-                if "llmrun_runtime.engines.vllm_server" in words and model in words:
+                plain = "llmrun_runtime.engines.vllm_server" in command and model in command
+                if plain or " ".join(command).strip() == f"llmrun: vllm {model}":
                     found.append(process)
             except psutil.Error:
                 continue

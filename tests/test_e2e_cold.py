@@ -249,6 +249,9 @@ def test_cycles_leave_nothing_behind(cluster: Home, tiny: str) -> None:
         return int(sum(map(float, counts)))
 
     everything_cold(cluster)
+    assert [cluster.ask(model).status_code for model in ("one", "two")] == [200, 200]
+    everything_cold(cluster)
+    time.sleep(16)  # the warm parent has learnt what it will
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     stop, begun, before, files = threading.Event(), woken(), {}, leftovers()

@@ -97,7 +97,7 @@ class Node:
         """A child and what it says of itself."""
         path = self.folder / f"{time.monotonic_ns()}.log"
         with path.open("ab") as log:
-            child = await asyncio.to_thread(fork, self.socket, argv, {**self.env, **env}, log)
+            child = await asyncio.to_thread(fork, self.socket, argv, {**self.env, **env}, log, "llmrun: thing")
         said = await eventually(lambda: path.read_text().partition("said ")[2].partition("\n")[0])
         data: dict[str, Any] = json.loads(said)
         return child, data
@@ -249,7 +249,7 @@ asyncio.run(main())
     stale = warm_socket(tmp_path, "node", "thing")
     assert stale.exists()
     with pytest.raises(NotForked, match="ConnectionRefusedError"):
-        fork(stale, [], {}, sys.stderr.buffer)
+        fork(stale, [], {}, sys.stderr.buffer, "")
     other = Node(tmp_path / "other")
     other.keeper._path = stale.with_name("other.sock")
     other.keeper.start()

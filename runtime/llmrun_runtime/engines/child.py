@@ -116,9 +116,9 @@ class Forked:
             self._pidfd = -1
 
 
-def fork(warm: Path, argv: Sequence[str], env: Mapping[str, str], output: IO[bytes]) -> Forked:
-    """Have the warm parent behind the socket `warm` fork an engine. Blocks. Raises NotForked."""
-    request = json.dumps({"argv": list(argv), "env": dict(env)}).encode() + b"\n"
+def fork(warm: Path, argv: Sequence[str], env: Mapping[str, str], output: IO[bytes], title: str) -> Forked:
+    """Have the warm parent behind the socket `warm` fork an engine, `title` in `ps`. Blocks. Raises NotForked."""
+    request = json.dumps({"argv": list(argv), "env": dict(env), "title": title}).encode() + b"\n"
     caller = socket.socket(socket.AF_UNIX)
     pidfds: list[int] = []
     try:

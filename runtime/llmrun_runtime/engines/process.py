@@ -85,8 +85,9 @@ class EngineProcess:
         """A child of the node's warm parent; None, with a word in the log, if that cannot be used."""
         if not self._launch.warm:
             return None
+        argv, title = self._engine.arguments(self._launch), f"llmrun: {self._engine.name} {self._launch.names[0]}"
         try:
-            child = await asyncio.to_thread(fork, self._launch.warm, self._engine.arguments(self._launch), env, log)
+            child = await asyncio.to_thread(fork, self._launch.warm, argv, env, log, title)
         except NotForked as error:
             log.write(f"[llmrun] the engine starts as a plain process: {error}\n".encode())
             log.flush()

@@ -24,7 +24,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ class Request:
     argv: list[str]
     env: dict[str, str]
     output: int
+    title: str = ""
 
     def become(self, module: str) -> None:
         """Turn this process, just forked, into one that was started with these."""
@@ -67,7 +68,7 @@ class Request:
         os.environ.clear()
         os.environ.update(self.env)
         sys.argv = [module, *self.argv]
-        set_title([sys.executable, "-m", *sys.argv])
+        set_title(self.title)
         tempfile.tempdir = None  # as TMPDIR says, not as the parent's did
         time.tzset()
         for name, reseed in (("numpy.random", "seed"), ("torch", "seed")):  # Python reseeds its own
@@ -143,7 +144,7 @@ class WarmParent:
             data, descriptors = _receive(caller)
             output = descriptors[0]
             said = json.loads(data)
-            request = Request(list(said["argv"]), dict(said["env"]), output)
+            request = Request(list(said["argv"]), dict(said["env"]), output, str(said["title"]))
             if _hung_up(caller):
                 raise ConnectionAbortedError("the caller did not wait")
             if why := self._unfit(request.env):
@@ -238,10 +239,10 @@ def noted_reads() -> Iterator[set[str]]:
         kind.__getitem__ = original  # type: ignore[method-assign]
 
 
-def set_title(words: Sequence[str]) -> None:
+def set_title(title: str) -> None:
     """What `ps` shows, where the engine's environment has the package for it."""
     with contextlib.suppress(ImportError):
-        importlib.import_module("setproctitle").setproctitle(" ".join(words))
+        importlib.import_module("setproctitle").setproctitle(title)
 
 
 def installed(package: str) -> tuple[float, ...]:
@@ -265,7 +266,7 @@ def private_bytes() -> int:
 def main() -> None:
     """Import, then serve; in a child, be the engine."""
     name, descriptor = sys.argv[1:]
-    set_title(["llmrun: warm parent of", name])  # before the environment changes: the title needs its place
+    set_title(f"llmrun: warm parent of {name}")  # before the environment changes: the title needs its place
     listener = socket.socket(fileno=int(descriptor))
     began = time.monotonic()
     # What the keeper set for the start of this process only.
