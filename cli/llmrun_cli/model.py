@@ -15,7 +15,7 @@ from rich.table import Table
 
 from llmrun.errors import ControlError, Refused, Unreachable
 from llmrun.settings import Settings
-from llmrun.wire import START_PARTS, ColdStart, ModelStatus
+from llmrun.wire import START_PARTS, ColdStart, ModelStatus, State
 from llmrun_cli.client import Client, error_message
 from llmrun_cli.terminal import note, out, print_whole
 
@@ -92,7 +92,8 @@ def warm(
     """Wake a model before somebody asks. It goes back to zero after its idle_timeout, as always."""
     client = Client(Settings())
     name = client.warm(model)
-    _wait(client, name, "hot") if wait else None
+    if wait:
+        _wait(client, name, ("hot",))
     out.print(f"{name} is {'hot' if wait else 'waking'}")
 
 
@@ -106,18 +107,19 @@ def unload(
     """
     client = Client(Settings())
     name = client.unload(model)
-    _wait(client, name, "cold") if wait else None
+    if wait:
+        _wait(client, name, ("cold", "failed"))
     out.print(f"{name} is {'cold' if wait else 'draining'}")
 
 
-def _wait(client: Client, model: str, state: str) -> None:
-    """Until the model is in that state. Raises Refused if it fails meanwhile or is deleted."""
+def _wait(client: Client, model: str, states: tuple[State, ...]) -> None:
+    """Until the model is in one of these states. Raises Refused if it fails meanwhile or is deleted."""
     shown = ""
     while True:
         row = next((row for row in client.status().models if row.name == model), None)
         if row is None:
             raise Refused(f"{model} is not deployed any more", 404)
-        if row.state == state:
+        if row.state in states:
             return
         if row.state == "failed":
             raise Refused(f"{model} did not start: {row.cause}", 503)

@@ -117,14 +117,15 @@ class Replica:
     async def _start(self) -> None:
         """Start the engine; tell control, until it has heard, if that fails."""
         try:
-            self._engine = await self._launch()
-            started = time.monotonic()
-            await self._engine.start()
-            self._passed("forked")
-            how = "forked from the warm parent" if self._engine.forked else "started"
-            self._say(f"engine {self._config.spec.engine} {how}, pid {self._engine.pid}")
-            await self._engine.ready(self._config.start_timeout)
-            self._say(f"engine ready after {time.monotonic() - started:.1f} s, port {self._engine.port}")
+            launch = await self._launch()
+            try:
+                await self._start_engine(launch)
+            except EngineError as error:
+                if not self._engine or not self._engine.unexplained():
+                    raise
+                self._say(f"{error}; tried once more")
+                await self._engine.end()
+                await self._start_engine(launch)
             self._passed("ready")
             await self._count()
             self._state = "ready"
@@ -140,7 +141,18 @@ class Replica:
             if self._engine:
                 await self._engine.end()
 
-    async def _launch(self) -> EngineProcess:
+    async def _start_engine(self, launch: Launch) -> None:
+        """Start it and wait until it answers. Raises EngineError."""
+        engine = self._engine = EngineProcess(get_engine(self._config.spec.engine), launch)
+        started = time.monotonic()
+        await engine.start()
+        self._passed("forked")
+        how = "forked from the warm parent" if engine.forked else "started"
+        self._say(f"engine {self._config.spec.engine} {how}, pid {engine.pid}")
+        await engine.ready(self._config.start_timeout)
+        self._say(f"engine ready after {time.monotonic() - started:.1f} s, port {engine.port}")
+
+    async def _launch(self) -> Launch:
         """Everything the engine needs, brought to this node."""
         spec = self._config.spec
         self._say(f"replica of {spec.name}, version {self._config.version}, on {socket.gethostname()}")
@@ -152,7 +164,7 @@ class Replica:
             shim = replace(shim, file=str(code / spec.code.file), cls=spec.code.cls, hooks=spec.code.hooks)
         weights = await self._weights()
         self._passed("weights")
-        launch = Launch(
+        return Launch(
             names=spec.served_names,
             weights=str(weights),
             members=(Member(self._node, self._host, self._devices),),
@@ -165,7 +177,6 @@ class Replica:
             fast_start=spec.cold_start == "fast",
             warm=await self._warm(),
         )
-        return EngineProcess(get_engine(spec.engine), launch)
 
     async def _warm(self) -> Path | None:
         """The socket of this node's warm parent, which the node agent keeps; None where there is none."""

@@ -120,13 +120,7 @@ class EngineProcess:
 
     def cause(self) -> str:
         """Why the engine failed, in one line, from what it said and from its log."""
-        if self._failed:
-            return self._failed
-        with self._launch.log.open("rb") as log:
-            size = log.seek(0, os.SEEK_END)
-            log.seek(max(self._log_start, size - LOG_TAIL_BYTES))
-            tail = log.read().decode(errors="replace")
-        if cause := self._engine.root_cause(tail):
+        if cause := self._own_words():
             return cause
         code = self._child.poll() if self._child else None
         if code is None or code == UNKNOWN_EXIT:
@@ -135,6 +129,18 @@ class EngineProcess:
             hint = " (out of memory?)" if code == -signal.SIGKILL else ""
             return f"the engine was ended by {signal.Signals(-code).name}{hint}; its log names no cause"
         return f"the engine ended with exit code {code}; its log names no cause"
+
+    def unexplained(self) -> bool:
+        """Whether it ended and left no word of why: something else ended it."""
+        return self.ended() and not self._own_words()
+
+    def _own_words(self) -> str:
+        if self._failed:
+            return self._failed
+        with self._launch.log.open("rb") as log:
+            size = log.seek(0, os.SEEK_END)
+            log.seek(max(self._log_start, size - LOG_TAIL_BYTES))
+            return self._engine.root_cause(log.read().decode(errors="replace"))
 
     async def state(self) -> dict[str, Any]:
         """The shim's counts. Raises EngineError if it does not answer within STATE_TIMEOUT_S."""
