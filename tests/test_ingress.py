@@ -398,3 +398,23 @@ async def test_what_goes_wrong_after_the_first_comment_is_an_event(bench: Bench,
     bench.table(route(engine.port))
     status, _, body = await asked
     assert status == 200 and json.loads(body.rpartition(b"data: ")[2]) == {"error": {"message": "no\nsuch"}}
+
+
+async def test_each_place_at_a_replica_is_given_once(bench: Bench, engine: Engine) -> None:
+    bench.table(route(state="waking", max_ongoing=1))
+    hung = [asyncio.create_task(bench.ask({"model": "one", "hang": True})) for _ in range(3)]
+    while bench.waiting.traffic().get("one", Traffic()).waiting < 3:
+        await asyncio.sleep(0.01)
+    async with Engine().running() as other:
+        bench.table(route(engine.port, other.port, max_ongoing=1))
+        await asyncio.sleep(0.3)
+        assert len(engine.asked) == len(other.asked) == 1
+        assert bench.waiting.traffic()["one"] == Traffic(1, 2, bench.waiting.traffic()["one"].since)
+        hung[0].cancel()
+        await asyncio.sleep(0.3)
+        assert len(engine.asked) + len(other.asked) == 3
+        for task in hung:
+            task.cancel()
+        await asyncio.gather(*hung, return_exceptions=True)
+        while bench.waiting.traffic():
+            await asyncio.sleep(0.01)

@@ -113,8 +113,8 @@ def unload(
 
 
 def _wait(client: Client, model: str, states: tuple[State, ...]) -> None:
-    """Until the model is in one of these states. Raises Refused if it fails meanwhile or is deleted."""
-    shown = ""
+    """Until the model is in one of these states. Raises Refused if it turns back, fails or is deleted meanwhile."""
+    shown, seen = "", set[State]()
     while True:
         row = next((row for row in client.status().models if row.name == model), None)
         if row is None:
@@ -123,9 +123,14 @@ def _wait(client: Client, model: str, states: tuple[State, ...]) -> None:
             return
         if row.state == "failed":
             raise Refused(f"{model} did not start: {row.cause}", 503)
+        if "cold" in states and "draining" in seen and row.state in ("waking", "hot"):
+            raise Refused(f"{model} is {row.state}: somebody asked for it again", 409)
+        if "hot" in states and "waking" in seen and row.state in ("cold", "draining"):
+            raise Refused(f"{model} is {row.state}: somebody unloaded it", 409)
         if row.cause and row.cause != shown:
             shown = row.cause
             note(f"{model}: {shown}", "yellow")
+        seen.add(row.state)
         time.sleep(POLL_S)
 
 

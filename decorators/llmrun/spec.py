@@ -176,7 +176,7 @@ class ModelSpec(BaseModel):
     evictable: bool = True
     target_ongoing_requests: int = Field(default=32, ge=1)
     max_ongoing_requests: int = Field(default=256, ge=1)
-    max_queued: int = Field(default=1000, ge=0)
+    max_queued: int = Field(default=1000, ge=1)
     cold_start: Literal["default", "fast"] = "default"
     engine: str = "vllm"
     engine_args: dict[str, JsonValue] = Field(default_factory=dict)

@@ -7,6 +7,7 @@ Imports no engine; Serve never sends it a request: bytes go from the ingress to 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import shutil
@@ -26,6 +27,7 @@ from llmrun.spec import ModelSpec
 from llmrun.wire import ReplicaState
 from llmrun_runtime.actors import control_handle
 from llmrun_runtime.engines.base import Launch, Member, ShimConfig
+from llmrun_runtime.engines.child import listens
 from llmrun_runtime.engines.keeper import warm_socket
 from llmrun_runtime.engines.kinds import get_engine
 from llmrun_runtime.engines.process import EngineProcess
@@ -44,7 +46,7 @@ DRAIN_POLL_S = 0.1
 LINGER_S = 1.0
 CONTROL_TIMEOUT_S = 10
 AGENT_TIMEOUT_S = 10
-KEEP_CACHES = 3  # versions of a model on a node
+CACHE_DAYS = 30
 
 
 class ReplicaConfig(BaseModel):
@@ -121,16 +123,16 @@ class Replica:
             try:
                 await self._start_engine(launch)
             except EngineError as error:
-                if not self._engine or not self._engine.unexplained():
+                spoilt = self._engine is not None and self._engine.forked and "fork" in str(error)
+                if not self._engine or not (spoilt or self._engine.unexplained()):
                     raise
                 self._say(f"{error}; tried once more")
                 await self._engine.end()
-                await self._start_engine(launch)
+                await self._start_engine(replace(launch, warm=None) if spoilt else launch)
             self._passed("ready")
             await self._count()
             self._state = "ready"
             await self._report()
-            agent_on(self._node).warm.remote(self._config.spec.engine)  # for the next one; nobody waits for it
         except Exception as error:
             if not isinstance(error, LLMRunError):
                 log.exception("a replica of %s did not start", self._config.spec.name)
@@ -140,6 +142,10 @@ class Replica:
                 await asyncio.sleep(REPORT_S)
             if self._engine:
                 await self._engine.end()
+            return
+        with contextlib.suppress(ray.exceptions.RayError, ValueError):  # for the next replica; this one serves already
+            agent = await asyncio.to_thread(agent_on, self._node)
+            agent.warm.remote(self._config.spec.engine)
 
     async def _start_engine(self, launch: Launch) -> None:
         """Start it and wait until it answers. Raises EngineError."""
@@ -173,7 +179,7 @@ class Replica:
             env=engine_environment(spec, site, self._where()),
             shim=shim,
             log=self._log,
-            cache=engine_cache(Settings().root, spec.name, self._config.version),
+            cache=await asyncio.to_thread(engine_cache, Settings().root, spec.name, self._config.version),
             fast_start=spec.cold_start == "fast",
             warm=await self._warm(),
         )
@@ -184,7 +190,7 @@ class Replica:
         if not Settings().warm_parent or not get_engine(engine).module:
             return None
         path = warm_socket(Settings().root, self._node, engine)
-        if not path.exists():
+        if not listens(path):
             try:
                 await asyncio.wait_for(agent_on(self._node).warm.remote(engine), AGENT_TIMEOUT_S)
             except (ray.exceptions.RayError, TimeoutError) as error:
@@ -289,14 +295,15 @@ class Replica:
 
 
 def engine_cache(root: Path, model: str, version: int) -> Path:
-    """Where engines of that version keep what they may find again; those of versions long gone are removed."""
+    """Where engines of that version keep what they may find again; those that CACHE_DAYS saw no start are removed."""
     folder = root / "cache" / "engines" / model
     mine = folder / f"v{version}"
     mine.mkdir(parents=True, exist_ok=True)
     os.utime(mine)
-    others = sorted((path for path in folder.iterdir() if path != mine), key=lambda path: path.stat().st_mtime)
-    for old in others[: -KEEP_CACHES + 1]:
-        shutil.rmtree(old, ignore_errors=True)
+    for other in folder.parent.glob("*/v*"):
+        with contextlib.suppress(FileNotFoundError):  # another replica was first
+            if time.time() - other.stat().st_mtime > CACHE_DAYS * 86400:
+                shutil.rmtree(other, ignore_errors=True)
     return mine
 
 

@@ -72,8 +72,8 @@ class Control:
     async def demand(self, ingress: str, traffic: dict[str, Traffic], first_tokens: dict[str, float]) -> None:
         """An ingress says what waits there, what is in flight, and when those that had waited were answered."""
         await self.start()
-        self._parts.starts.first_tokens(first_tokens)
         self._parts.registry.demand(ingress, traffic, time.monotonic())
+        self._parts.starts.first_tokens(first_tokens)
         self._parts.scaling.kick()
 
     async def watch(self, epoch: str, number: int, timeout: float) -> Table:

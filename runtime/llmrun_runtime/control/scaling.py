@@ -104,6 +104,7 @@ class Scaling:
         self.deployed.pop(model, None)
         self._facts.pop(model, None)
         self._registry.last_used.pop(model, None)
+        self._starts.forget(model)
         self.kick()
 
     def failed(self, report: Registration, cause: str) -> None:
@@ -215,7 +216,8 @@ class Scaling:
             failure=facts.failure,
         )
         wanted = decide(limits, demand).target
-        self._see_to_room(row, facts, now, grows=wanted > target, unplaced=wanted > placed)
+        asked = bool(waiting or in_flight or wanted <= least)
+        self._see_to_room(row, facts, now, asked=asked, grows=wanted > target, unplaced=wanted > placed)
         if wanted > target:
             facts.pending = True
             if not target and waiting:
@@ -239,9 +241,12 @@ class Scaling:
             return 0
         return max(row.spec.min_replicas, int(row.spec.scheduled(time.time())))
 
-    def _see_to_room(self, row: Deployed, facts: Facts, now: float, *, grows: bool, unplaced: bool) -> None:
+    def _see_to_room(
+        self, row: Deployed, facts: Facts, now: float, *, asked: bool, grows: bool, unplaced: bool
+    ) -> None:
         """Have others make room for a replica that has none: at once for one that is wanted now, else after PLACING_S.
 
+        Nobody makes room for one that is only tried again after failures (not `asked`).
         Ray's account of what is free is some tenths of a second old, and a worker's start takes some; hence the wait.
         """
         if not unplaced:
@@ -259,10 +264,12 @@ class Scaling:
             return
         nodes = cluster_nodes()
         facts.shortage = self.shortage(row, nodes)
-        if facts.shortage:
-            for holder in make_room(row.placement, nodes, self._holders(row, now)):
-                self._give_way(self.deployed[holder.model], row)
-                facts.going[holder.id] = holder.model
+        if facts.shortage and asked:
+            holders = make_room(row.placement, nodes, self._holders(row, now))
+            for model in {holder.model for holder in holders}:
+                ids = [holder.id for holder in holders if holder.model == model]
+                if self._give_way(self.deployed[model], len(ids), row):
+                    facts.going |= dict.fromkeys(ids, model)
             facts.going_since = now
 
     def _holders(self, row: Deployed, now: float) -> list[Holder]:
@@ -284,14 +291,16 @@ class Scaling:
                 found.append(Holder(report.id, name, report.node, other.placement, registry.last_used.get(name, 0)))
         return found
 
-    def _give_way(self, row: Deployed, to: Deployed) -> None:
+    def _give_way(self, row: Deployed, replicas: int, to: Deployed) -> bool:
+        """End so many replicas of a model; False while its target is being set. (Serve chooses which of them.)"""
         facts = self._facts[row.name]
         if facts.task and not facts.task.done():
-            return
+            return False
         log.info("%s makes room for %s", row.name, to.name)
         facts.yielded = to.name
         target = self._serving.target(row.name, row.engine_version)
-        facts.task = asyncio.get_running_loop().create_task(self._set(row, max(0, target - 1)))
+        facts.task = asyncio.get_running_loop().create_task(self._set(row, max(0, target - replicas)))
+        return True
 
     def shortage(self, row: Deployed, nodes: list[Node] | None = None) -> str:
         """Why there is no room for a replica of it now, and who holds it; "" if there is room."""

@@ -8,16 +8,20 @@ are of unix time, so between machines a part is as exact as their clocks.
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Histogram
+from sqlalchemy.exc import SQLAlchemyError
 
 from llmrun.wire import START_PARTS, ColdStart
 from llmrun_runtime.control.database import Database
 from llmrun_runtime.reports import Registration
 
+log = logging.getLogger("llmrun.control")
+FIRST_TOKEN_S = 60.0
 # Seconds; to 30 minutes, which a large model's first start on a node may take.
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 1800)
 
@@ -75,24 +79,41 @@ class Starts:
         """Requests that had waited have got their first bytes: replica's id → unix time."""
         for replica, moment in moments.items():
             start = self._open.pop(replica, None)
-            if start:
+            # Who comes much later has not waited for this start.
+            if start and moment - start.asked - start.parts["registered"] < FIRST_TOKEN_S:
                 parts = {**start.parts, "first_token": max(0.0, round(moment - start.asked, 3))}
                 self._note(start.model_copy(update={"parts": parts}))
 
     def usual(self, model: str) -> float:
         """The median of the last ones, in seconds; 0 where there were none."""
         if model not in self._usual:
-            times = [start.parts["first_token"] for start in self.of(model) if "first_token" in start.parts]
-            self._usual[model] = round(statistics.median(times), 1) if times else 0.0
-        return self._usual[model]
+            self._look_up(model)
+        return self._usual.get(model, 0.0)
+
+    def _look_up(self, model: str) -> None:
+        try:
+            times = [start.parts["first_token"] for start in self.of(model)]
+        except SQLAlchemyError:  # models are served without it
+            log.exception("the cold starts of %s cannot be read", model)
+            times = []
+        self._usual[model] = round(statistics.median(times), 1) if times else self._usual.get(model, 0.0)
+
+    def forget(self, model: str) -> None:
+        """The model is gone."""
+        self._usual.pop(model, None)
+        self._wakes = {key: wake for key, wake in self._wakes.items() if key[0] != model}
+        self._open = {replica: start for replica, start in self._open.items() if start.model != model}
 
     def of(self, model: str) -> list[ColdStart]:
         """The last ones, the newest first."""
         return self._database.starts(model)
 
     def _note(self, start: ColdStart) -> None:
-        self._database.put_start(start)
-        self._usual.pop(start.model, None)
+        try:
+            self._database.put_start(start)
+        except SQLAlchemyError:
+            log.exception("a cold start of %s cannot be stored", start.model)
+        self._look_up(start.model)
         before = 0.0
         for part in START_PARTS:
             if part in start.parts:

@@ -64,6 +64,7 @@ class Warming:
                 self._used[node.id] = now
             elif now - self._used.setdefault(node.id, now) >= self._idle_timeout:
                 leave(node.id)
+                self._used[node.id] = now  # who needs it again has it for as long
         self._used = {node: when for node, when in self._used.items() if any(n.id == node for n in nodes)}
 
 

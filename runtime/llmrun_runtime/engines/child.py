@@ -140,6 +140,15 @@ def fork(warm: Path, argv: Sequence[str], env: Mapping[str, str], output: IO[byt
         raise
 
 
+def listens(warm: Path) -> bool:
+    """Whether anybody listens at the socket."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as caller, short_name(warm) as name:
+        caller.settimeout(1)
+        caller.connect(name)
+        return True
+    return False
+
+
 @contextlib.contextmanager
 def short_name(path: Path) -> Iterator[str]:
     """A name of at most 107 bytes, as Unix sockets need, for a path of any length. Raises OSError."""

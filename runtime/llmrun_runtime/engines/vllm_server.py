@@ -95,6 +95,13 @@ def preload() -> None:
     vllm_start.prepare(to_fork=True)
 
 
+def spoilt() -> str:
+    """For the warm parent: why its children could not serve; "" if they can."""
+    import torch  # noqa: PLC0415
+
+    return "it has touched a GPU" if torch.cuda.is_initialized() else ""
+
+
 def learn(argv: list[str]) -> None:
     """For the warm parent: keep what a model like this needs. Never raises: its child will."""
     from llmrun_runtime.engines import vllm_start  # noqa: PLC0415

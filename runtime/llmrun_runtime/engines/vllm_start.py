@@ -41,6 +41,7 @@ from vllm.tokenizers.registry import cached_get_tokenizer
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.system_utils import decorate_logs
+from vllm.v1.engine import core_client
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.utils import bind_engine_zmq_listeners, launch_core_engines
 from vllm.v1.executor import Executor
@@ -56,6 +57,7 @@ CHAT = ("generate",)
 # What a warm parent keeps: tokenizers of so many models, each in as many copies as vLLM's renderer wants.
 MOST_LEARNED = 8
 TOKENIZERS = 2
+NO_LIMIT_S = 10**6
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
@@ -100,8 +102,9 @@ def learn(argv: list[str]) -> None:
         _forget()
     try:
         config = json.loads((Path(folder) / "config.json").read_text())
-        for architecture in config.get("architectures") or ():
-            registry.ModelRegistry.models[architecture].load_model_cls()
+        if current_platform.is_cpu():  # some classes ask a GPU for its name while they are imported
+            for architecture in config.get("architectures") or ():
+                registry.ModelRegistry.models[architecture].load_model_cls()
         said = {"runner_type": "generate", "tokenizer_mode": "auto", "revision": None, "trust_remote_code": False}
         tokenizer = cached_get_tokenizer(folder, **said)
         _prepared.copies[folder] = [copy.deepcopy(copy.copy(tokenizer)) for _ in range(TOKENIZERS)]
@@ -152,7 +155,7 @@ def run(argv: list[str]) -> None:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     if _prepared.to_fork:
         plugins.plugins_loaded = False  # the lease is one: each process loads them
-        if _prepared.quick:
+        if _prepared.quick and current_platform.is_cpu():
             _fork_cores()
     args = _prepared.parser.parse_args(argv)
     entry.configure_logging_from_args(args)
@@ -247,6 +250,8 @@ async def _serve(address: str, sock: socket.socket, args: Namespace) -> None:
     if config.parallel_config.data_parallel_size > 1 or args.tool_parser_plugin or args.reasoning_parser_plugin:
         await entry.run_server_worker(address, sock, args)
         return
+    # There it would bound the load of the weights; the replica bounds the whole start (LLMRUN_START_TIMEOUT).
+    core_client.VLLM_ENGINE_READY_TIMEOUT_S = NO_LIMIT_S
     listeners = bind_engine_zmq_listeners(config)
     log_stats = not engine_args.disable_log_stats
     starting = launch_core_engines(config, Executor.get_class(config), log_stats, listeners.addresses)

@@ -1,10 +1,11 @@
 """The warm parent: `python -m llmrun_runtime.engines.warm MODULE FD` imports an engine's server, and forks it.
 
 MODULE is the one that the engine's command runs: `preload()` imports, `main()` serves `sys.argv`; `learn(argv)`, some
-time after a fork, keeps what that child needed beside, and `recall(argv)`, before one, drops what is out of date. FD is
-a listening Unix socket that the node agent holds, so that requests queue while a parent imports or is replaced. A
-request is one JSON line with a file descriptor for the child's output; the answer is `{"pid": …}` with a pidfd, and
-later `{"exit": …}`, or `{"refused": why}`: the caller then starts the engine as a plain process.
+time after a fork, keeps what that child needed beside, and `recall(argv)`, before one, drops what is out of date;
+`spoilt()` says why its children could not serve. FD is a listening Unix socket that the node agent holds, so that
+requests queue while a parent imports or is replaced. A request is one JSON line with a file descriptor for the child's
+output; the answer is `{"pid": …}` with a pidfd, and later `{"exit": …}`, or `{"refused": why}`: the caller then starts
+the engine as a plain process.
 
 The parent has one thread, so nothing is locked at a fork, and no device state. It ends when its standard input hangs
 up (the agent is gone), when what it imported has been reinstalled, and when it has grown: the agent starts another.
@@ -12,7 +13,6 @@ up (the agent is gone), when what it imported has been reinstalled, and when it 
 
 from __future__ import annotations
 
-import array
 import contextlib
 import gc
 import importlib.util
@@ -84,6 +84,9 @@ class WarmParent:
         self._listener = listener
         self._read = read
         self._env = dict(env)
+        changed = {key: value for key, value in os.environ.items() if env.get(key) != value}
+        self._written = {key: value for key, value in changed.items() if key not in ONE_THREAD}
+        """What imports have set: a plain start's imports would."""
         self._installed = installed(module.PACKAGE)
         self._size = private_bytes()
         self._callers: dict[int, socket.socket] = {}
@@ -128,6 +131,8 @@ class WarmParent:
             return f"{self._module.PACKAGE} has been installed anew, or something beside it"
         if threads() > 1:
             return f"it has {threads()} threads and cannot fork safely"
+        if why := self._module.spoilt():
+            return str(why)
         if private_bytes() > GROWTH * self._size:
             return "it has grown"
         return ""
@@ -141,13 +146,15 @@ class WarmParent:
         caller.settimeout(REQUEST_TIMEOUT_S)
         output = pid = -1
         try:
-            data, descriptors = _receive(caller)
-            output = descriptors[0]
+            data, output = _receive(caller)
+            if not data:
+                raise ConnectionAbortedError("the caller only looked whether anybody listens")
             said = json.loads(data)
-            request = Request(list(said["argv"]), dict(said["env"]), output, str(said["title"]))
+            env = {str(key): str(value) for key, value in said["env"].items()}
+            request = Request(list(said["argv"]), {**self._written, **env}, output, str(said["title"]))
             if _hung_up(caller):
                 raise ConnectionAbortedError("the caller did not wait")
-            if why := self._unfit(request.env):
+            if why := self._unfit(env):
                 caller.sendall(json.dumps({"refused": why}).encode() + b"\n")
                 caller.close()
                 return None
@@ -157,12 +164,15 @@ class WarmParent:
             if not pid:
                 self._leave(caller)
                 return request
-            pidfd = os.pidfd_open(pid)
             self._callers[pid] = caller
-            socket.send_fds(caller, [json.dumps({"pid": pid}).encode() + b"\n"], [pidfd])
-            os.close(pidfd)
-        except (OSError, ValueError, LookupError, TypeError) as error:  # a caller that went away, or a stranger
-            print(f"a request failed: {error!r}", flush=True)
+            pidfd = os.pidfd_open(pid)
+            try:
+                socket.send_fds(caller, [json.dumps({"pid": pid}).encode() + b"\n"], [pidfd])
+            finally:
+                os.close(pidfd)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # a caller that went, a stranger
+            if not isinstance(error, ConnectionAbortedError):
+                print(f"a request failed: {error!r}", flush=True)
             if caller not in self._callers.values():
                 caller.close()
         finally:
@@ -201,20 +211,22 @@ class WarmParent:
                 caller.close()
 
 
-def _receive(caller: socket.socket) -> tuple[bytes, list[int]]:
-    """One line, and the descriptors that came with it. Raises OSError or ValueError."""
-    space = socket.CMSG_SPACE(array.array("i").itemsize)
-    data, ancillary, _, _ = caller.recvmsg(MAX_REQUEST_BYTES, space)
-    descriptors = array.array("i")
-    for level, kind, part in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            descriptors.frombytes(part[: len(part) - len(part) % descriptors.itemsize])
-    while not data.endswith(b"\n"):
-        more = caller.recv(MAX_REQUEST_BYTES)
-        if not more or len(data) > MAX_REQUEST_BYTES:
-            raise ValueError("the request breaks off")
-        data += more
-    return data, list(descriptors)
+def _receive(caller: socket.socket) -> tuple[bytes, int]:
+    """One line, and the descriptor that came with it; b"" of a caller that said nothing. Raises OSError, ValueError."""
+    data, descriptors, _, _ = socket.recv_fds(caller, MAX_REQUEST_BYTES, 1)
+    try:
+        while data and not data.endswith(b"\n"):
+            more = caller.recv(MAX_REQUEST_BYTES)
+            if not more or len(data) > MAX_REQUEST_BYTES:
+                raise ValueError("the request breaks off")
+            data += more
+        if data and not descriptors:
+            raise ValueError("the request has no place for output")
+    except (OSError, ValueError):
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise
+    return data, descriptors[0] if descriptors else -1
 
 
 def _hung_up(caller: socket.socket) -> bool:

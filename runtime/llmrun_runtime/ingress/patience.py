@@ -42,6 +42,13 @@ class Patience:
             if self._limited and refusal.code == NOT_READY:
                 self._waiting.hold(self._name)
             raise
-        finally:
-            claiming.cancel()
-            await asyncio.gather(claiming, return_exceptions=True)
+        except BaseException:
+            await self._drop(claiming)
+            raise
+
+    async def _drop(self, claiming: asyncio.Future[Claim]) -> None:
+        """The caller has left, perhaps in the moment in which its claim came."""
+        claiming.cancel()
+        (found,) = await asyncio.gather(claiming, return_exceptions=True)
+        if isinstance(found, Claim):
+            self._waiting.release(found)

@@ -72,31 +72,43 @@ class Waiting:
 
     @contextlib.contextmanager
     def in_flight(self, claim: Claim) -> Iterator[None]:
-        """Count the claim while the request is at its replica."""
-        self._by_model[claim.model] += 1
-        self._by_replica[claim.replica.id] += 1
+        """Release the claim when the request has left its replica."""
         try:
             yield
         finally:
-            self._by_model[claim.model] -= 1
-            self._by_replica[claim.replica.id] -= 1
-            if not self._by_replica[claim.replica.id]:
-                del self._by_replica[claim.replica.id]
-            if self._waiting[claim.model]:
-                self._wake_all()
+            self.release(claim)
+
+    def release(self, claim: Claim) -> None:
+        """Count the claim's request as in flight no more."""
+        self._by_model[claim.model] -= 1
+        self._by_replica[claim.replica.id] -= 1
+        if not self._by_replica[claim.replica.id]:
+            del self._by_replica[claim.replica.id]
+        if self._waiting[claim.model]:
+            self._wake_all()
+
+    def _take(self, model: ModelRoute, avoid: Collection[str], *, waited: bool) -> Claim | None:
+        """Claim a replica that has room, if there is one, and count it in the same step: nobody else gets its place."""
+        replica = choose(model, self._by_replica, avoid)
+        if not replica:
+            return None
+        self._by_model[model.name] += 1
+        self._by_replica[replica.id] += 1
+        return Claim(model.name, replica, waited)
 
     async def claim(self, name: str, deadline: float, avoid: Collection[str] = (), began: float | None = None) -> Claim:
-        """A replica for the model that clients call `name`, as soon as one has room.
+        """A replica for the model that clients call `name`, as soon as one has room; `release` it afterwards.
 
         Replicas in `avoid` have just failed this request: they are taken again after AVOID_S, if they are still in
         the table and there is no other. Raises Refusal: the model is gone, its start fails while we wait, or
         `deadline` (of the event loop's clock) is over; `began`, of the same, is when the caller came.
         """
         model = find_model(self.table, name)
-        if replica := choose(model, self._by_replica, avoid):
-            return Claim(model.name, replica)
-        if self._waiting[model.name] >= model.max_queued:
-            text = f"{self._waiting[model.name]} requests wait for {model.name} already (max_queued)"
+        if claim := self._take(model, avoid, waited=False):
+            return claim
+        queued = self._waiting[model.name] - (model.name in self._held)
+        if queued >= model.max_queued and not avoid:  # who has been let in once stays
+            text = f"{queued} requests wait for {model.name} already (max_queued)"
             raise Refusal(429, text, "queue_full", "rate_limit_error", retry_after=retry_after(model))
         counted, failures = model.name, model.failures
         loop = asyncio.get_running_loop()
@@ -118,8 +130,8 @@ class Waiting:
                     await asyncio.wait_for(self._changed.wait(), until - now)
                 model = find_model(self.table, name)
                 failures = min(failures, model.failures)
-                if replica := choose(model, self._by_replica, avoid if loop.time() < forgive else ()):
-                    return Claim(model.name, replica, waited=True)
+                if claim := self._take(model, avoid if loop.time() < forgive else (), waited=True):
+                    return claim
         finally:
             self._waiting[counted] -= 1
             if not self._waiting[counted]:
@@ -138,22 +150,26 @@ class Waiting:
 
     async def close(self) -> None:
         """Let go of the wakes that are held for callers to come."""
-        for task in self._held.values():
+        held = list(self._held.values())
+        for task in held:
             task.cancel()
-        await asyncio.gather(*self._held.values(), return_exceptions=True)
+        await asyncio.gather(*held, return_exceptions=True)
 
     def hold(self, name: str) -> None:
         """Go on waiting for a while in the place of a caller who would not: it will come back."""
         model = find_model(self.table, name)
-        held = self._held.get(model.name)
-        if not model.replicas and (held is None or held.done()):
+        if not model.replicas and model.name not in self._held:
             self._held[model.name] = asyncio.get_running_loop().create_task(self._stand_in(model))
 
     async def _stand_in(self, model: ModelRoute) -> None:
         limit = HOLD_FACTOR * max(model.usual_start, RETRY_AFTER_S) + RETRY_AFTER_S
-        with contextlib.suppress(Refusal, TimeoutError):
+        try:
             async with asyncio.timeout(limit):
-                await self.claim(model.name, float("inf"))
+                self.release(await self.claim(model.name, float("inf"), avoid=("",)))
+        except (Refusal, TimeoutError):
+            return  # whoever comes back hears it
+        finally:
+            del self._held[model.name]
 
     def _wake_all(self) -> None:
         self._changed.set()
