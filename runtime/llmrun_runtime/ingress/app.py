@@ -78,6 +78,8 @@ class Ingress:
                 raise Refusal(405, f"{path} takes GET", "method_not_allowed")
             await self._models(path, send)
         elif path.startswith(CONTROL_ROOT + "/") or path == "/metrics":
+            if path == "/metrics" and method not in ("GET", "HEAD"):
+                raise Refusal(405, f"{path} takes GET", "method_not_allowed")
             await self._control(scope, receive, send)
         else:
             models = self._waiting.table.models.values()
