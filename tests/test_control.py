@@ -22,7 +22,9 @@ from llmrun_runtime.control.placing import Node, Placement, has_room, resolve, s
 from llmrun_runtime.control.planning import check, make_plan
 from llmrun_runtime.control.registry import Registry
 from llmrun_runtime.control.room import Holder, make_room
+from llmrun_runtime.control.views import Facts, View
 from llmrun_runtime.reports import LEASE_S, Registration, Traffic
+from llmrun_runtime.scaler import Failure
 from llmrun_runtime.serveconfig import app_name, parse_app_name
 from llmrun_runtime.weights.pin import File, Pin
 
@@ -137,6 +139,32 @@ def test_nodes_that_stay_are_kept_ready_and_those_that_may_go_are_left(monkeypat
     agents.warmed.clear()
     look([head, other], 200)
     assert not agents.warmed
+
+
+def test_a_model_looks_as_its_replicas_and_targets_say() -> None:
+    row, facts, registry = deployed(spec("a")), Facts(), Registry()
+    assert View(row, facts, registry, 0, held=False).state() == "cold"
+    waking = View(row, facts, registry, 1, held=False)
+    assert (waking.state(), waking.phase()) == ("waking", "placing a replica")
+    report = Registration("r", "a", 1, "n", "h", 0, "t", "starting", moments={"placed": 1})
+    for part, phase in (
+        ("placed", "bringing weights"),
+        ("weights", "starting the engine"),
+        ("forked", "loading weights"),
+    ):
+        report = replace(report, moments={**report.moments, part: 1})
+        registry.report(report, 0)
+        assert waking.phase() == phase
+    registry.report(replace(report, state="ready"), 0)
+    assert (waking.state(), waking.phase()) == ("hot", "")
+    registry.report(replace(report, state="draining"), 0)
+    assert View(row, facts, registry, 0, held=False).state() == "draining"
+    registry.remove("r")
+    facts.yielded = "b"
+    assert View(row, facts, registry, 0, held=False).cause() == "made room for b"
+    facts.failure = Failure(1, "no such dtype", 0)
+    failed = View(row, facts, registry, 0, held=False)
+    assert (failed.state(), failed.cause(), failed.route(1, 2.5).failures) == ("failed", "no such dtype", 1)
 
 
 GPU = Placement(1, 1)

@@ -126,7 +126,7 @@ def _wait(client: Client, model: str, states: tuple[State, ...]) -> None:
         if "cold" in states and "draining" in seen and row.state in ("waking", "hot"):
             raise Refused(f"{model} is {row.state}: somebody asked for it again", 409)
         if "hot" in states and "waking" in seen and row.state in ("cold", "draining"):
-            raise Refused(f"{model} is {row.state}: somebody unloaded it", 409)
+            raise Refused(f"{model} is {row.state}: it found no room in time, or somebody unloaded it", 409)
         if row.cause and row.cause != shown:
             shown = row.cause
             note(f"{model}: {shown}", "yellow")

@@ -11,52 +11,29 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import ray
 
 from llmrun.errors import Refused
-from llmrun.wire import ModelStatus, ReplicaStatus, State
+from llmrun.wire import ModelStatus, State
 from llmrun_runtime.control.database import Deployed
 from llmrun_runtime.control.placing import Node, has_room, shortage
 from llmrun_runtime.control.registry import Registry
 from llmrun_runtime.control.room import Holder, make_room
 from llmrun_runtime.control.serving import Serving, cluster_nodes
 from llmrun_runtime.control.starts import Starts
-from llmrun_runtime.engines.kinds import get_engine
+from llmrun_runtime.control.views import Facts, View
 from llmrun_runtime.reports import Registration
 from llmrun_runtime.scaler import Demand, Failure, Limits, decide
-from llmrun_runtime.table import ModelRoute, ReplicaRoute, Table, by_names
+from llmrun_runtime.table import Table, by_names
 
 log = logging.getLogger("llmrun.control")
 TICK_S = 0.25
 # A replica that Serve could not place reports nothing; for so long that may be a worker's start.
 PLACING_S = 4.0
-# What comes after each moment that a replica reports, the last one first.
-PHASES = {"forked": "loading weights", "weights": "starting the engine", "placed": "bringing weights"}
-
-
-@dataclass
-class Facts:
-    """What is remembered of one model in force beside its row."""
-
-    failure: Failure | None = None
-    death: str = ""
-    low_since: float = 0
-    unplaced_since: float = 0
-    shortage: str = ""
-    pending: bool = False
-    """The target was raised, and not all of that has been placed yet."""
-    by_hand: bool = False
-    """`llmrun warm` waits for it."""
-    unloaded: bool = False
-    """`llmrun unload`: zero until somebody asks."""
-    going: dict[str, str] = field(default_factory=dict)
-    """Replicas that make room for this one, and their models."""
-    going_since: float = 0
-    yielded: str = ""
-    """The model that this one made room for."""
-    task: asyncio.Task[None] | None = field(default=None, repr=False)
+# `llmrun warm` asks for a model without room for so long.
+BY_HAND_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -115,7 +92,7 @@ class Scaling:
         facts = self._facts[row.name]
         self._starts.over(row.name, row.engine_version)
         count = facts.failure.count + 1 if facts.failure else 1
-        facts.failure, facts.by_hand = Failure(count, cause, time.monotonic()), False
+        facts.failure, facts.by_hand_until = Failure(count, cause, time.monotonic()), 0
         log.warning("%s v%d did not start (%d in a row): %s", row.name, row.version, count, cause)
         self.kick()
 
@@ -124,7 +101,7 @@ class Scaling:
         row = self.deployed.get(report.model)
         if row and row.engine_version == report.version:
             facts = self._facts[row.name]
-            facts.failure, facts.death, facts.yielded, facts.by_hand = None, "", "", False
+            facts.failure, facts.death, facts.yielded, facts.by_hand_until = None, "", "", 0
 
     def died(self, report: Registration, cause: str) -> None:
         """The engine of a replica has died after it was ready; Serve starts another one."""
@@ -139,8 +116,10 @@ class Scaling:
         if facts.failure and facts.failure.refuses(time.monotonic()):
             raise Refused(f"{model} did not start: {facts.failure.cause}", 503)
         facts.unloaded = False
-        facts.by_hand = not self._registry.ready(model, self.deployed[model].engine_version)
-        self._registry.used(model, time.monotonic())
+        now = time.monotonic()
+        ready = self._registry.ready(model, self.deployed[model].engine_version)
+        facts.by_hand_until = 0 if ready else now + BY_HAND_S
+        self._registry.used(model, now)
         self.kick()
 
     def unload(self, model: str) -> None:
@@ -149,7 +128,7 @@ class Scaling:
         if waiting:
             raise Refused(f"{model}: {waiting} requests wait for it", 409)
         facts = self._facts[model]
-        facts.unloaded, facts.by_hand = True, False
+        facts.unloaded, facts.by_hand_until = True, 0
         self.kick()
 
     async def watch(self, epoch: str, number: int, timeout: float) -> Table:
@@ -181,7 +160,7 @@ class Scaling:
         for row in list(self.deployed.values()):
             if row.name not in self.held:
                 self._decide(row, now)
-        models = {row.name: self._route(row, now) for row in self.deployed.values()}
+        models = {row.name: self._view(row).route(now, self._starts.usual(row.name)) for row in self.deployed.values()}
         if models != self.table.models:
             async with self._changed:
                 self.table = replace(self.table, number=self.table.number + 1, models=models, names=by_names(models))
@@ -194,7 +173,8 @@ class Scaling:
         if ready and not row.proven:
             self.deployed[row.name] = row = replace(row, proven=True)
             self.on_proven(row)
-        waiting, in_flight = registry.waiting(row.name) + facts.by_hand, registry.in_flight(row.name)
+        facts.by_hand_until = facts.by_hand_until if facts.by_hand_until > now else 0
+        waiting, in_flight = registry.waiting(row.name) + bool(facts.by_hand_until), registry.in_flight(row.name)
         placed = len(registry.of(row.name, row.engine_version))
         facts.unloaded = facts.unloaded and not waiting
         facts.pending = facts.pending and placed < target
@@ -310,87 +290,15 @@ class Scaling:
         holders = sorted({report.model for report, _ in self._registry.replicas.values()})
         return shortage(row.placement, nodes, holders)
 
-    def _route(self, row: Deployed, now: float) -> ModelRoute:
-        facts = self._facts[row.name]
-        failure = facts.failure
-        ready = self._registry.ready(row.name, row.engine_version)
-        return ModelRoute(
-            name=row.name,
-            app=row.app,
-            version=row.version,
-            state=self._state(row),
-            created=int(row.created),
-            names=row.spec.served_names,
-            paths=get_engine(row.spec.engine).paths,
-            max_ongoing=row.spec.max_ongoing_requests,
-            replicas=tuple(ReplicaRoute(r.id, r.host, r.port, r.token) for r in ready),
-            failures=failure.count if failure else 0,
-            paused=failure is not None and failure.refuses(now),
-            cause=self._cause(row),
-            phase=self._phase(row),
-            usual_start=self._starts.usual(row.name),
-            max_queued=row.spec.max_queued,
-        )
-
-    def _phase(self, row: Deployed) -> str:
-        """What a model that wakes is at."""
-        if self._registry.ready(row.name, row.engine_version):
-            return ""
-        passed = {part for report in self._registry.of(row.name, row.engine_version) for part in report.moments}
-        for part, phase in PHASES.items():
-            if part in passed:
-                return phase
-        return self._facts[row.name].shortage or "placing a replica"
-
-    def _state(self, row: Deployed) -> State:
-        reports = self._registry.of(row.name)
-        if self._registry.ready(row.name, row.engine_version):
-            return "hot"
-        by_hand = self._facts[row.name].by_hand
-        if by_hand or self._serving.target(row.name, row.engine_version) or row.name in self.held:
-            return "waking"
-        if reports:
-            return "draining"
-        return "failed" if self._facts[row.name].failure else "cold"
+    def _view(self, row: Deployed) -> View:
+        target = self._serving.target(row.name, row.engine_version)
+        return View(row, self._facts.get(row.name, Facts()), self._registry, target, row.name in self.held)
 
     def statuses(self) -> tuple[ModelStatus, ...]:
         """All models as a person sees them: those in force, then new ones that are being proven."""
-        rows = [self._status(row, self._state(row), self._cause(row)) for row in self.deployed.values()]
+        found = [self._view(row).status() for row in self.deployed.values()]
         for name, candidate in self.candidates.items():
             if name not in self.deployed:
-                rows.append(self._status(candidate.row, "failed" if candidate.cause else "waking", candidate.cause))
-        return tuple(rows)
-
-    def _cause(self, row: Deployed) -> str:
-        facts = self._facts[row.name]
-        gave = f"made room for {facts.yielded}" if facts.yielded else ""
-        return facts.failure.cause if facts.failure else facts.death or facts.shortage or gave
-
-    def _status(self, row: Deployed, state: State, cause: str) -> ModelStatus:
-        reports = self._registry.of(row.name)
-        return ModelStatus(
-            name=row.name,
-            app=row.app,
-            state=state,
-            version=row.version,
-            proven=row.proven,
-            replicas=len(self._registry.ready(row.name, row.engine_version)),
-            in_flight=self._registry.in_flight(row.name),
-            waiting=self._registry.waiting(row.name),
-            model=row.spec.model.source,
-            pin=row.pin.short if row.pin else "",
-            aliases=row.spec.aliases,
-            placement=str(row.placement),
-            cause=cause,
-            details=tuple(
-                ReplicaStatus(
-                    id=r.id[:12],
-                    version=r.version,
-                    state=r.state,
-                    node=r.node[:12],
-                    address=f"{r.host}:{r.port}" if r.port else "",
-                    in_flight=r.in_flight,
-                )
-                for r in reports
-            ),
-        )
+                state: State = "failed" if candidate.cause else "waking"
+                found.append(self._view(candidate.row).status(state, candidate.cause))
+        return tuple(found)
