@@ -279,7 +279,7 @@ def test_a_redeploy_loses_no_request(cluster: Home, hooked_app: Path) -> None:
         for caller in callers:
             caller.join()
     assert "~ plain  (a new engine" in said and "engine_args {} → {max_model_len: 1024}" in said
-    assert len(codes) > 50 and set(codes) == {200}
+    assert len(codes) > 10 and set(codes) == {200}
     until(lambda: not any(map(alive, before)), 30, "the version before has drained")
     assert cluster.status("plain")["version"] == 4
 
