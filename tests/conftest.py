@@ -234,7 +234,8 @@ def second_node(cluster: Home, home: Path) -> Iterator[psutil.Process]:
     finally:
         family = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
         for process in family:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # some end with the one before
+                process.kill()
         psutil.wait_procs(family, 10)
         node.wait(10)
 
