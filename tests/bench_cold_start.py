@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -24,12 +23,13 @@ from typing import Any
 import httpx
 
 from llmrun.wire import START_PARTS
-from tests.conftest import REPO, SMOLLM2, Home, free_port, until, write_app
+from tests.conftest import BIN, REPO, SMOLLM2, Home, free_port, until, write_app
 
 EAGER = ("--enforce-eager", "--kv-cache-memory-bytes", "1G")
 ONE_PROCESS_LESS = ("--distributed-executor-backend", "uni")  # what llmrun adds on CPU
 START_S = 600
 SLOW_S = 50
+RAY, OFF = "Ray Serve LLM", "llmrun, warm parent off"
 # Between a model's end and the next request: a spare worker and what the warm parent learns come some seconds later.
 REST_S = 12
 
@@ -74,29 +74,29 @@ def vllm_server(*flags: str, **env: str) -> Callable[[], float]:
 
 
 @contextlib.contextmanager
-def llmrun_cluster(folder: Path, **env: str) -> Iterator[Home]:
-    """A cluster with the model deployed."""
+def llmrun_cluster(folder: Path, model: str, **env: str) -> Iterator[Home]:
+    """A cluster with the model deployed under that name."""
     home = Home(folder / "home", free_port())
     home.ok("up", **env)
     try:
-        app = write_app(folder / "cold" / "app.py", f'@llm("{SMOLLM2}", name="m", cpus=0.5)\nclass M: ...\n')
+        app = write_app(folder / "cold" / "app.py", f'@llm("{SMOLLM2}", name="{model}", cpus=0.5)\nclass M: ...\n')
         home.ok("deploy", app)
         yield home
     finally:
         home.ok("down")
 
 
-def by_llmrun(home: Home, *, drop: bool = False) -> Callable[[], float]:
+def by_llmrun(home: Home, model: str, *, drop: bool = False) -> Callable[[], float]:
     """From a request at zero to its first token. `drop`: with nothing of any file in memory."""
 
     def once() -> float:
-        home.ok("unload", "m")
-        until(lambda: not home.engines("m"), 60, "the engine has ended")
+        home.ok("unload", model)
+        until(lambda: not home.engines(model), 60, "the engine has ended")
         time.sleep(REST_S)
         if drop:
             os.sync()
             Path("/proc/sys/vm/drop_caches").write_text("3")
-        return first_token(home.url, "m")
+        return first_token(home.url, model)
 
     return once
 
@@ -107,7 +107,7 @@ def ray_serve_llm(port: int) -> Iterator[Callable[[], float]]:
     with tempfile.TemporaryDirectory() as folder:
         more = ["--no-deps", "--target", folder, "pyarrow"]
         subprocess.run(
-            [*(shutil.which("uv") or "uv", "pip", "install", "-q", "--python", sys.executable), *more],
+            [*(str(BIN / "uv"), "pip", "install", "-q", "--python", sys.executable), *more],
             check=True,
         )
         path = os.pathsep.join([folder, str(REPO), os.environ.get("PYTHONPATH", "")])
@@ -135,9 +135,9 @@ def ray_serve_llm(port: int) -> Iterator[Callable[[], float]]:
             server.wait(120)
 
 
-def measure(ways: dict[str, Callable[[], float]], rounds: int, only: str) -> dict[str, list[float]]:
+def measure(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """The seconds of each way, round by round; of one that takes SLOW_S or more fewer rounds, of one of minutes one."""
-    times: dict[str, list[float]] = {name: [] for name in ways if only in name}
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds):
         for name, taken in times.items():
             if taken and number >= (1 if taken[0] > 2 * SLOW_S else 3 if taken[0] > SLOW_S else rounds):
@@ -150,7 +150,7 @@ def measure(ways: dict[str, Callable[[], float]], rounds: int, only: str) -> dic
 def parts(home: Home, count: int) -> list[dict[str, float]]:
     """The parts of the last cold starts, each for itself, in seconds."""
     key = (home.path / "admin.key").read_text()
-    answer = httpx.get(f"{home.url}/llmrun/v1/starts/m", headers={"authorization": f"Bearer {key}"})
+    answer = httpx.get(f"{home.url}/llmrun/v1/starts/warm", headers={"authorization": f"Bearer {key}"})
     rows: list[dict[str, Any]] = answer.json()[:count]
     found = []
     for row in rows:
@@ -166,7 +166,8 @@ def main() -> None:
     """Print the tables and, last, the ratio."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", default="", help="ways with this in their names")
+    parser.add_argument("--skip", action="append", default=[], help="ways without this in their names")
     args = parser.parse_args()
     same = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     rival, ours = "vLLM server, eager", "llmrun, files in memory"
@@ -177,15 +178,18 @@ def main() -> None:
     }
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="llmrun-bench-")))
-        if args.only in "Ray Serve LLM":
-            ways["Ray Serve LLM"] = stack.enter_context(ray_serve_llm(free_port()))
-        plain = stack.enter_context(llmrun_cluster(folder / "plain", LLMRUN_WARM_PARENT="0"))
-        ways["llmrun, warm parent off"] = by_llmrun(plain)
-        warm = stack.enter_context(llmrun_cluster(folder / "warm"))
+        if args.only in RAY and not any(word in RAY for word in args.skip):
+            ways[RAY] = stack.enter_context(ray_serve_llm(free_port()))
+        if not any(word in OFF for word in args.skip):
+            plain = stack.enter_context(llmrun_cluster(folder / "plain", "plain", LLMRUN_WARM_PARENT="0"))
+            ways[OFF] = by_llmrun(plain, "plain")
+        warm = stack.enter_context(llmrun_cluster(folder / "warm", "warm"))
         if os.access("/proc/sys/vm/drop_caches", os.W_OK):
-            ways["llmrun, no file in memory"] = by_llmrun(warm, drop=True)
-        ways[ours] = by_llmrun(warm)
-        times = measure(ways, args.rounds, args.only)
+            ways["llmrun, no file in memory"] = by_llmrun(warm, "warm", drop=True)
+        ways[ours] = by_llmrun(warm, "warm")
+        unwanted = {name for name in ways if args.only not in name or any(word in name for word in args.skip)}
+        ways = {name: way for name, way in ways.items() if name not in unwanted}
+        times = measure(ways, args.rounds)
         each = parts(warm, 2 * args.rounds)
     medians = {name: statistics.median(values) for name, values in times.items()}
     base = medians.get(rival, float("nan"))

@@ -22,7 +22,7 @@ from llmrun_runtime.engines.process import EngineProcess
 from llmrun_runtime.environments import environment
 from tests.conftest import SMOLLM2
 
-ROUNDS, TOKENS = 9, 200
+ROUNDS, TOKENS = 7, 200
 CALLERS = (1, 8)
 
 

@@ -16,7 +16,7 @@ from ray.serve.llm import LLMConfig, build_openai_app
 def main() -> None:
     """Serve until standard input ends."""
     weights, port = sys.argv[1:]
-    ray.init(logging_level="ERROR", log_to_driver=False, include_dashboard=False)
+    ray.init(num_cpus=8, logging_level="ERROR", log_to_driver=False, include_dashboard=False)
     serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
     config = LLMConfig(
         model_loading_config={"model_id": "m", "model_source": weights},
