@@ -132,12 +132,13 @@ def fork(warm: Path, argv: Sequence[str], env: Mapping[str, str], output: IO[byt
         if "pid" not in answer:
             raise NotForked(str(answer.get("refused")))
         return Forked(caller, int(answer["pid"]), pidfds[0])
-    except (OSError, ValueError, LookupError) as error:
-        _close(caller, pidfds)
+    except (OSError, ValueError, LookupError, NotForked) as error:
+        caller.close()
+        for pidfd in pidfds:
+            os.close(pidfd)
+        if isinstance(error, NotForked):
+            raise
         raise NotForked(f"{type(error).__name__}: {error}") from error
-    except NotForked:
-        _close(caller, pidfds)
-        raise
 
 
 def listens(warm: Path) -> bool:
@@ -157,9 +158,3 @@ def short_name(path: Path) -> Iterator[str]:
         yield f"/proc/self/fd/{folder}/{path.name}"
     finally:
         os.close(folder)
-
-
-def _close(caller: socket.socket, descriptors: Sequence[int]) -> None:
-    caller.close()
-    for descriptor in descriptors:
-        os.close(descriptor)

@@ -34,9 +34,7 @@ class Patience:
             while not (await asyncio.wait({claiming}, timeout=pause if self._early else None))[0]:
                 pause = EVERY_S
                 if self._early:
-                    phase = self._waiting.phase(self._name)
-                    text = f"{self._waiting.describe(self._name)}, {loop.time() - self._began:.0f} s"
-                    await self._early.comment(f"{text}, {phase}" if phase else text)
+                    await self._early.comment(self._waiting.describe(self._name, loop.time() - self._began))
             return claiming.result()
         except Refusal as refusal:
             if self._limited and refusal.code == NOT_READY:

@@ -76,7 +76,7 @@ async def relay(
     answer_headers: list[tuple[bytes, bytes]],
     on_first: Callable[[], None] = lambda: None,
 ) -> None:
-    """Ask `url` and stream its answer to the client as it comes; `on_first` is called with each piece.
+    """Ask `url` and stream its answer to the client as it comes; `on_first` is called with its first piece.
 
     Raises UpstreamGone before the first byte. After it, an upstream that breaks off breaks off the client's answer
     too, so that nobody takes half an answer for a whole one.
@@ -95,8 +95,11 @@ async def relay(
     async with upstream:
         kept = [(key.lower(), value) for key, value in upstream.raw_headers if key.lower() not in OF_THE_ANSWER]
         await send({"type": "http.response.start", "status": upstream.status, "headers": [*kept, *answer_headers]})
+        first = True
         async for chunk in upstream.content.iter_any():
-            on_first()
+            if first:
+                first = False
+                on_first()
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 

@@ -138,15 +138,11 @@ class Waiting:
                 del self._since[counted]
             self._on_wait()
 
-    def describe(self, name: str) -> str:
-        """What whoever waits for that name can be told."""
+    def describe(self, name: str, waited: float) -> str:
+        """What whoever has waited for that name for so many seconds can be told."""
         model = find_model(self.table, name)
-        return f"waking {model.name}" if not model.replicas else f"queued for {model.name}"
-
-    def phase(self, name: str) -> str:
-        """What that model is at while it wakes; "" if that is not known."""
-        model = find_model(self.table, name)
-        return model.phase
+        what = f"waking {model.name}" if not model.replicas else f"queued for {model.name}"
+        return ", ".join(filter(None, [what, f"{waited:.0f} s", model.phase]))
 
     async def close(self) -> None:
         """Let go of the wakes that are held for callers to come."""
