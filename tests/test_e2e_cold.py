@@ -85,13 +85,17 @@ def test_a_wake_is_a_fork_and_its_parts_are_told(cluster: Home, tiny: str) -> No
     assert cluster.ask("one").status_code == 200
     (row,) = until(lambda: starts(cluster, "one"), 10, "the start is noted")
     assert row["forked"] and tuple(row["parts"]) == START_PARTS
-    times = list(row["parts"].values())
+    parts = row["parts"]
+    times = [parts[part] for part in START_PARTS if part != "forked"]
     assert times == sorted(times) and times[0] <= 0.2
+    assert parts["decided"] <= parts["forked"] <= parts["ready"]
     cluster.wait_for("one", "cold", 30)
     time.sleep(12)  # a spare worker, and what the parent learns
     begun = time.monotonic()
     assert cluster.ask("one").status_code == 200
     assert time.monotonic() - begun < 8  # 2 s on a quiet machine; a plain start takes 20
+    parts = starts(cluster, "one")[0]["parts"]
+    assert parts["forked"] < parts["placed"]  # the engine had a head start
     shown = cluster.ok("status", "one")
     assert "FIRST TOKEN" in shown and "median" in shown and "forked" in shown
     metrics = httpx.get(f"{cluster.url}/metrics").text

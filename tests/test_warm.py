@@ -11,16 +11,21 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from llmrun_runtime.engines import headstart
 from llmrun_runtime.engines.base import Launch, Member
+from llmrun_runtime.engines.begin import begin
 from llmrun_runtime.engines.child import UNKNOWN_EXIT, Forked, NotForked, fork
+from llmrun_runtime.engines.headstart import HeadStarts, adopt, headstart_socket
 from llmrun_runtime.engines.keeper import Keeper, warm_socket
 from llmrun_runtime.engines.process import EngineProcess
+from llmrun_runtime.engines.scratch import sweep_scratch
 from tests.conftest import until
 
 SERVER = """
@@ -47,6 +52,10 @@ def main():
         "fds": sorted(os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd") if int(n) > 2
             and os.path.exists(f"/proc/self/fd/{n}"))}
     print("said", json.dumps(said), flush=True)
+    if "hold" in sys.argv:
+        from llmrun_runtime.engines import lease
+        lease.hold()
+        lease.tell(port=1, ready=True)
     if "raise" in sys.argv:
         raise ValueError("no such dtype")
     if "exit" in sys.argv:
@@ -103,6 +112,19 @@ class Node:
         said = await eventually(lambda: path.read_text().partition("said ")[2].partition("\n")[0])
         data: dict[str, Any] = json.loads(said)
         return child, data
+
+    def launch(self, log: Path) -> Launch:
+        """What an engine that holds its lease is started from."""
+        return Launch(
+            names=("one",),
+            weights="hold",
+            members=(Member("n", "127.0.0.1"),),
+            engine_args={},
+            python=sys.executable,
+            env=self.env,
+            log=log,
+            warm=self.socket,
+        )
 
     def parents(self) -> list[psutil.Process]:
         """The warm parents that live."""
@@ -262,23 +284,64 @@ asyncio.run(main())
 async def test_an_engine_that_cannot_be_forked_starts_as_a_plain_process(node: Node) -> None:
     for env, forked in ((node.env, True), ({**node.env, "READ_AT_IMPORT": "other"}, False)):
         log = node.folder / f"engine-{forked}.log"
-        launch = Launch(
-            names=("one",),
-            weights="/w",
-            members=(Member("n", "127.0.0.1"),),
-            engine_args={},
-            python=sys.executable,
-            env=env,
-            log=log,
-            warm=node.socket,
-        )
-        engine = EngineProcess(Thing(), launch)
+        engine = EngineProcess(Thing(), replace(node.launch(log), env=env))
         await engine.start()
         assert engine.forked is forked
-        await eventually(functools.partial(contains, log, '"/w"'))
+        await eventually(functools.partial(contains, log, '"hold"'))
         assert ("the engine starts as a plain process: its environment differs" in log.read_text()) is not forked
         await engine.end()
         assert not psutil.pid_exists(engine.pid) or psutil.Process(engine.pid).status() == psutil.STATUS_ZOMBIE
+
+
+def lives(pid: int) -> bool:
+    """Whether the process runs."""
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+async def test_a_head_start_goes_to_the_replica_that_asks_for_it(node: Node) -> None:
+    path = headstart_socket(node.folder, "node")
+    heads = HeadStarts(path)
+    for _ in range(2):  # one engine, however often it is asked for
+        heads.start("one v1", Thing(), node.launch(node.folder / "engine.log"))
+    assert await asyncio.to_thread(adopt, path, "other v1") is None
+    begun = await asyncio.to_thread(adopt, path, "one v1")
+    assert begun and begun.forked and begun.scratch.path.is_dir()
+    assert await asyncio.to_thread(adopt, path, "one v1") is None
+    engine = EngineProcess(Thing(), node.launch(node.folder / "other.log"), begun)
+    await engine.start()
+    await eventually(lambda: engine.port == 1)  # it has spoken through the lease
+    await heads.close()
+    sweep_scratch()
+    assert lives(engine.pid) and begun.scratch.path.is_dir() and not path.exists()
+    await engine.end()
+    assert not lives(engine.pid) and not begun.scratch.path.exists()
+
+
+async def test_a_head_start_that_no_replica_takes_is_ended(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(headstart, "WAIT_S", 1)
+    log = node.folder / "engine.log"
+    heads = HeadStarts(headstart_socket(node.folder, "node"))
+    heads.start("one v1", Thing(), node.launch(log))
+    await eventually(lambda: log.exists() and "said" in log.read_text())
+    said = json.loads(log.read_text().partition("said ")[2].partition("\n")[0])
+    assert lives(said["pid"]) and Path(said["tmp"]).is_dir()
+    await eventually(lambda: not lives(said["pid"]))
+    assert not log.exists() and not Path(said["tmp"]).exists()
+    await heads.close()
+
+
+async def test_an_engine_ends_when_who_began_it_and_its_replica_are_gone(node: Node) -> None:
+    begun = await begin(Thing(), node.launch(node.folder / "engine.log"), spawn=False)
+    await eventually(lambda: "said" in begun.log.read_text())
+    begun.lease.close()
+    os.close(begun.scratch.lock)
+    assert await asyncio.to_thread(begun.child.wait, 10)
+    assert "the replica" in begun.log.read_text()
+    sweep_scratch()
+    assert not begun.scratch.path.exists()
+    begun.child.close()
+    with pytest.raises(NotForked):
+        await begin(Thing(), replace(node.launch(begun.log), warm=None), spawn=False)
 
 
 async def test_strangers_cannot_upset_the_parent(node: Node) -> None:

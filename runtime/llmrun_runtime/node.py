@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
+import secrets
 import socket
 from collections.abc import Mapping
 from typing import Any
@@ -16,10 +18,13 @@ from llmrun.spec import ModelSpec, Secret
 from llmrun.weights import Weights
 from llmrun.wire import WeightsRow
 from llmrun_runtime.actors import NAMESPACE, control_handle
+from llmrun_runtime.engines.base import Member
+from llmrun_runtime.engines.headstart import HeadStarts, headstart_socket
 from llmrun_runtime.engines.keeper import Keeper, warm_socket
 from llmrun_runtime.engines.kinds import get_engine
 from llmrun_runtime.environments import Environments, environment
-from llmrun_runtime.logs import read_logs
+from llmrun_runtime.launching import ReplicaConfig, find_weights, make_launch
+from llmrun_runtime.logs import log_path, read_logs
 from llmrun_runtime.spare import keep_spare
 from llmrun_runtime.weights.node import NodeWeights
 from llmrun_runtime.weights.pin import Pin
@@ -44,6 +49,7 @@ class NodeAgent:
         self._environments = Environments(self._root, fetch)
         self._keepers: dict[str, Keeper] = {}
         self._spare: asyncio.Task[None] | None = None
+        self._heads: HeadStarts | None = None
 
     async def warm(self, engine: str) -> None:
         """Be ready for the next replica: keep a spare worker, and a warm parent of its engine, if one is of use.
@@ -60,6 +66,30 @@ class NodeAgent:
             output = self._root / "logs" / f"warm-{engine}.log"
             self._keepers[engine] = Keeper(kind, path, output, environment({}, self._where()))
         self._keepers[engine].start()
+
+    async def head_start(self, config: dict[str, Any]) -> None:
+        """Begin the engine of a replica that is on its way here, if its weights and code are here and it can be forked.
+
+        For engines on CPU: of devices only the replica knows which it gets.
+        """
+        version = ReplicaConfig.model_validate(config)
+        spec, kind = version.spec, get_engine(version.spec.engine)
+        if spec.requirements or not kind.module or not Settings().warm_parent:
+            return
+        await self.warm(spec.engine)
+        weights = await asyncio.to_thread(find_weights, version, self._where())
+        if not weights:
+            return
+        make = functools.partial(
+            make_launch,
+            code=await self._environments.code(spec.code.package) if spec.code else None,
+            site=None,
+            warm=warm_socket(self._root, self._node, spec.engine),
+            log=log_path(self._root, spec.name, version.version, secrets.token_hex(6)),
+        )
+        launch = await asyncio.to_thread(make, version, Member(self._node, self._host), weights, self._where())
+        self._heads = self._heads or HeadStarts(headstart_socket(self._root, self._node))
+        self._heads.start(version.key, kind, launch)
 
     async def prepare(self, spec: ModelSpec) -> None:
         """Bring the model's code and requirements here. Raises EngineError."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from llmrun.errors import ClusterError
-from llmrun_runtime.engines.process import sweep_scratch
+from llmrun_runtime.engines.scratch import sweep_scratch
 
 END_TIMEOUT_S = 15
 ENGINE_GRACE_S = 5

@@ -8,35 +8,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
-import os
-import shutil
 import socket
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from pydantic import BaseModel, ConfigDict
 
 from llmrun.errors import EngineError, LLMRunError
 from llmrun.settings import Settings
-from llmrun.spec import ModelSpec
 from llmrun.wire import ReplicaState
 from llmrun_runtime.actors import control_handle
-from llmrun_runtime.engines.base import Launch, Member, ShimConfig
+from llmrun_runtime.engines.base import Launch, Member
+from llmrun_runtime.engines.begin import Begun
 from llmrun_runtime.engines.child import listens
+from llmrun_runtime.engines.headstart import adopt, headstart_socket
 from llmrun_runtime.engines.keeper import warm_socket
 from llmrun_runtime.engines.kinds import get_engine
 from llmrun_runtime.engines.process import EngineProcess
-from llmrun_runtime.environments import Environments, environment
+from llmrun_runtime.environments import Environments
+from llmrun_runtime.launching import ReplicaConfig, find_weights, make_launch
 from llmrun_runtime.logs import log_path
 from llmrun_runtime.node import agent_on
 from llmrun_runtime.reports import REPORT_S, Registration
-from llmrun_runtime.weights.cache import open_cache
-from llmrun_runtime.weights.pin import Pin
 
 log = logging.getLogger("ray.serve")
 # An engine that answers nothing for so long is taken for dead.
@@ -46,23 +43,6 @@ DRAIN_POLL_S = 0.1
 LINGER_S = 1.0
 CONTROL_TIMEOUT_S = 10
 AGENT_TIMEOUT_S = 10
-CACHE_DAYS = 30
-
-
-class ReplicaConfig(BaseModel):
-    """What a replica is told by control."""
-
-    model_config = ConfigDict(frozen=True)
-    spec: ModelSpec
-    version: int
-    pin: Pin | None
-    start_timeout: float
-    drain_timeout: float
-    hook_timeout: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """For the application's arguments."""
-        return self.model_dump(mode="json")
 
 
 class Replica:
@@ -120,8 +100,12 @@ class Replica:
         """Start the engine; tell control, until it has heard, if that fails."""
         try:
             launch = await self._launch()
+            begun = await asyncio.to_thread(adopt, headstart_socket(Settings().root, self._node), self._config.key)
+            if begun:
+                self._log = begun.log
+            self._say(f"replica of {self._config.key}, on {socket.gethostname()}")
             try:
-                await self._start_engine(launch)
+                await self._start_engine(launch, begun)
             except EngineError as error:
                 spoilt = self._engine is not None and self._engine.forked and "fork" in str(error)
                 if not self._engine or not (spoilt or self._engine.unexplained()):
@@ -147,13 +131,14 @@ class Replica:
             agent = await asyncio.to_thread(agent_on, self._node)
             agent.warm.remote(self._config.spec.engine)
 
-    async def _start_engine(self, launch: Launch) -> None:
-        """Start it and wait until it answers. Raises EngineError."""
-        engine = self._engine = EngineProcess(get_engine(self._config.spec.engine), launch)
+    async def _start_engine(self, launch: Launch, begun: Begun | None = None) -> None:
+        """Start it, if it has not been begun, and wait until it answers. Raises EngineError."""
+        engine = self._engine = EngineProcess(get_engine(self._config.spec.engine), launch, begun)
         started = time.monotonic()
         await engine.start()
-        self._passed("forked")
+        self._moments["forked"] = engine.begun_at
         how = "forked from the warm parent" if engine.forked else "started"
+        how += " ahead of this replica" if begun else ""
         self._say(f"engine {self._config.spec.engine} {how}, pid {engine.pid}")
         await engine.ready(self._config.start_timeout)
         self._say(f"engine ready after {time.monotonic() - started:.1f} s, port {engine.port}")
@@ -161,28 +146,14 @@ class Replica:
     async def _launch(self) -> Launch:
         """Everything the engine needs, brought to this node."""
         spec = self._config.spec
-        self._say(f"replica of {spec.name}, version {self._config.version}, on {socket.gethostname()}")
         environments = Environments(Settings().root, self._fetch_package)
         site = await environments.requirements(spec.requirements) if spec.requirements else None
-        shim = ShimConfig(model=spec.name, hook_timeout=self._config.hook_timeout)
-        if spec.code:
-            code = await environments.code(spec.code.package)
-            shim = replace(shim, file=str(code / spec.code.file), cls=spec.code.cls, hooks=spec.code.hooks)
+        code = await environments.code(spec.code.package) if spec.code else None
         weights = await self._weights()
         self._passed("weights")
-        return Launch(
-            names=spec.served_names,
-            weights=str(weights),
-            members=(Member(self._node, self._host, self._devices),),
-            engine_args=spec.engine_args,
-            python=sys.executable,
-            env=engine_environment(spec, site, self._where()),
-            shim=shim,
-            log=self._log,
-            cache=await asyncio.to_thread(engine_cache, Settings().root, spec.name, self._config.version),
-            fast_start=spec.cold_start == "fast",
-            warm=await self._warm(),
-        )
+        member = Member(self._node, self._host, self._devices)
+        make = functools.partial(make_launch, code=code, site=site, warm=await self._warm(), log=self._log)
+        return await asyncio.to_thread(make, self._config, member, weights, self._where())
 
     async def _warm(self) -> Path | None:
         """The socket of this node's warm parent, which the node agent keeps; None where there is none."""
@@ -199,26 +170,19 @@ class Replica:
 
     async def _weights(self) -> Path:
         """The folder that the engine loads; the node agent brings it if it is not here. Raises LLMRunError."""
-        spec, pin = self._config.spec, self._config.pin
-        if pin is None and not spec.path:
-            raise EngineError(f"model={spec.model.source!r}: what it means was never pinned: deploy it again")
-        if pin is None:
-            path = Path(spec.path or "").expanduser()
-            if not path.exists():
-                raise EngineError(f"model={spec.model.source!r}: there is no such path on {self._where()}")
-            return path
-        cache = open_cache(Settings())
-        if await asyncio.to_thread(cache.find, pin.id):
-            cache.used(pin.id)
-            return cache.folder(pin.id)
+        folder = await asyncio.to_thread(find_weights, self._config, self._where())
+        pin = self._config.pin
+        if folder or not pin:
+            assert folder
+            return folder
         self._say(f"bringing the weights {pin.weights} ({pin.short}, {pin.total:,} bytes)")
         started = time.monotonic()
         try:
-            folder: str = await agent_on(self._node).bring.remote(pin, spec.env)
+            brought: str = await agent_on(self._node).bring.remote(pin, self._config.spec.env)
         except ray.exceptions.RayTaskError as error:
             raise (error.cause if isinstance(error.cause, LLMRunError) else error) from None
         self._say(f"weights here after {time.monotonic() - started:.1f} s")
-        return Path(folder)
+        return Path(brought)
 
     async def _report_always(self) -> None:
         """Report every REPORT_S, from the start to the end; notice when the engine dies."""
@@ -292,24 +256,3 @@ class Replica:
                 file.write(f"[llmrun] {time.strftime('%H:%M:%S')} {text}\n")
         except OSError as error:  # a full disk must not end the replica
             log.warning("%s (its log cannot be written: %s)", text, error)
-
-
-def engine_cache(root: Path, model: str, version: int) -> Path:
-    """Where engines of that version keep what they may find again; those that CACHE_DAYS saw no start are removed."""
-    folder = root / "cache" / "engines" / model
-    mine = folder / f"v{version}"
-    mine.mkdir(parents=True, exist_ok=True)
-    os.utime(mine)
-    for other in folder.parent.glob("*/v*"):
-        with contextlib.suppress(FileNotFoundError):  # another replica was first
-            if time.time() - other.stat().st_mtime > CACHE_DAYS * 86400:
-                shutil.rmtree(other, ignore_errors=True)
-    return mine
-
-
-def engine_environment(spec: ModelSpec, site: Path | None, where: str) -> dict[str, str]:
-    """The engine's variables: the node's own, then the spec's. Raises EngineError for a missing secret."""
-    env = environment(spec.env, where)
-    if site:
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), env.get("PYTHONPATH")]))
-    return env

@@ -8,7 +8,8 @@ from ray import serve
 
 from llmrun.spec import ModelSpec
 from llmrun_runtime.control.placing import ACCELERATOR_SHARE, TYPE, Placement
-from llmrun_runtime.replica import Replica, ReplicaConfig
+from llmrun_runtime.launching import ReplicaConfig
+from llmrun_runtime.replica import Replica
 
 PREFIX = "llmrun-"
 DEPLOYMENT = "replica"

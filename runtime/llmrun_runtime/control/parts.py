@@ -20,7 +20,7 @@ from llmrun_runtime.control.scaling import Scaling
 from llmrun_runtime.control.serving import Serving, cluster_nodes
 from llmrun_runtime.control.starts import Starts
 from llmrun_runtime.control.stock import Stock
-from llmrun_runtime.control.warming import Warming
+from llmrun_runtime.control.warming import Warming, head_start
 from llmrun_runtime.node import agent_on
 
 log = logging.getLogger("llmrun.control")
@@ -60,6 +60,7 @@ class ControlParts:
             lambda: str(ray.get_runtime_context().get_node_id()),
         )
         self.scaling.on_proven = lambda row: self.database.put_version(row, in_force=True)
+        self.scaling.on_wake = lambda row: head_start(row.placement, self.serving.config(row))
 
     async def load(self) -> None:
         """Take up what is stored, and what outlived an earlier control; end what is in force no more."""

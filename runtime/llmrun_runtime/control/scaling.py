@@ -55,6 +55,8 @@ class Scaling:
         """Versions that are being proven, and those of new models that could not be."""
         self.table = Table(epoch=uuid.uuid4().hex, control=control)
         self.on_proven: Callable[[Deployed], None] = lambda row: None
+        self.on_wake: Callable[[Deployed], None] = lambda row: None
+        """Called when the target of a model leaves zero because somebody waits."""
         self._serving = serving
         self._registry = registry
         self._starts = starts
@@ -207,6 +209,8 @@ class Scaling:
         sure = self._serving.is_sure(row.name, row.engine_version)
         if (wanted != target or not sure) and (facts.task is None or facts.task.done()):
             facts.task = asyncio.get_running_loop().create_task(self._set(row, wanted))
+            if not target and waiting and not facts.shortage:
+                self.on_wake(row)
 
     async def _set(self, row: Deployed, replicas: int) -> None:
         log.info("%s v%d: target %d", row.name, row.engine_version, replicas)

@@ -14,7 +14,7 @@ from llmrun.errors import ClusterError
 from llmrun.settings import Settings
 from llmrun_runtime.control.database import Deployed
 from llmrun_runtime.control.placing import Node
-from llmrun_runtime.replica import ReplicaConfig
+from llmrun_runtime.launching import ReplicaConfig
 from llmrun_runtime.serveconfig import DEPLOYMENT, app_name, application, parse_app_name
 
 CALL_TIMEOUT_S = 30
@@ -94,8 +94,9 @@ class Serving:
         named = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
         return str((named or lines or [app.status])[-1])
 
-    def _run(self, row: Deployed, name: str, replicas: int) -> None:
-        config = ReplicaConfig(
+    def config(self, row: Deployed) -> ReplicaConfig:
+        """What the replicas of the engine's version are told."""
+        return ReplicaConfig(
             spec=row.spec,
             version=row.engine_version,
             pin=row.pin,
@@ -103,7 +104,9 @@ class Serving:
             drain_timeout=self._settings.drain_timeout,
             hook_timeout=self._settings.hook_timeout,
         )
-        app = application(row.spec, row.placement, config, replicas, self._settings.drain_timeout)
+
+    def _run(self, row: Deployed, name: str, replicas: int) -> None:
+        app = application(row.spec, row.placement, self.config(row), replicas, self._settings.drain_timeout)
         serve.run_many(
             [serve.RunTarget(target=app, name=name, route_prefix=None, external_scaler_enabled=True)],
             wait_for_ingress_deployment_creation=True,

@@ -115,8 +115,8 @@ class Starts:
             log.exception("a cold start of %s cannot be stored", start.model)
         self._look_up(start.model)
         before = 0.0
-        for part in START_PARTS:
-            if part in start.parts:
-                self._parts.labels(start.model, part).observe(max(0.0, start.parts[part] - before))
-                before = start.parts[part]
+        # In the order of time: an engine may be ahead of its replica.
+        for part, when in sorted(start.parts.items(), key=lambda item: item[1]):
+            self._parts.labels(start.model, part).observe(when - before)
+            before = when
         self._whole.labels(start.model).observe(start.parts["first_token"])

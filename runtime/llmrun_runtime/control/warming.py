@@ -12,10 +12,11 @@ import ray
 
 from llmrun_runtime.actors import NAMESPACE
 from llmrun_runtime.control.events import Jobs
-from llmrun_runtime.control.placing import Node, could_run
+from llmrun_runtime.control.placing import Node, Placement, could_run, has_room
 from llmrun_runtime.control.registry import Registry
 from llmrun_runtime.control.scaling import Scaling
 from llmrun_runtime.control.serving import cluster_nodes
+from llmrun_runtime.launching import ReplicaConfig
 from llmrun_runtime.node import agent_name, agent_on
 
 log = logging.getLogger("llmrun.control")
@@ -66,6 +67,16 @@ class Warming:
                 leave(node.id)
                 self._used[node.id] = now  # who needs it again has it for as long
         self._used = {node: when for node, when in self._used.items() if any(n.id == node for n in nodes)}
+
+
+def head_start(placement: Placement, config: ReplicaConfig) -> None:
+    """Have the engine of a first replica begun before Ray has brought the replica, where there is but one node for it.
+
+    Not for engines with devices: Ray chooses those.
+    """
+    nodes = [node for node in cluster_nodes() if node.id and has_room(placement, [node])]
+    if len(nodes) == 1 and not placement.gpus:
+        agent_on(nodes[0].id).head_start.remote(config.to_dict())
 
 
 def leave(node: str) -> None:

@@ -18,6 +18,7 @@ from typing import IO, Any, Protocol
 FORK_TIMEOUT_S = 60.0
 # Of a forked process whose parent is gone nobody knows it.
 UNKNOWN_EXIT = 1 << 16
+BACKLOG = 128
 
 
 class NotForked(Exception):
@@ -87,7 +88,7 @@ class Forked:
 
     def poll(self) -> int | None:
         """See Child."""
-        if self._exit is None and select.select([self._pidfd], [], [], 0)[0]:
+        if self._exit is None and self._pidfd >= 0 and select.select([self._pidfd], [], [], 0)[0]:
             self._exit = UNKNOWN_EXIT
             with contextlib.suppress(OSError, ValueError):  # the warm parent may be gone
                 self._exit = int(json.loads(self._caller.makefile().readline())["exit"])
@@ -107,6 +108,10 @@ class Forked:
             if left <= 0 or not select.select([self._pidfd], [], [], left)[0]:
                 return False
         return True
+
+    def descriptors(self) -> list[int]:
+        """What another process needs to hold it too: where its exit code will be told, and its pidfd."""
+        return [self._caller.fileno(), self._pidfd]
 
     def close(self) -> None:
         """See Child."""
@@ -141,6 +146,18 @@ def fork(warm: Path, argv: Sequence[str], env: Mapping[str, str], output: IO[byt
         raise NotForked(f"{type(error).__name__}: {error}") from error
 
 
+def listen_at(path: Path) -> socket.socket:
+    """A listening Unix socket for this user alone; those beside it that nobody listens on any more are removed."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _sweep(path.parent)
+    listener = socket.socket(socket.AF_UNIX)
+    with short_name(path) as name:
+        listener.bind(name)
+    path.chmod(0o600)
+    listener.listen(BACKLOG)
+    return listener
+
+
 def listens(warm: Path) -> bool:
     """Whether anybody listens at the socket."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as caller, short_name(warm) as name:
@@ -158,3 +175,16 @@ def short_name(path: Path) -> Iterator[str]:
         yield f"/proc/self/fd/{folder}/{path.name}"
     finally:
         os.close(folder)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove the sockets that nobody listens on any more."""
+    for path in folder.glob("*.sock"):
+        with socket.socket(socket.AF_UNIX) as caller, short_name(path) as name:
+            caller.settimeout(1)
+            try:
+                caller.connect(name)
+            except ConnectionRefusedError:
+                path.unlink(missing_ok=True)
+            except OSError:
+                continue  # somebody's, who is busy

@@ -11,14 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llmrun_runtime.engines.base import Engine
-from llmrun_runtime.engines.child import short_name
+from llmrun_runtime.engines.child import listen_at
 from llmrun_runtime.engines.warm import LD_PRELOAD_BEFORE
 
 log = logging.getLogger("ray.serve")
 # One that ends sooner than this has failed: engines start plainly until the pause is over.
 SHORT_LIFE_S = 60.0
 PAUSE_S, MOST_PAUSE_S = 5.0, 300.0
-BACKLOG = 128
 
 
 def warm_socket(root: Path, node: str, engine: str) -> Path:
@@ -51,16 +50,7 @@ class Keeper:
         self._deafen()
 
     def _listen(self) -> None:
-        if self._listener:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _sweep(self._path.parent)
-        listener = socket.socket(socket.AF_UNIX)
-        with short_name(self._path) as name:
-            listener.bind(name)
-        self._path.chmod(0o600)
-        listener.listen(BACKLOG)
-        self._listener = listener
+        self._listener = self._listener or listen_at(self._path)
 
     def _deafen(self) -> None:
         """Replicas that ask hear at once that there is none."""
@@ -106,16 +96,3 @@ class Keeper:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
-
-
-def _sweep(folder: Path) -> None:
-    """Remove the sockets that nobody listens on any more."""
-    for path in folder.glob("*.sock"):
-        with socket.socket(socket.AF_UNIX) as caller, short_name(path) as name:
-            caller.settimeout(1)
-            try:
-                caller.connect(name)
-            except ConnectionRefusedError:
-                path.unlink(missing_ok=True)
-            except OSError:
-                continue  # somebody's, who is busy

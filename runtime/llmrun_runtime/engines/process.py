@@ -11,27 +11,15 @@ import hmac
 import json
 import logging
 import os
-import secrets
-import shutil
 import signal
-import tempfile
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import aiohttp
-import psutil
 
 from llmrun.errors import EngineError
-from llmrun_runtime.engines.base import (
-    LEASE_ENV,
-    SHIM_ENV,
-    STATE_PATH,
-    TOKEN_ENV,
-    TOKEN_HEADER,
-    Engine,
-    Launch,
-)
-from llmrun_runtime.engines.child import UNKNOWN_EXIT, Child, NotForked, Spawned, fork
+from llmrun_runtime.engines.base import STATE_PATH, TOKEN_HEADER, Engine, Launch
+from llmrun_runtime.engines.begin import Begun, begin
+from llmrun_runtime.engines.child import UNKNOWN_EXIT
 
 log = logging.getLogger("ray.serve")
 POLL_S = 0.05
@@ -40,66 +28,47 @@ TERM_GRACE_S = 10  # vLLM ends within 1-2 s of SIGTERM
 LAST_GRACE_S = 3
 STATE_TIMEOUT_S = 2  # well within control's patience for a report
 LOG_TAIL_BYTES = 64 * 1024
-# An engine's own temporary folder; the number after it is its replica's process.
-SCRATCH = "llmrun-engine-"
 
 
 class EngineProcess:
-    """One engine. `start`, `ready`, then `state` as often as wanted, then `end`."""
+    """One engine. `start`, `ready`, then `state` as often as wanted, then `end`. `begun`: if it had a head start."""
 
-    def __init__(self, engine: Engine, launch: Launch) -> None:
+    def __init__(self, engine: Engine, launch: Launch, begun: Begun | None = None) -> None:
         self._engine = engine
         self._launch = launch
-        self.token = secrets.token_urlsafe(32)
+        self._begun = begun
         self.port = 0
         self._ready = asyncio.Event()
         self._failed = ""
         self._holders: set[asyncio.StreamWriter] = set()
         self._lease: asyncio.Server | None = None
-        self._child: Child | None = None
-        self.forked = False
         self._session: aiohttp.ClientSession | None = None
-        self._log_start = 0
-        self._scratch = ""
+        self._over = False
 
     @property
     def pid(self) -> int:
         """The process's id; 0 before it is started."""
-        return self._child.pid if self._child else 0
+        return self._begun.child.pid if self._begun else 0
+
+    @property
+    def token(self) -> str:
+        """What a request to the engine must carry; "" before it is started."""
+        return self._begun.token if self._begun else ""
+
+    @property
+    def forked(self) -> bool:
+        """Whether it came from a warm parent."""
+        return bool(self._begun and self._begun.forked)
+
+    @property
+    def begun_at(self) -> float:
+        """Unix time of when the process was there; 0 before."""
+        return self._begun.at if self._begun else 0
 
     async def start(self) -> None:
-        """Start the process. Raises EngineError if its command cannot be run at all."""
-        self._lease = await asyncio.start_server(self._serve_lease, "127.0.0.1", 0)
-        host, port = self._lease.sockets[0].getsockname()[:2]
-        env = {**self._launch.env, **self._engine.environment(self._launch.env, self._launch.cache)}
-        env |= {LEASE_ENV: f"{host}:{port}", TOKEN_ENV: self.token, SHIM_ENV: self._launch.shim.to_json()}
-        sweep_scratch()
-        self._scratch = tempfile.mkdtemp(prefix=f"{SCRATCH}{os.getpid()}-")
-        env["TMPDIR"] = self._scratch
-        self._launch.log.parent.mkdir(parents=True, exist_ok=True)
-        with self._launch.log.open("ab") as log:
-            self._log_start = log.tell()
-            self._child = await self._fork(env, log) or self._spawn(env, log)
-
-    async def _fork(self, env: dict[str, str], log: IO[bytes]) -> Child | None:
-        """A child of the node's warm parent; None, with a word in the log, if that cannot be used."""
-        if not self._launch.warm:
-            return None
-        argv, title = self._engine.arguments(self._launch), f"llmrun: {self._engine.name} {self._launch.names[0]}"
-        try:
-            child = await asyncio.to_thread(fork, self._launch.warm, argv, env, log, title)
-        except NotForked as error:
-            log.write(f"[llmrun] the engine starts as a plain process: {error}\n".encode())
-            log.flush()
-            return None
-        self.forked = True
-        return child
-
-    def _spawn(self, env: dict[str, str], log: IO[bytes]) -> Child:
-        try:
-            return Spawned(self._engine.command(self._launch), env, log)
-        except OSError as error:
-            raise EngineError(f"the engine {self._engine.name} cannot be started: {error}") from error
+        """Start the process, if it has not been begun. Raises EngineError if its command cannot be run at all."""
+        self._begun = self._begun or await begin(self._engine, self._launch)
+        self._lease = await asyncio.start_server(self._serve_lease, sock=self._begun.lease)
 
     async def ready(self, timeout: float) -> None:
         """Return when the engine answers. Raises EngineError with its root cause if it ends or takes too long."""
@@ -116,13 +85,13 @@ class EngineProcess:
 
     def ended(self) -> bool:
         """Whether the process is gone."""
-        return self._child is None or self._child.poll() is not None
+        return self._begun is None or self._begun.child.poll() is not None
 
     def cause(self) -> str:
         """Why the engine failed, in one line, from what it said and from its log."""
         if cause := self._own_words():
             return cause
-        code = self._child.poll() if self._child else None
+        code = self._begun.child.poll() if self._begun else None
         if code is None or code == UNKNOWN_EXIT:
             return "its log names no cause"
         if code < 0:
@@ -137,9 +106,11 @@ class EngineProcess:
     def _own_words(self) -> str:
         if self._failed:
             return self._failed
-        with self._launch.log.open("rb") as log:
+        if not self._begun:
+            return ""
+        with self._begun.log.open("rb") as log:
             size = log.seek(0, os.SEEK_END)
-            log.seek(max(self._log_start, size - LOG_TAIL_BYTES))
+            log.seek(max(self._begun.log_start, size - LOG_TAIL_BYTES))
             return self._engine.root_cause(log.read().decode(errors="replace"))
 
     async def state(self) -> dict[str, Any]:
@@ -153,7 +124,7 @@ class EngineProcess:
 
     async def end(self) -> None:
         """End every process of the engine: ask, let go of the lease, then force."""
-        child = self._child
+        child = self._begun.child if self._begun else None
         if child and not self.ended():
             child.send_signal(signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
@@ -174,11 +145,12 @@ class EngineProcess:
                 os.killpg(child.pid, signal.SIGKILL)
             if not await asyncio.to_thread(child.wait, TERM_GRACE_S):
                 log.warning("engine process %d does not end", child.pid)  # in the kernel, perhaps
-            child.close()
         if self._session:
             await self._session.close()
-        if self._scratch:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+        if self._begun and not self._over:
+            self._over = True
+            self._begun.child.close()
+            self._begun.scratch.remove()
 
     async def _soon(self) -> None:
         """Wait a moment, or until the engine says that it is ready."""
@@ -221,18 +193,3 @@ class EngineProcess:
         finally:
             self._holders.discard(writer)
             writer.close()
-
-
-def sweep_scratch() -> None:
-    """Remove the temporary folders of replicas that were killed."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
-        owner = folder.name.removeprefix(SCRATCH).partition("-")[0]
-        if owner.isdigit() and not _lives(int(owner)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
