@@ -20,9 +20,9 @@ import pytest
 from llmrun.wire import START_PARTS
 from tests.conftest import ENGINE_START_S, Home, leftovers, second_node, until, write_app
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 # 0→1→0 of two models at random overlaps: `just soak` sets 100.
 CYCLES = int(os.environ.get("LLMRUN_TEST_CYCLES", "4"))
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600 + 20 * CYCLES)]
 # Seconds into a wake when something is killed: all three with `just soak`.
 DELAYS = [0.0, 0.7, 1.4] if CYCLES > 4 else [0.7]
 
