@@ -274,7 +274,7 @@ def test_cycles_leave_nothing_behind(cluster: Home, tiny: str) -> None:
     assert len(codes) >= CYCLES and set(codes) == {200}
     everything_cold(cluster)
     until(lambda: not titled(cluster, "ray::ServeReplica"), 30, "the replicas have ended")
-    until(lambda: leftovers() <= files, 10, "no file is left")
+    until(lambda: leftovers() <= files, 30, f"no file is left beside {files}")
     assert not cluster.engines("one") and not cluster.engines("two")
     time.sleep(6)
     after = measured(cluster)

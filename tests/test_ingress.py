@@ -3,135 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from io import BytesIO
-from typing import Any
 
-import aiohttp
 import pytest
-from aiohttp import web
 
-from llmrun.settings import Settings
 from llmrun_runtime import http
 from llmrun_runtime.engines.base import TOKEN_HEADER
 from llmrun_runtime.ingress import patience
-from llmrun_runtime.ingress.app import Ingress
+from llmrun_runtime.ingress.admission import read_request
 from llmrun_runtime.ingress.routing import choose
-from llmrun_runtime.ingress.waiting import Waiting
 from llmrun_runtime.reports import Traffic
-from llmrun_runtime.table import ModelRoute, ReplicaRoute, Table, by_names
-
-CHAT = "/v1/chat/completions"
-PIECES = [b"data: {}\n\n", b"data: \xff not json\n\n", b"data: [DONE]\n\n"]
-
-
-class Engine:
-    """A stand-in: what it was asked, and how it misbehaves when the body says so."""
-
-    def __init__(self) -> None:
-        self.asked: list[web.Request] = []
-        self.cancelled = asyncio.Event()
-        self.port = 0
-
-    async def handle(self, request: web.Request) -> web.StreamResponse:
-        """Stream PIECES; `hang`, `die_early` and `die_late` misbehave."""
-        self.asked.append(request)
-        body = await request.json()
-        if body.get("refuse"):
-            return web.json_response({"error": {"message": "no\nsuch"}}, status=400)
-        if body.get("die_early"):
-            assert request.transport
-            request.transport.abort()
-            await asyncio.sleep(60)
-        answer = web.StreamResponse(headers={"content-type": "text/event-stream", "x-engine": "yes"})
-        await answer.prepare(request)
-        try:
-            for piece in PIECES:
-                await answer.write(piece)
-                if body.get("die_late"):
-                    assert request.transport
-                    request.transport.abort()
-                if body.get("hang"):
-                    await asyncio.sleep(60)
-        except (asyncio.CancelledError, ConnectionError):
-            self.cancelled.set()
-            raise
-        return answer
-
-    @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[Engine]:
-        """Listen."""
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", self.handle)
-        runner = web.AppRunner(app, handler_cancellation=True)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        self.port = runner.addresses[0][1]
-        yield self
-        await runner.cleanup()
-
-
-class Bench:
-    """An ingress with a table that the test writes."""
-
-    def __init__(self, waiting: Waiting, url: str, session: aiohttp.ClientSession) -> None:
-        self.waiting, self.url, self.session = waiting, url, session
-
-    def table(self, *models: ModelRoute, **more: Any) -> None:
-        """Publish these models."""
-        found = {model.name: model for model in models}
-        number = self.waiting.table.number + 1
-        self.waiting.update(Table("e", number, found, by_names(found), **more))
-
-    async def ask(self, body: Any = None, path: str = CHAT, **more: Any) -> tuple[int, Any, Any]:
-        """Status, headers and the body, parsed if it is JSON."""
-        data = body if isinstance(body, bytes) else json.dumps({"model": "one"} if body is None else body).encode()
-        async with self.session.post(self.url + path, data=BytesIO(data), **more) as answer:
-            raw = await answer.read()
-            parsed = json.loads(raw) if answer.content_type == "application/json" else raw
-            return answer.status, answer.headers, parsed
-
-
-@pytest.fixture
-async def bench() -> AsyncIterator[Bench]:
-    settings = Settings(max_body_bytes=2**20, wake_timeout=1.5)
-    waiting = Waiting(settings.wake_timeout, lambda: None)
-    ingress = Ingress(settings, waiting)
-    sock = http.bind("127.0.0.1", 0)
-    server = asyncio.create_task(http.serve(ingress, sock))
-    async with aiohttp.ClientSession() as session:
-        yield Bench(waiting, f"http://127.0.0.1:{sock.getsockname()[1]}", session)
-    await ingress.close()
-    await waiting.close()
-    server.cancel()
-    await asyncio.gather(server, return_exceptions=True)
-
-
-@pytest.fixture
-async def engine() -> AsyncIterator[Engine]:
-    async with Engine().running() as engine:
-        yield engine
-
-
-def route(*ports: int, **more: Any) -> ModelRoute:
-    """A model `one` with replicas at these ports."""
-    facts: dict[str, Any] = {
-        "name": "one",
-        "app": "app",
-        "version": 1,
-        "state": "hot",
-        "created": 7,
-        "names": ("one", "org/one"),
-        "paths": frozenset({CHAT}),
-        "max_ongoing": 2,
-        "replicas": tuple(ReplicaRoute(f"r{port}", "127.0.0.1", port, f"t{port}") for port in ports),
-    }
-    return ModelRoute(**(facts | more))
+from tests.ingress import CHAT, PIECES, Bench, Engine, an_ingress, route
 
 
 async def test_streams_are_the_engines_byte_for_byte(bench: Bench, engine: Engine) -> None:
@@ -284,11 +169,28 @@ async def test_a_refused_connection_is_tried_again_until_the_deadline(bench: Ben
     assert status == 503 and "had no room within 1.5 s" in answer["error"]["message"]
 
 
-async def test_a_stream_that_breaks_off_is_not_taken_for_whole(bench: Bench, engine: Engine) -> None:
+async def test_a_stream_that_breaks_off_ends_with_an_error_event(bench: Bench, engine: Engine) -> None:
     bench.table(route(engine.port))
-    with pytest.raises(aiohttp.ClientPayloadError):
-        await bench.ask({"model": "one", "die_late": True})
-    assert bench.waiting.traffic() == {}
+    status, _, answer = await bench.ask({"model": "one", "die_late": True})
+    *events, error = answer.decode(errors="replace").strip().split("\n\n")
+    assert status == 200 and events[0] == "data: {}" and "data: [DONE]" not in events
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == "stream_broken_off"
+
+
+async def test_deadlines_that_are_set_are_kept(engine: Engine) -> None:
+    async with an_ingress(first_byte_timeout=0.3, idle_stream_timeout=0.6, request_timeout=1) as bench:
+        bench.table(route(engine.port))
+        status, _, answer = await bench.ask({"model": "one", "stall": 5})
+        assert status == 504 and "LLMRUN_FIRST_BYTE_TIMEOUT" in answer["error"]["message"]
+        status, _, events = await bench.ask({"model": "one", "hang": True})
+        assert status == 200 and b"LLMRUN_IDLE_STREAM_TIMEOUT" in events
+        bench.table(route(state="waking"))
+        status, _, answer = await bench.ask()
+        assert status == 504 and "LLMRUN_REQUEST_TIMEOUT" in answer["error"]["message"]
+    async with an_ingress(request_timeout=0.5) as bench:
+        bench.table(route(engine.port))
+        status, _, events = await bench.ask({"model": "one", "hang": True})
+        assert status == 200 and b"LLMRUN_REQUEST_TIMEOUT" in events and events.startswith(PIECES[0])
 
 
 async def test_the_engine_hears_that_the_client_is_gone(bench: Bench, engine: Engine) -> None:
@@ -329,6 +231,29 @@ def test_routing_takes_the_least_busy_that_has_room() -> None:
     assert choose(model, {"r1": 1, "r2": 1, "r3": 1}, avoid=["r1"]) == model.replicas[1]
     assert choose(model, {"r1": 2, "r2": 2, "r3": 2}) is None
     assert choose(replace(model, replicas=()), {}) is None
+
+
+def test_equal_beginnings_of_prompts_go_to_the_same_replica_when_load_allows() -> None:
+    model = route(*range(1, 5), max_ongoing=100)
+    prefixes = [f"prompt {number}".encode() for number in range(40)]
+    homes = {prefix: choose(model, {}, prefix=prefix) for prefix in prefixes}
+    assert {replica.id for replica in homes.values() if replica} == {"r1", "r2", "r3", "r4"}
+    fewer = replace(model, replicas=model.replicas[:3])
+    moved = [prefix for prefix, home in homes.items() if choose(fewer, {}, prefix=prefix) != home]
+    assert all(homes[prefix] == model.replicas[3] for prefix in moved)
+    home = homes[prefixes[0]]
+    assert home
+    assert choose(model, {home.id: 4}, prefix=prefixes[0]) == home
+    assert choose(model, {home.id: 5}, prefix=prefixes[0]) != home
+    assert choose(model, {}, avoid=[home.id], prefix=prefixes[0]) != home
+
+
+def test_the_beginning_of_a_long_prompt_is_read() -> None:
+    turn = {"model": "one", "messages": [{"role": "user", "content": "x" * 2000}]}
+    longer = {**turn, "messages": [*turn["messages"], {"role": "assistant", "content": "y"}]}
+    first, second = (read_request(json.dumps(body).encode()).prefix for body in (turn, longer))
+    assert first == second and first.startswith(b'"messages"') and len(first) == 1024
+    assert read_request(b'{"model": "one", "messages": []}').prefix == b""
 
 
 async def test_who_does_not_want_to_wait_is_told_when_to_come_back_and_the_wake_goes_on(bench: Bench) -> None:

@@ -11,7 +11,19 @@ import httpx
 
 from llmrun.errors import ControlError, Refused, Unreachable
 from llmrun.settings import Settings
-from llmrun.wire import CONTROL_ROOT, ColdStart, DeployRequest, Event, Plan, Status, WeightsRequest, WeightsRow
+from llmrun.wire import (
+    CONTROL_ROOT,
+    ColdStart,
+    DeployRequest,
+    Event,
+    KeyFacts,
+    NewKey,
+    Plan,
+    Status,
+    UsageLine,
+    WeightsRequest,
+    WeightsRow,
+)
 
 CONNECT_TIMEOUT_S = 5
 ANSWER_TIMEOUT_S = 60
@@ -86,6 +98,23 @@ class Client:
     def starts(self, model: str) -> list[ColdStart]:
         """A model's last cold starts, the newest first."""
         return [ColdStart.model_validate(row) for row in self._call("GET", f"/starts/{quote(model)}")]
+
+    def keys(self) -> list[KeyFacts]:
+        """The API keys that there are."""
+        return [KeyFacts.model_validate(row) for row in self._call("GET", "/keys")]
+
+    def create_key(self, facts: KeyFacts) -> NewKey:
+        """Make an API key."""
+        return NewKey.model_validate(self._call("POST", "/keys", json=facts.model_dump(mode="json")))
+
+    def revoke_key(self, name: str) -> None:
+        """Remove an API key."""
+        self._call("DELETE", f"/keys/{quote(name, safe='')}")
+
+    def usage(self, by: str, since: str) -> list[UsageLine]:
+        """What was used, told apart by `by` (`key,model`), from the day `since` on."""
+        query = f"?by={quote(by)}&since={quote(since)}"
+        return [UsageLine.model_validate(row) for row in self._call("GET", f"/usage{query}")]
 
     def logs(self, model: str, tail: int, follow: bool) -> Iterator[dict[str, str]]:
         """Pieces of the model's logs: `source` and `text`."""

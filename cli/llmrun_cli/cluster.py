@@ -30,7 +30,7 @@ def up(
     ] = "127.0.0.1",
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay, and end the cluster on Ctrl-C.")] = False,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Let everybody who reaches --host in: there are no keys yet.")
+        bool, typer.Option("--insecure", help="Listen at --host though no API key keeps anybody out.")
     ] = False,
 ) -> None:
     """Start a cluster on this machine (with RAY_ADDRESS: put llmrun on that one).

@@ -176,7 +176,14 @@ def chat(
     temperature: Annotated[float | None, typer.Option(help="0: the same answer each time.", min=0)] = None,
 ) -> None:
     """Talk to a model; its answer streams. A cold model wakes first."""
-    url = Settings().resolved_url()
+    settings = Settings()
+    key = settings.api_key or settings.resolved_admin_key()
+    http = httpx.Client(
+        base_url=settings.resolved_url(),
+        headers={"authorization": f"Bearer {key}"} if key else {},
+        timeout=httpx.Timeout(None, connect=5),
+        trust_env=False,
+    )
     options: dict[str, Any] = {"model": model, "max_tokens": max_tokens}
     if temperature is not None:
         options["temperature"] = temperature
@@ -186,7 +193,7 @@ def chat(
             question = prompt if prompt is not None else input("> ")
             if question.strip():
                 messages.append({"role": "user", "content": question})
-                messages.append({"role": "assistant", "content": _ask(url, {**options, "messages": messages})})
+                messages.append({"role": "assistant", "content": _ask(http, {**options, "messages": messages})})
             if prompt is not None:
                 return
     except EOFError:
@@ -196,15 +203,12 @@ def chat(
         raise typer.Exit(130) from None
 
 
-def _ask(url: str, body: dict[str, Any]) -> str:
+def _ask(http: httpx.Client, body: dict[str, Any]) -> str:
     """Stream one answer to standard output; the whole of it. Raises ControlError."""
     answer = ""
-    timeout = httpx.Timeout(None, connect=5)
     try:
-        _say_if_cold(url, body["model"])
-        with httpx.stream(
-            "POST", f"{url}/v1/chat/completions", json={**body, "stream": True}, timeout=timeout, trust_env=False
-        ) as response:
+        _say_if_cold(http, body["model"])
+        with http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
             if response.is_error:
                 response.read()
                 raise Refused(error_message(response), response.status_code)
@@ -223,13 +227,13 @@ def _ask(url: str, body: dict[str, Any]) -> str:
     except httpx.RemoteProtocolError as error:
         raise ControlError(f"the answer broke off ({error}): `llmrun logs {body['model']}` may say why") from error
     except httpx.HTTPError as error:
-        raise Unreachable(f"no answer from {url} ({error}): start a cluster with `llmrun up`") from error
+        raise Unreachable(f"no answer from {http.base_url} ({error}): start a cluster with `llmrun up`") from error
     print()
     return answer
 
 
-def _say_if_cold(url: str, model: str) -> None:
+def _say_if_cold(http: httpx.Client, model: str) -> None:
     """A word for whoever waits. Raises httpx.HTTPError."""
-    found = httpx.get(f"{url}/v1/models/{model}", timeout=5, trust_env=False)
+    found = http.get(f"/v1/models/{model}", timeout=5)
     if found.is_success and (state := found.json().get("llmrun", {}).get("state")) not in ("hot", None):
         note(f"{model} is {state}: its engine starts first", "dim")

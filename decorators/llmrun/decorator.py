@@ -39,6 +39,9 @@ def llm(
     target_ongoing_requests: int = 32,
     max_ongoing_requests: int = 256,
     max_queued: int = 1000,
+    rpm: int = 0,
+    tpm: int = 0,
+    max_in_flight: int = 0,
     cold_start: str = "default",
     engine: str = "vllm",
     engine_args: Mapping[str, JsonValue] | Sequence[str] | str = "",
@@ -68,6 +71,10 @@ def llm(
         target_ongoing_requests: requests in flight per replica above which another replica starts.
         max_ongoing_requests: requests in flight per replica at most; more wait in the ingress.
         max_queued: requests that wait at most, while there is no replica with room; the rest get 429.
+        rpm: requests a minute, of all callers together; the rest get 429. 0 is no limit; keys can have limits of their
+            own (`llmrun key create`).
+        tpm: tokens a minute, of prompts and answers together.
+        max_in_flight: requests that wait or are answered at once.
         cold_start: `"fast"` trims what a GPU engine prepares at its start (CUDA graphs), for some speed under load.
         engine: the engine's name.
         engine_args: the engine's arguments: `{"max_model_len": 8192}`, or pasted flags, `"--max-model-len 8192"`.
@@ -108,6 +115,9 @@ def llm(
             "min_uptime": min_uptime,
             "evictable": evictable,
             "max_queued": max_queued,
+            "rpm": rpm,
+            "tpm": tpm,
+            "max_in_flight": max_in_flight,
             "cold_start": cold_start,
             "engine": engine,
             "engine_args": engine_args,

@@ -64,6 +64,21 @@ class Settings(BaseSettings):
         default=32 * 2**20, gt=0, description="The largest request body that the ingress takes (413 above)."
     )
 
+    cors_origins: str = Field(
+        default="", description="Web pages that may call the ingress: origins with commas between, or `*`."
+    )
+    connect_timeout: float = Field(default=5, gt=0, description="How long the ingress tries to reach an engine.")
+    first_byte_timeout: float = Field(
+        default=0, ge=0, description="How long an engine may take to begin its answer. 0: as long as it wants."
+    )
+    idle_stream_timeout: float = Field(
+        default=0, ge=0, description="How long an engine's answer may pause. 0: as long as it wants."
+    )
+    request_timeout: float = Field(
+        default=0, ge=0, description="How long a request may take in all, waiting included. 0: as long as it wants."
+    )
+    api_key: str = Field(default="", description="The key that `llmrun chat` sends. By default the admin key.")
+
     @property
     def root(self) -> Path:
         """The home, absolute."""

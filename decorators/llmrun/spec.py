@@ -55,6 +55,7 @@ SOFT_FIELDS = frozenset(
     {
         *("min_replicas", "max_replicas", "idle_timeout", "schedule", "min_uptime", "evictable"),
         *("target_ongoing_requests", "max_ongoing_requests", "max_queued"),
+        *("rpm", "tpm", "max_in_flight"),
     }
 )
 
@@ -177,6 +178,9 @@ class ModelSpec(BaseModel):
     target_ongoing_requests: int = Field(default=32, ge=1)
     max_ongoing_requests: int = Field(default=256, ge=1)
     max_queued: int = Field(default=1000, ge=1)
+    rpm: int = Field(default=0, ge=0)
+    tpm: int = Field(default=0, ge=0)
+    max_in_flight: int = Field(default=0, ge=0)
     cold_start: Literal["default", "fast"] = "default"
     engine: str = "vllm"
     engine_args: dict[str, JsonValue] = Field(default_factory=dict)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from llmrun.spec import ModelSpec
 from llmrun.weights import AnyWeights
@@ -150,3 +150,47 @@ class Status(Message):
 
     url: str
     models: tuple[ModelStatus, ...]
+
+
+class KeyFacts(Message):
+    """What an API key may. 0 is no limit."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
+    models: tuple[str, ...] = ()
+    """Names of models; none: all."""
+    rpm: int = Field(default=0, ge=0)
+    """Requests a minute."""
+    tpm: int = Field(default=0, ge=0)
+    """Tokens a minute, of prompts and answers together."""
+    max_in_flight: int = Field(default=0, ge=0)
+    """Requests that wait or are answered at once."""
+    wake: bool = True
+    """Whether it wakes models; one that does not reaches hot ones only, and does not keep them hot."""
+    expires: float = 0
+    """Unix time."""
+    created: float = 0
+    """Unix time."""
+
+
+class NewKey(Message):
+    """A key that was just made."""
+
+    key: str
+    """Shown this once: only its hash is stored."""
+    facts: KeyFacts
+
+
+class UsageLine(Message):
+    """What was used, summed over what the question did not ask to tell apart."""
+
+    day: str = ""
+    """`2026-11-23`, in UTC."""
+    key: str = ""
+    model: str = ""
+    adapter: str = ""
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    gpu_seconds: float = 0
+    """Replicas' time on GPUs; it belongs to models, not to keys."""

@@ -16,8 +16,12 @@ Headers = Iterable[tuple[bytes, bytes]]
 
 async def answer(send: Send, status: int, content: Any, headers: Headers = ()) -> None:
     """Send a whole JSON answer."""
-    body = json.dumps(content, ensure_ascii=False).encode()
-    sent = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *headers]
+    await answer_bytes(send, status, json.dumps(content, ensure_ascii=False).encode(), "application/json", headers)
+
+
+async def answer_bytes(send: Send, status: int, body: bytes, content_type: str, headers: Headers = ()) -> None:
+    """Send a whole answer."""
+    sent = [(b"content-type", content_type.encode()), (b"content-length", str(len(body)).encode()), *headers]
     await send({"type": "http.response.start", "status": status, "headers": sent})
     await send({"type": "http.response.body", "body": body})
 

@@ -31,7 +31,7 @@ POLL_S = 0.2
 ON_HEAD = {"node:__internal_head__": 0.001}
 
 
-def start(host: str, port: int, url: str) -> None:
+def start(host: str, port: int, url: str, insecure: bool) -> None:
     """Start Serve without its proxies, control and the ingress. Raises ClusterError."""
     settings = Settings()
     serve.start(proxy_location="Disabled")
@@ -48,17 +48,17 @@ def start(host: str, port: int, url: str) -> None:
         control_handle()
         raise ClusterError("llmrun runs on this cluster already: set LLMRUN_URL to where its ingress listens")
     try:
-        _start_actors(options, data, host, port, url)
+        _start_actors(options, data, url, (host, port, insecure))
     except LLMRunError:
         stop()
         raise
 
 
-def _start_actors(options: dict[str, Any], data: dict[str, Any], host: str, port: int, url: str) -> None:
+def _start_actors(options: dict[str, Any], data: dict[str, Any], url: str, ingress_args: tuple[str, int, bool]) -> None:
     control = ray.remote(Control).options(name=CONTROL, **options).remote(data, url)
     # Should the head be full, a task would wait for ever: own the deadline.
     _get(control.start.remote())
-    ingress = ray.remote(IngressActor).options(name=INGRESS, **options).remote(data, host, port)
+    ingress = ray.remote(IngressActor).options(name=INGRESS, **options).remote(data, *ingress_args)
     _get(ingress.start.remote())
 
 
@@ -108,13 +108,14 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--url", default="")
+    parser.add_argument("--insecure", action="store_true")
     parser.add_argument("--stay", action="store_true", help="remain Serve's job until standard input hangs up")
     args = parser.parse_args()
     result: dict[str, str] = {}
     try:
         ray.init(namespace=NAMESPACE, logging_level=logging.WARNING, log_to_driver=False)
         if args.action == "start":
-            start(args.host, args.port, args.url)
+            start(args.host, args.port, args.url, args.insecure)
         else:
             stop()
         if args.stay:

@@ -30,19 +30,19 @@ from llmrun.settings import Settings, secret_file
 from llmrun_runtime import http
 from llmrun_runtime.processes import END_TIMEOUT_S, end_processes
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 START_TIMEOUT_S = 120
-# Code packages (100 MiB at most) are all that goes through Ray's object store.
 # What a new worker of Ray's imports at once: the spare one of a node then becomes a replica in half a second.
 PRELOAD = "ray.serve._private.replica,llmrun_runtime.replica"
+# Code packages (100 MiB at most) are all that goes through Ray's object store.
 OBJECT_STORE_BYTES = 256 * 2**20
 
 
 class Cluster:
     """A local cluster of this home."""
 
-    def __init__(self, settings: Settings, host: str, port: int, node_ip: str) -> None:
+    def __init__(self, settings: Settings, host: str, port: int, node_ip: str, insecure: bool) -> None:
         self._settings = settings
+        self._insecure = insecure
         self._host, self._port, self._node_ip = host, port, node_ip
         # Ray's sockets lie here; their paths must stay under 108 bytes, so not in the home.
         name = hashlib.sha256(str(settings.root).encode()).hexdigest()[:10]
@@ -83,7 +83,7 @@ class Cluster:
                 start_new_session=True,
             )
         self._wait_for_ray(ray_port)
-        args = ["--stay", "--host", self._host, "--port", str(self._port), "--url", self.url]
+        args = ["--stay", *ingress_args(self._host, self._port, self._insecure)]
         self._boot = boot("start", env, args, logs / "boot.log")
         write_cluster_file(
             self._settings,
@@ -130,7 +130,7 @@ class Cluster:
             "RAY_prestart_worker_first_driver": "0",
             "RAY_preload_python_modules": PRELOAD,
         }
-        if self._node_ip in LOOPBACK:
+        if self._node_ip in http.LOOPBACK:
             # Ray otherwise looks for an address that other machines reach, and listens on that.
             env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         if "RAY_AUTH_MODE" not in env:
@@ -175,14 +175,18 @@ def boot(action: str, env: dict[str, str], args: list[str], log: Path) -> subpro
     return process
 
 
-def join(settings: Settings, host: str, port: int) -> str:
+def ingress_args(host: str, port: int, insecure: bool) -> list[str]:
+    """For `boot start`."""
+    said = ["--host", host, "--port", str(port), "--url", url_of(host, port)]
+    return [*said, "--insecure"] if insecure else said
+
+
+def join(settings: Settings, host: str, port: int, insecure: bool) -> str:
     """Put llmrun on the cluster at `RAY_ADDRESS`; the ingress's URL. Raises ClusterError."""
     settings.make_home()
     (settings.root / "logs").mkdir(exist_ok=True)
     url = url_of(host, port)
-    boot(
-        "start", dict(os.environ), ["--host", host, "--port", str(port), "--url", url], settings.root / "logs/boot.log"
-    )
+    boot("start", dict(os.environ), ingress_args(host, port, insecure), settings.root / "logs" / "boot.log")
     write_cluster_file(settings, {"url": url, "pid": 0, "temp": "", "ray_address": os.environ["RAY_ADDRESS"]})
     return url
 
@@ -262,16 +266,11 @@ def main() -> int:
         if args.action == "down":
             print("ended" if down(settings) else "none", flush=True)
             return 0
-        if args.host not in LOOPBACK and not args.insecure:
-            raise ClusterError(
-                f"--host {args.host}: the ingress has no keys yet, so it listens on loopback only; "
-                f"--insecure opens it to everybody who reaches {args.host}"
-            )
         if os.environ.get("RAY_ADDRESS"):
-            print(f"ready {join(settings, args.host, args.port)}", flush=True)
+            print(f"ready {join(settings, args.host, args.port, args.insecure)}", flush=True)
             return 0
         lock = _lock(settings)
-        cluster = Cluster(settings, args.host, args.port, args.node_ip)
+        cluster = Cluster(settings, args.host, args.port, args.node_ip, args.insecure)
         try:
             cluster.start()
             print(f"ready {cluster.url}", flush=True)

@@ -12,6 +12,7 @@ from llmrun_runtime.asgi import App
 
 # Longer than the ingress keeps an idle connection to control.
 KEEP_ALIVE_S = 75
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -48,6 +49,8 @@ async def serve(app: App, sock: socket.socket) -> None:
         await server.serve(sockets=[sock])
     except asyncio.CancelledError:
         server.should_exit = server.force_exit = True
+        if server.started:
+            await server.shutdown(sockets=[sock])
         raise
     finally:
         sock.close()

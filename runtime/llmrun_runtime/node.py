@@ -22,6 +22,7 @@ from llmrun_runtime.engines.base import Member
 from llmrun_runtime.engines.headstart import HeadStarts, headstart_socket
 from llmrun_runtime.engines.keeper import Keeper, warm_socket
 from llmrun_runtime.engines.kinds import get_engine
+from llmrun_runtime.engines.scratch import sweep_scratch
 from llmrun_runtime.environments import Environments, environment
 from llmrun_runtime.launching import ReplicaConfig, find_weights, make_launch
 from llmrun_runtime.logs import log_path, read_logs
@@ -54,8 +55,9 @@ class NodeAgent:
     async def warm(self, engine: str) -> None:
         """Be ready for the next replica: keep a spare worker, and a warm parent of its engine, if one is of use.
 
-        Replicas can ask the parent when this returns.
+        Replicas can ask the parent when this returns. What killed replicas left here is removed.
         """
+        await asyncio.to_thread(sweep_scratch)
         kind = get_engine(engine)
         if self._spare is None or self._spare.done():
             self._spare = asyncio.get_running_loop().create_task(keep_spare())

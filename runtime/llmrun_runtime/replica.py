@@ -28,6 +28,7 @@ from llmrun_runtime.engines.child import listens
 from llmrun_runtime.engines.headstart import adopt, headstart_socket
 from llmrun_runtime.engines.keeper import warm_socket
 from llmrun_runtime.engines.kinds import get_engine
+from llmrun_runtime.engines.meter import Row
 from llmrun_runtime.engines.process import EngineProcess
 from llmrun_runtime.environments import Environments
 from llmrun_runtime.launching import ReplicaConfig, find_weights, make_launch
@@ -61,6 +62,8 @@ class Replica:
         self._engine: EngineProcess | None = None
         self._state: ReplicaState = "starting"
         self._counts: dict[str, Any] = {}
+        self._told: dict[tuple[str, str], Row] = {}
+        self._max_model_len = 0
         self._failed = ""
         self._answered = time.monotonic()
         self._moments = {"placed": time.time()}
@@ -115,6 +118,7 @@ class Replica:
                 await self._start_engine(replace(launch, warm=None) if spoilt else launch)
             self._passed("ready")
             await self._count()
+            self._max_model_len = await self._engine.max_model_len() if self._engine else 0
             self._state = "ready"
             await self._report()
         except Exception as error:
@@ -134,6 +138,7 @@ class Replica:
     async def _start_engine(self, launch: Launch, begun: Begun | None = None) -> None:
         """Start it, if it has not been begun, and wait until it answers. Raises EngineError."""
         engine = self._engine = EngineProcess(get_engine(self._config.spec.engine), launch, begun)
+        self._told = {}
         started = time.monotonic()
         await engine.start()
         self._moments["forked"] = engine.begun_at
@@ -212,7 +217,9 @@ class Replica:
         return True
 
     async def _report(self) -> None:
-        await self._tell_control("report", self._registration())
+        report = self._registration()
+        if await self._tell_control("report", report):
+            self._told |= {(row[0], row[1]): row for row in report.usage}
 
     async def _tell_control(self, method: str, *args: Any) -> bool:
         """Call control; False while it is away (its table comes back with the next report)."""
@@ -242,6 +249,9 @@ class Replica:
             idle_s=self._counts.get("idle_s", 0),
             forked=engine.forked if engine else False,
             moments=self._moments,
+            paths=frozenset(self._counts.get("paths", ())),
+            max_model_len=self._max_model_len,
+            usage=tuple(row for row in map(tuple, self._counts.get("usage", ())) if self._told.get(row[:2]) != row),
         )
 
     def _passed(self, part: str) -> None:

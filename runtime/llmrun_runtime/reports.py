@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from llmrun.wire import ReplicaState
+from llmrun_runtime.engines.meter import Row
 
 REPORT_S = 0.5
 # Who is silent for so long is taken to be gone.
@@ -30,6 +31,12 @@ class Registration:
     moments: dict[str, float] = field(default_factory=dict)
     """Unix times of what it has passed through: those of `llmrun.wire.START_PARTS` that a replica sees."""
 
+    paths: frozenset[str] = frozenset()
+    """The inference paths that its engine has; none before it has said them."""
+    max_model_len: int = 0
+    usage: tuple[Row, ...] = ()
+    """What was used since the engine's start: the rows that changed since the last report that arrived."""
+
     def __repr__(self) -> str:  # the token stays out of logs
         return f"Registration({self.id[:12]} {self.model} v{self.version} {self.state} {self.host}:{self.port})"
 
@@ -42,3 +49,30 @@ class Traffic:
     in_flight: int = 0
     since: float = 0
     """Since when (unix time) somebody has been waiting; 0 if nobody waits."""
+
+
+# Who a limit is for: a key (`key:NAME`) or a model (`model:NAME`).
+Subject = str
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What one subject with limits has asked of one ingress."""
+
+    requests: int = 0
+    """In the last minute."""
+    in_flight: int = 0
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """What an ingress that enforces a subject's limits cannot see itself."""
+
+    requests: int = 0
+    """In the last minute, at other ingresses."""
+    in_flight: int = 0
+    """At other ingresses."""
+    tokens: int = 0
+    """In the last minute, at all replicas."""
+    tokens_wait: float = 0
+    """Seconds until its tokens are below its limit again."""

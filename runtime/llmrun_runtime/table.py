@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 
 from llmrun.wire import State
@@ -42,6 +43,33 @@ class ModelRoute:
     """Seconds that its last cold starts took, their median; 0 where there were none."""
     max_queued: int = 1000
     """Requests that may wait for it."""
+    rpm: int = 0
+    """Requests a minute; 0 is no limit, as of `tpm` and `max_in_flight`."""
+    tpm: int = 0
+    """Tokens a minute."""
+    max_in_flight: int = 0
+    """Requests that wait or are answered."""
+    max_model_len: int = 0
+    """Tokens of a prompt and its answer together; 0 before an engine has said it."""
+
+
+@dataclass(frozen=True)
+class KeyRoute:
+    """What an API key may: see `llmrun.wire.KeyFacts`."""
+
+    name: str
+    models: tuple[str, ...] = ()
+    rpm: int = 0
+    tpm: int = 0
+    max_in_flight: int = 0
+    wake: bool = True
+    expires: float = 0
+    created: float = 0
+
+    @property
+    def limited(self) -> bool:
+        """Whether anything has to be counted for it."""
+        return bool(self.rpm or self.tpm or self.max_in_flight)
 
 
 @dataclass(frozen=True)
@@ -55,6 +83,18 @@ class Table:
     """Every name that clients may ask for → the model's name."""
     control: tuple[str, int] = ("", 0)
     """Where control's HTTP API listens."""
+    keys: dict[str, KeyRoute] = field(default_factory=dict)
+    """API keys by `digest_of` them."""
+    admin: str = ""
+    """The digest of the admin key."""
+
+
+def digest_of(key: str) -> str:
+    """What is known of a key (hex, sha256: a key has 256 random bits, so that a slow hash would add nothing).
+
+    Who looks a digest up learns from the time it takes nothing that leads to a key.
+    """
+    return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
 
 
 def by_names(models: dict[str, ModelRoute]) -> dict[str, str]:

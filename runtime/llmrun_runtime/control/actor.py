@@ -12,7 +12,7 @@ from llmrun_runtime import http
 from llmrun_runtime.control.api import make_api
 from llmrun_runtime.control.parts import ControlParts
 from llmrun_runtime.logs import log_to_file
-from llmrun_runtime.reports import Registration, Traffic
+from llmrun_runtime.reports import Elsewhere, Registration, Spent, Subject, Traffic
 from llmrun_runtime.table import Table
 from llmrun_runtime.weights.sync import Peer
 
@@ -41,13 +41,15 @@ class Control:
         await self._parts.load()
         loop = asyncio.get_running_loop()
         api = http.serve(make_api(self._parts), self._socket)
-        tasks = (self._parts.scaling.run(), self._parts.warming.run(), api)
+        parts = self._parts
+        tasks = (parts.scaling.run(), parts.warming.run(), parts.usage.run(parts.living), api)
         self._running = [loop.create_task(task) for task in tasks]
 
     async def report(self, report: Registration) -> None:
         """A replica says how it is."""
         await self.start()
         changed = self._parts.registry.report(report, time.monotonic())
+        self._parts.usage.report(report, time.time())
         self._parts.deployer.heard(report)
         if changed:
             if report.state == "ready":
@@ -59,6 +61,7 @@ class Control:
         """A replica says that it did not start."""
         await self.start()
         self._parts.registry.remove(report.id)
+        self._parts.usage.gone(report.id)
         if not self._parts.deployer.heard(report, cause):
             self._parts.scaling.failed(report, cause)
 
@@ -66,15 +69,21 @@ class Control:
         """A replica says that it has ended, or that its engine has died, and of what."""
         if cause:
             self._parts.scaling.died(report, cause)
+        self._parts.usage.report(report, time.time())
+        self._parts.usage.gone(report.id)
         if self._parts.registry.remove(report.id):
             self._parts.scaling.kick()
 
-    async def demand(self, ingress: str, traffic: dict[str, Traffic], first_tokens: dict[str, float]) -> None:
-        """An ingress says what waits there, what is in flight, and when those that had waited were answered."""
+    async def demand(
+        self, ingress: str, traffic: dict[str, Traffic], first_tokens: dict[str, float], spent: dict[Subject, Spent]
+    ) -> dict[Subject, Elsewhere]:
+        """An ingress says what waits there, what is in flight, when those that had waited were answered, and what those
+        with limits have asked; it hears what of that it cannot see itself."""
         await self.start()
-        self._parts.registry.demand(ingress, traffic, time.monotonic())
+        self._parts.registry.demand(ingress, traffic, time.monotonic(), spent)
         self._parts.starts.first_tokens(first_tokens)
         self._parts.scaling.kick()
+        return self._parts.elsewhere(ingress, time.time())
 
     async def watch(self, epoch: str, number: int, timeout: float) -> Table:
         """See `Scaling.watch`."""

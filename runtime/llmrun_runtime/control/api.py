@@ -22,8 +22,11 @@ from llmrun.wire import (
     MAX_PACKAGE_BYTES,
     ColdStart,
     DeployRequest,
+    KeyFacts,
+    NewKey,
     Plan,
     Status,
+    UsageLine,
     WeightsRequest,
     WeightsRow,
 )
@@ -32,6 +35,8 @@ from llmrun_runtime.control.parts import ControlParts
 
 FOLLOW_S = 0.5
 METRICS = "/metrics"  # for Prometheus, which has no key
+BY = r"^(day|key|model|adapter)(,(day|key|model|adapter))*$"
+DAY = r"^\d{4}-\d\d-\d\d$"
 
 
 class AdminKey:
@@ -147,6 +152,30 @@ def make_api(parts: ControlParts) -> App:
     @api.get(f"{root}/starts/{{name:path}}")
     async def starts(name: str) -> list[ColdStart]:
         return parts.starts.of(_known(parts, name))
+
+    @api.get(f"{root}/keys")
+    async def keys() -> list[KeyFacts]:
+        return parts.keys.rows()
+
+    @api.post(f"{root}/keys")
+    async def create_key(facts: KeyFacts) -> NewKey:
+        known = [name for row in parts.scaling.deployed.values() for name in row.spec.served_names]
+        if missing := [name for name in facts.models if name not in known]:
+            there = ", ".join(sorted(known)) or "none"
+            raise Refused(f"--model {missing[0]}: there is no such model; there are: {there}", 404)
+        return parts.keys.create(facts)
+
+    @api.delete(f"{root}/keys/{{name}}")
+    async def revoke_key(name: str) -> dict[str, str]:
+        parts.keys.revoke(name)
+        return {"revoked": name}
+
+    @api.get(f"{root}/usage")
+    async def usage(
+        by: Annotated[str, Query(pattern=BY)] = "key,model", since: Annotated[str, Query(pattern=DAY)] = "0000-00-00"
+    ) -> list[UsageLine]:
+        await parts.usage.flush()
+        return parts.usage.lines(by.split(","), since)
 
     @api.get(METRICS)
     async def metrics() -> Response:

@@ -10,87 +10,26 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from sqlalchemy import LargeBinary, String, Text, create_engine, delete, select
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy import create_engine, delete, select
+from sqlalchemy.orm import Session
 
 from llmrun.spec import ModelSpec
 from llmrun.wire import ColdStart
 from llmrun_runtime.control.placing import Placement
+from llmrun_runtime.control.tables import (
+    AppRow,
+    Base,
+    ModelRow,
+    NumberRow,
+    PackageRow,
+    PinRow,
+    StartRow,
+    VersionRow,
+)
 from llmrun_runtime.weights.pin import Pin
 
-NAME = String(63)  # a DNS label
 PACKAGE_GRACE_S = 3600
 KEEP_STARTS = 1000  # of each model
-
-
-class Base(DeclarativeBase):
-    """The tables."""
-
-
-class AppRow(Base):
-    """An app and where it was last deployed from."""
-
-    __tablename__ = "apps"
-    name: Mapped[str] = mapped_column(NAME, primary_key=True)
-    source: Mapped[str] = mapped_column(Text)
-
-
-class ModelRow(Base):
-    """A model and the number of its version in force."""
-
-    __tablename__ = "models"
-    name: Mapped[str] = mapped_column(NAME, primary_key=True)
-    app: Mapped[str] = mapped_column(NAME)
-    version: Mapped[int]
-
-
-class VersionRow(Base):
-    """One deployed spec. `engine_version` is the version whose replicas serve it (tuning starts none)."""
-
-    __tablename__ = "versions"
-    model: Mapped[str] = mapped_column(NAME, primary_key=True)
-    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    engine_version: Mapped[int]
-    spec: Mapped[str] = mapped_column(Text)
-    placement: Mapped[str] = mapped_column(Text)
-    proven: Mapped[bool]
-    created: Mapped[float]
-
-
-class PinRow(Base):
-    """What the weights' name of a version meant when it was deployed (a table of its own: it came later)."""
-
-    __tablename__ = "pins"
-    model: Mapped[str] = mapped_column(NAME, primary_key=True)
-    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    pin: Mapped[str] = mapped_column(Text(2**24))
-
-
-class NumberRow(Base):
-    """The last version number of a model, deleted ones too: a number names an application, and is not used again."""
-
-    __tablename__ = "numbers"
-    model: Mapped[str] = mapped_column(NAME, primary_key=True)
-    last: Mapped[int]
-
-
-class StartRow(Base):
-    """One cold start."""
-
-    __tablename__ = "starts"
-    id: Mapped[int] = mapped_column(primary_key=True)
-    model: Mapped[str] = mapped_column(NAME, index=True)
-    asked: Mapped[float]
-    start: Mapped[str] = mapped_column(Text)
-
-
-class PackageRow(Base):
-    """A code package, named by its sha256."""
-
-    __tablename__ = "packages"
-    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
-    data: Mapped[bytes] = mapped_column(LargeBinary(2**30))
-    created: Mapped[float]
 
 
 @dataclass(frozen=True)
@@ -120,6 +59,10 @@ class Database:
     def __init__(self, url: str) -> None:
         self._engine = create_engine(url)
         Base.metadata.create_all(self._engine)
+
+    def session(self) -> Session:
+        """A transaction for a room with tables of its own: `with database.session() as session, session.begin()`."""
+        return Session(self._engine)
 
     def load(self) -> tuple[dict[str, Deployed], dict[str, str]]:
         """Models in force by name, and apps' sources by app."""

@@ -15,13 +15,17 @@ from llmrun_runtime.control.database import Database
 from llmrun_runtime.control.deploying import Deployer
 from llmrun_runtime.control.errands import Errands
 from llmrun_runtime.control.events import Jobs
+from llmrun_runtime.control.keys import Keys
 from llmrun_runtime.control.registry import Registry
 from llmrun_runtime.control.scaling import Scaling
 from llmrun_runtime.control.serving import Serving, cluster_nodes
 from llmrun_runtime.control.starts import Starts
 from llmrun_runtime.control.stock import Stock
+from llmrun_runtime.control.usage import Usage
 from llmrun_runtime.control.warming import Warming, head_start
 from llmrun_runtime.node import agent_on
+from llmrun_runtime.reports import Elsewhere, Subject
+from llmrun_runtime.table import digest_of
 
 log = logging.getLogger("llmrun.control")
 AGENT_TIMEOUT_S = 30
@@ -43,9 +47,12 @@ class ControlParts:
             raise ClusterError(f"the database cannot be used ({reason}): see LLMRUN_DATABASE_URL") from error
         self.metrics = CollectorRegistry()
         self.starts = Starts(self.database, self.metrics)
+        self.keys = Keys(self.database)
+        self.usage = Usage(self.database)
         self.registry = Registry()
         self.serving = Serving(settings)
-        self.scaling = Scaling(self.serving, self.registry, self.starts, address)
+        admin = digest_of(self.admin_key)
+        self.scaling = Scaling(self.serving, self.registry, self.starts, self.keys, address, admin)
         self.jobs = Jobs()
         self.stock = Stock(self.scaling)
         self.errands = Errands(self.stock, self.jobs)
@@ -64,6 +71,8 @@ class ControlParts:
 
     async def load(self) -> None:
         """Take up what is stored, and what outlived an earlier control; end what is in force no more."""
+        self.keys.load()
+        self.usage.load()
         rows, self.deployer.sources = self.database.load()
         for row in rows.values():
             self.scaling.put(row)
@@ -72,6 +81,24 @@ class ControlParts:
             if (model, version) not in in_force:
                 log.warning("ending %s v%d, which is not in force", model, version)
                 await self.serving.delete(model, version)
+
+    def living(self) -> list[tuple[str, str, int]]:
+        """The replicas that live, each with its model and the GPUs that it holds."""
+        deployed = self.scaling.deployed
+        reports = (report for report, _ in self.registry.replicas.values())
+        return [(r.id, r.model, deployed[r.model].placement.gpus) for r in reports if r.model in deployed]
+
+    def elsewhere(self, ingress: str, now: float) -> dict[Subject, Elsewhere]:
+        """Of all with limits, what that ingress cannot see."""
+        limited = {f"key:{key.name}": key.tpm for key in self.keys.routes.values() if key.limited}
+        specs = (row.spec for row in self.scaling.deployed.values())
+        limited |= {f"model:{spec.name}": spec.tpm for spec in specs if spec.rpm or spec.tpm or spec.max_in_flight}
+        found = {}
+        for subject, tpm in limited.items():
+            spent = self.registry.spent_elsewhere(ingress, subject)
+            tokens, wait = self.usage.tokens(subject, tpm, now) if tpm else (0, 0)
+            found[subject] = Elsewhere(spent.requests, spent.in_flight, tokens, wait)
+        return {subject: row for subject, row in found.items() if row != Elsewhere()}
 
     async def read_logs(
         self, model: str, offsets: dict[str, dict[str, int]], tail: int

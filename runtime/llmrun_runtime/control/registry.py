@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from llmrun_runtime.reports import LEASE_S, Registration, Traffic
+from llmrun_runtime.reports import LEASE_S, Registration, Spent, Subject, Traffic
 
 
 @dataclass
@@ -17,6 +17,8 @@ class Registry:
 
     replicas: dict[str, tuple[Registration, float]] = field(default_factory=dict)
     ingresses: dict[str, tuple[dict[str, Traffic], float]] = field(default_factory=dict)
+    spent: dict[str, dict[Subject, Spent]] = field(default_factory=dict)
+    """By ingress, what those with limits have asked there."""
     last_used: dict[str, float] = field(default_factory=dict)
     ready_since: dict[str, float] = field(default_factory=dict)
     """When each replica that is ready became so."""
@@ -34,12 +36,20 @@ class Registry:
             self.used(report.model, now - report.idle_s)
         return not known or _routed(known[0]) != _routed(report)
 
-    def demand(self, ingress: str, traffic: dict[str, Traffic], now: float) -> None:
+    def demand(
+        self, ingress: str, traffic: dict[str, Traffic], now: float, spent: dict[Subject, Spent] | None = None
+    ) -> None:
         """Take an ingress's counts."""
         self.ingresses[ingress] = (traffic, now)
+        self.spent[ingress] = spent or {}
         for model, counts in traffic.items():
             if counts.waiting or counts.in_flight:
                 self.used(model, now)
+
+    def spent_elsewhere(self, ingress: str, subject: Subject) -> Spent:
+        """What a subject has asked of the other ingresses."""
+        rows = [rows[subject] for key, rows in self.spent.items() if key != ingress and subject in rows]
+        return Spent(sum(row.requests for row in rows), sum(row.in_flight for row in rows))
 
     def used(self, model: str, when: float) -> None:
         """Note that a request waited or was in flight then."""
@@ -56,6 +66,7 @@ class Registry:
         for report in gone:
             self.remove(report.id)
         self.ingresses = {key: row for key, row in self.ingresses.items() if now - row[1] <= LEASE_S}
+        self.spent = {key: row for key, row in self.spent.items() if key in self.ingresses}
         return gone
 
     def lives(self, replica: str, *, draining: bool) -> bool:
@@ -91,4 +102,4 @@ class Registry:
 
 def _routed(report: Registration) -> tuple[object, ...]:
     """What the ingress's table has of a replica."""
-    return (report.state, report.version, report.host, report.port, report.token)
+    return (report.state, report.version, report.host, report.port, report.token, report.paths, report.max_model_len)

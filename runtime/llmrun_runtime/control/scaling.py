@@ -18,12 +18,14 @@ import ray
 from llmrun.errors import Refused
 from llmrun.wire import ModelStatus, State
 from llmrun_runtime.control.database import Deployed
+from llmrun_runtime.control.keys import Keys
 from llmrun_runtime.control.placing import Node, has_room, shortage
 from llmrun_runtime.control.registry import Registry
 from llmrun_runtime.control.room import Holder, make_room
 from llmrun_runtime.control.serving import Serving, cluster_nodes
 from llmrun_runtime.control.starts import Starts
 from llmrun_runtime.control.views import Facts, View
+from llmrun_runtime.engines.kinds import get_engine
 from llmrun_runtime.reports import Registration
 from llmrun_runtime.scaler import Demand, Failure, Limits, decide
 from llmrun_runtime.table import Table, by_names
@@ -47,19 +49,29 @@ class Candidate:
 class Scaling:
     """All models in force, what they should run, and the table made of that."""
 
-    def __init__(self, serving: Serving, registry: Registry, starts: Starts, control: tuple[str, int]) -> None:
+    def __init__(
+        self,
+        serving: Serving,
+        registry: Registry,
+        starts: Starts,
+        keys: Keys,
+        control: tuple[str, int],
+        admin: str = "",
+    ) -> None:
         self.deployed: dict[str, Deployed] = {}
         self.held: set[str] = set()
         """Models that a deploy steers."""
         self.candidates: dict[str, Candidate] = {}
         """Versions that are being proven, and those of new models that could not be."""
-        self.table = Table(epoch=uuid.uuid4().hex, control=control)
+        self.table = Table(epoch=uuid.uuid4().hex, control=control, admin=admin)
         self.on_proven: Callable[[Deployed], None] = lambda row: None
         self.on_wake: Callable[[Deployed], None] = lambda row: None
         """Called when the target of a model leaves zero because somebody waits."""
         self._serving = serving
         self._registry = registry
         self._starts = starts
+        self._keys = keys
+        keys.on_change = self.kick
         self._facts: dict[str, Facts] = {}
         self._kick = asyncio.Event()
         self._changed = asyncio.Condition()
@@ -104,6 +116,8 @@ class Scaling:
         if row and row.engine_version == report.version:
             facts = self._facts[row.name]
             facts.failure, facts.death, facts.yielded, facts.by_hand_until = None, "", "", 0
+            facts.paths = report.paths & get_engine(row.spec.engine).paths
+            facts.max_model_len = report.max_model_len
 
     def died(self, report: Registration, cause: str) -> None:
         """The engine of a replica has died after it was ready; Serve starts another one."""
@@ -163,9 +177,10 @@ class Scaling:
             if row.name not in self.held:
                 self._decide(row, now)
         models = {row.name: self._view(row).route(now, self._starts.usual(row.name)) for row in self.deployed.values()}
-        if models != self.table.models:
+        if models != self.table.models or self._keys.routes != self.table.keys:
             async with self._changed:
-                self.table = replace(self.table, number=self.table.number + 1, models=models, names=by_names(models))
+                number, keys = self.table.number + 1, self._keys.routes
+                self.table = replace(self.table, number=number, models=models, names=by_names(models), keys=keys)
                 self._changed.notify_all()
 
     def _decide(self, row: Deployed, now: float) -> None:

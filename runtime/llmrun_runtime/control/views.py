@@ -37,6 +37,9 @@ class Facts:
     yielded: str = ""
     """The model that this one made room for."""
     task: asyncio.Task[None] | None = field(default=None, repr=False)
+    paths: frozenset[str] = frozenset()
+    """The inference paths that its engines have; none before one has run."""
+    max_model_len: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ class View:
             state=self.state(),
             created=int(row.created),
             names=row.spec.served_names,
-            paths=get_engine(row.spec.engine).paths,
+            paths=self.facts.paths or get_engine(row.spec.engine).paths,
             max_ongoing=row.spec.max_ongoing_requests,
             replicas=tuple(ReplicaRoute(r.id, r.host, r.port, r.token) for r in ready),
             failures=failure.count if failure else 0,
@@ -98,6 +101,10 @@ class View:
             phase=self.phase(),
             usual_start=usual_start,
             max_queued=row.spec.max_queued,
+            rpm=row.spec.rpm,
+            tpm=row.spec.tpm,
+            max_in_flight=row.spec.max_in_flight,
+            max_model_len=self.facts.max_model_len,
         )
 
     def status(self, state: State | None = None, cause: str | None = None) -> ModelStatus:

@@ -19,6 +19,9 @@ LEASE_ENV = "LLMRUN_LEASE"  # host:port of the replica's lease
 TOKEN_ENV = "LLMRUN_TOKEN"  # the replica's secret
 SHIM_ENV = "LLMRUN_SHIM"  # JSON of ShimConfig
 TOKEN_HEADER = "x-llmrun-token"
+# Beside the token: whose request it is, by the name of its API key; and that it must not keep the model warm.
+KEY_HEADER = "x-llmrun-key"
+PROBE_HEADER = "x-llmrun-probe"
 STATE_PATH = "/_llmrun/state"
 IDLE_CONNECTION_S = 60  # for so long the ingress keeps a connection to an engine that nobody uses
 

@@ -122,6 +122,14 @@ class EngineProcess:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise EngineError(f"the engine does not answer: {type(error).__name__}") from error
 
+    async def max_model_len(self) -> int:
+        """Tokens of a prompt and its answer together, as the engine lists its model; 0 if it does not say."""
+        try:
+            async with self._http().get(self._url("/v1/models"), headers={TOKEN_HEADER: self.token}) as answer:
+                return int((await answer.json())["data"][0]["max_model_len"])
+        except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError):
+            return 0
+
     async def end(self) -> None:
         """End every process of the engine: ask, let go of the lease, then force."""
         child = self._begun.child if self._begun else None

@@ -1,7 +1,7 @@
 """The shim: one small ASGI layer around the engine's app, in the engine's process.
 
-Lets in only who carries the replica's token, runs the user's hooks, counts requests in flight, and tells the
-replica when the engine is ready. Does not know which engine it is around.
+Lets in only who carries the replica's token, runs the user's hooks, counts requests in flight and what they use, and
+tells the replica when the engine is ready. Does not know which engine it is around.
 """
 
 from __future__ import annotations
@@ -14,8 +14,16 @@ from typing import Any
 
 from llmrun.errors import HookError
 from llmrun_runtime.asgi import App, Message, Receive, Scope, Send, answer, answer_error
-from llmrun_runtime.engines import lease
-from llmrun_runtime.engines.base import SHIM_ENV, STATE_PATH, TOKEN_ENV, TOKEN_HEADER, ShimConfig
+from llmrun_runtime.engines import lease, meter
+from llmrun_runtime.engines.base import (
+    KEY_HEADER,
+    PROBE_HEADER,
+    SHIM_ENV,
+    STATE_PATH,
+    TOKEN_ENV,
+    TOKEN_HEADER,
+    ShimConfig,
+)
 from llmrun_runtime.engines.hooks import Hooks
 
 UNCOUNTED = ("/health", "/metrics", "/ping", "/load", "/version")
@@ -30,6 +38,8 @@ class Shim:
         config = ShimConfig.from_json(os.environ[SHIM_ENV])
         self._hooks = Hooks(config) if config.hooks else None
         self._in_flight = 0
+        self._probes = 0
+        self._paths: list[str] = []
         self._served = 0
         self._last_end = time.monotonic()
 
@@ -42,12 +52,14 @@ class Shim:
             await self._refuse(scope, send)
             return
         if scope["path"] == STATE_PATH:
-            await answer(send, 200, self._state())
+            await answer(send, 200, self._state(scope))
             return
         if scope["path"] in UNCOUNTED:
             await self._app(scope, receive, send)
             return
+        probe = PROBE_HEADER.encode() in headers
         self._in_flight += 1
+        self._probes += probe
         try:
             if self._hooks and scope.get("method") == "POST" and b"json" in headers.get(b"content-type", b"").lower():
                 try:
@@ -55,11 +67,14 @@ class Shim:
                 except HookError as error:
                     await answer_error(send, 500, str(error), "hook_error", "hook_failed")
                     return
-            await self._app(scope, receive, send)
+            with meter.metered(headers.get(KEY_HEADER.encode(), b"").decode("latin-1")):
+                await self._app(scope, receive, send)
         finally:
             self._in_flight -= 1
+            self._probes -= probe
             self._served += 1
-            self._last_end = time.monotonic()
+            if not probe:
+                self._last_end = time.monotonic()
 
     def _announce(self, send: Send) -> Send:
         """Start the hooks when the engine's own start-up is done, then tell the replica."""
@@ -78,9 +93,16 @@ class Shim:
 
         return announced
 
-    def _state(self) -> dict[str, Any]:
-        idle = 0.0 if self._in_flight else time.monotonic() - self._last_end
-        return {"in_flight": self._in_flight, "served": self._served, "idle_s": round(idle, 3)}
+    def _state(self, scope: Scope) -> dict[str, Any]:
+        self._paths = self._paths or _paths(scope.get("app"))
+        idle = 0.0 if self._in_flight > self._probes else time.monotonic() - self._last_end
+        return {
+            "in_flight": self._in_flight,
+            "served": self._served,
+            "idle_s": round(idle, 3),
+            "usage": meter.rows(),
+            "paths": self._paths,
+        }
 
     async def _with_hooks(self, hooks: Hooks, scope: Scope, receive: Receive) -> Receive:
         """Read the body, let the hooks change it, and hand on a `receive` that gives the changed one."""
@@ -107,6 +129,12 @@ class Shim:
             return
         text = "this is a replica of llmrun's and takes requests from its ingress only: ask the ingress"
         await answer_error(send, 401, text, "authentication_error", "invalid_token")
+
+
+def _paths(app: Any) -> list[str]:
+    """What a Starlette app takes POST requests at; nothing of another's."""
+    routes = [route for route in getattr(app, "routes", ()) if "POST" in (getattr(route, "methods", None) or ())]
+    return sorted({route.path for route in routes})
 
 
 def _replay(first: Message, receive: Receive) -> Receive:

@@ -65,7 +65,13 @@ class VLLM:
     """vLLM's OpenAI server, started through `vllm_server` so that it holds the lease and carries the shim."""
 
     name = "vllm"
-    paths = frozenset({"/v1/chat/completions", "/v1/completions"})
+    paths = frozenset(
+        {
+            *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"),
+            *("/v1/embeddings", "/pooling", "/classify", "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
+            *("/v1/audio/transcriptions", "/v1/audio/translations", "/tokenize", "/detokenize"),
+        }
+    )
 
     module = "llmrun_runtime.engines.vllm_server"
 

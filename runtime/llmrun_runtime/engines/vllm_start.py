@@ -48,6 +48,7 @@ from vllm.v1.executor import Executor
 from vllm.v1.worker import gpu_model_runner
 
 from llmrun_runtime.engines import lease
+from llmrun_runtime.engines.vllm_meter import meter_vllm
 from llmrun_runtime.engines.vllm_server import cpu_defaults
 
 KNOWN = "0.32."
@@ -83,6 +84,7 @@ def prepare(*, to_fork: bool) -> None:
     _prepared.quick = str(vllm.__version__).startswith(KNOWN)
     _prepared.to_fork = to_fork
     _prepared.parser = make_arg_parser(FlexibleArgumentParser(prog="vllm"))
+    meter_vllm()
     if _prepared.quick:
         _look_for_a_processor_first()
         tokenizers.copy = SimpleNamespace(copy=copy.copy, deepcopy=_copied)

@@ -5,15 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
+import time
 import uuid
 from typing import Any
 
 import ray
 
+from llmrun.errors import ClusterError
 from llmrun.settings import Settings
 from llmrun_runtime import http
 from llmrun_runtime.actors import control_handle
+from llmrun_runtime.asgi import App
 from llmrun_runtime.ingress.app import Ingress
+from llmrun_runtime.ingress.cors import with_cors
+from llmrun_runtime.ingress.limits import Limiter
 from llmrun_runtime.ingress.waiting import Waiting
 from llmrun_runtime.logs import log_to_file
 
@@ -27,24 +33,39 @@ RETRY_S = 0.2
 class IngressActor:
     """The actor's class; it serves from its last table while control is away."""
 
-    async def __init__(self, settings: dict[str, Any], host: str, port: int) -> None:  # type: ignore[misc] # Ray awaits it
+    async def __init__(  # type: ignore[misc] # Ray awaits it
+        self, settings: dict[str, Any], host: str, port: int, insecure: bool
+    ) -> None:
         parsed = Settings.model_validate(settings)
         log_to_file(parsed.root, "ingress")
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # two for each stream
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         self._id = uuid.uuid4().hex
         self._control = control_handle()
         self._dirty = asyncio.Event()
         self._waiting = Waiting(parsed.wake_timeout, self._dirty.set)
         self._socket = http.bind(host, port)
+        self._limiter = Limiter()
+        self._host = host
+        self._keys_only = host not in http.LOOPBACK and not insecure
         loop = asyncio.get_running_loop()
-        app = Ingress(parsed, self._waiting)
+        app: App = Ingress(parsed, self._waiting, self._limiter, keys_only=self._keys_only)
+        if parsed.cors_origins:
+            app = with_cors(app, parsed.cors_origins)
         self._first_table = asyncio.Event()
         self._tasks = [loop.create_task(task) for task in (self._watch(), self._report(), self._serve(app))]
 
     async def start(self) -> None:
-        """Return when the first table has come."""
+        """Return when the first table has come. Raises ClusterError if nobody could come in."""
         await self._first_table.wait()
+        if self._keys_only and not self._waiting.table.keys:
+            raise ClusterError(
+                f"--host {self._host}: there is no API key yet, and without keys only this machine is served: make one "
+                f"first (`llmrun up`, `llmrun key create NAME`, `llmrun down`); --insecure lets everybody in who "
+                f"reaches {self._host}"
+            )
 
-    async def _serve(self, app: Ingress) -> None:
+    async def _serve(self, app: App) -> None:
         """Answer once there is a table: until then callers wait in the socket's backlog."""
         await self._first_table.wait()
         await http.serve(app, self._socket)
@@ -71,7 +92,8 @@ class IngressActor:
                     await self._dirty.wait()
             self._dirty.clear()
             try:
-                call = self._control.demand.remote(self._id, self._waiting.traffic(), self._waiting.first_tokens())
-                await asyncio.wait_for(call, CALL_TIMEOUT_S)
+                waiting, spent = self._waiting, self._limiter.spent(time.time())
+                call = self._control.demand.remote(self._id, waiting.traffic(), waiting.first_tokens(), spent)
+                self._limiter.elsewhere = await asyncio.wait_for(call, CALL_TIMEOUT_S)
             except (ray.exceptions.RayError, TimeoutError):
                 await asyncio.sleep(RETRY_S)

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import io
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import python_multipart
 
 from llmrun_runtime.asgi import Scope
 from llmrun_runtime.table import ModelRoute, Table
 
 MAX_WAIT = b"x-llmrun-max-wait"
+PROMPTS = (b'"messages"', b'"prompt"', b'"input"')
+# Shorter prompts are not worth a cache.
+PREFIX_BYTES = 1024
 ROUTED = ("model", "stream")
+# The code of a Refusal: no replica answers now.
+NOT_READY = "model_not_ready"
 
 
 @dataclass
@@ -32,10 +41,14 @@ class Asked:
 
     model: str
     stream: bool
+    prefix: bytes = b""
+    """How its prompt begins, for routing; b"" of a short one."""
 
 
-def read_request(body: bytes) -> Asked:
-    """Read `model` and `stream` of a JSON body. Raises Refusal."""
+def read_request(body: bytes, content_type: bytes = b"application/json") -> Asked:
+    """Read `model` and `stream` of a body: JSON, or a multipart form. Raises Refusal."""
+    if content_type.lower().startswith(b"multipart/form-data"):
+        return _read_form(body, content_type)
     try:
         parsed = json.loads(body)
         twice = _written_twice(body) if isinstance(parsed, dict) else None
@@ -45,12 +58,41 @@ def read_request(body: bytes) -> Asked:
         raise Refusal(400, f"the body must be a JSON object, not {type(parsed).__name__}", "invalid_json")
     if twice:
         raise Refusal(400, f"the body has {twice!r} more than once: say it once", "duplicate_key", param=twice)
+    return Asked(_model_of(parsed), parsed.get("stream") is True, _prefix(body))
+
+
+def _prefix(body: bytes) -> bytes:
+    """The first PREFIX_BYTES of a long prompt as the client wrote it: what turns of one conversation have in common."""
+    at = next((at for field in PROMPTS if (at := body.find(field)) >= 0), len(body))
+    return body[at : at + PREFIX_BYTES] if at + PREFIX_BYTES <= len(body) else b""
+
+
+def _model_of(parsed: Mapping[str, Any]) -> str:
     model = parsed.get("model")
     if model is None:
         raise Refusal(400, "the body has no 'model': name one of GET /v1/models", "missing_model", param="model")
     if not isinstance(model, str):
         raise Refusal(400, f"'model' must be a string, not {type(model).__name__}", "invalid_model", param="model")
-    return Asked(model, parsed.get("stream") is True)
+    return model
+
+
+def _read_form(body: bytes, content_type: bytes) -> Asked:
+    """The form fields of ROUTED; files are the engine's."""
+    fields: dict[str, str] = {}
+
+    def keep(field: Any) -> None:
+        name = (field.field_name or b"").decode("latin-1")
+        if name in ROUTED:
+            if name in fields:
+                raise Refusal(400, f"the form has {name!r} more than once: say it once", "duplicate_key", param=name)
+            fields[name] = (field.value or b"").decode(errors="replace")
+
+    try:
+        headers = {"Content-Type": content_type, "Content-Length": str(len(body)).encode()}
+        python_multipart.parse_form(headers, io.BytesIO(body), keep, lambda file: file.close())
+    except (python_multipart.exceptions.FormParserError, ValueError) as error:
+        raise Refusal(400, f"the body is no multipart form: {error}", "invalid_form") from None
+    return Asked(_model_of(fields), fields.get("stream", "").lower() in ("true", "1"))
 
 
 def _written_twice(body: bytes) -> str | None:
@@ -97,7 +139,7 @@ def find_model(table: Table, name: str) -> ModelRoute:
     raise Refusal(404, text, "model_not_found", param="model")
 
 
-def check_path(model: ModelRoute, path: str) -> None:
+def check_path(model: ModelRoute | None, path: str) -> None:
     """Raises Refusal if the model's engine does not speak `path`."""
-    if path not in model.paths:
+    if model and path not in model.paths:
         raise Refusal(404, f"{model.name} has no {path}: it has {', '.join(sorted(model.paths))}", "path_not_found")

@@ -3,41 +3,61 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import itertools
 import logging
+import time
 import uuid
+from collections.abc import Coroutine
 from typing import Any
 
 import aiohttp
+from prometheus_client import CONTENT_TYPE_LATEST
 
 import llmrun
 from llmrun.settings import Settings
 from llmrun.wire import CONTROL_ROOT
-from llmrun_runtime.asgi import Receive, Scope, Send, answer, answer_error
-from llmrun_runtime.engines.base import TOKEN_HEADER
+from llmrun_runtime.asgi import Receive, Scope, Send, answer, answer_bytes, answer_error
+from llmrun_runtime.engines.base import KEY_HEADER, PROBE_HEADER, TOKEN_HEADER
 from llmrun_runtime.engines.kinds import get_engine
 from llmrun_runtime.ingress.admission import Refusal, check_path, find_model, read_max_wait, read_request
 from llmrun_runtime.ingress.early import EarlyStream
+from llmrun_runtime.ingress.gate import check_model, find_key, may_see
+from llmrun_runtime.ingress.limits import Limiter, limits_of
+from llmrun_runtime.ingress.metrics import Metrics, Request
 from llmrun_runtime.ingress.patience import Patience
-from llmrun_runtime.ingress.relay import UpstreamGone, forwarded_headers, new_session, read_body, relay, stream_body
-from llmrun_runtime.ingress.waiting import Waiting
-from llmrun_runtime.table import ModelRoute
+from llmrun_runtime.ingress.relay import (
+    Deadlines,
+    UpstreamGone,
+    forwarded_headers,
+    new_session,
+    read_body,
+    relay,
+    stream_body,
+)
+from llmrun_runtime.ingress.waiting import Caller, Claim, Waiting
+from llmrun_runtime.table import KeyRoute, ModelRoute
 
 log = logging.getLogger("llmrun.ingress")
 MODELS = "/v1/models"
 # Known even while nothing is deployed, so that a request hears that rather than of a wrong path.
 USUAL_PATHS = get_engine("vllm").paths
-# What the engine must not see: the caller's key, and our own token's name.
-PRIVATE = frozenset({b"authorization", b"x-api-key", TOKEN_HEADER.encode()})
+# What the engine must not see of the caller's: its key, and what only we say.
+PRIVATE = frozenset(
+    {b"authorization", b"x-api-key", b"x-request-id"}
+    | {name.encode() for name in (TOKEN_HEADER, KEY_HEADER, PROBE_HEADER)}
+)
 
 
 class Ingress:
-    """`Ingress(settings, waiting)` is an ASGI app; `close` it at the end."""
+    """`Ingress(settings, waiting, …)` is an ASGI app; `close` it at the end. `keys_only`: no key, no way in."""
 
-    def __init__(self, settings: Settings, waiting: Waiting) -> None:
-        self._limit = settings.max_body_bytes
+    def __init__(self, settings: Settings, waiting: Waiting, limiter: Limiter, *, keys_only: bool = False) -> None:
+        self._settings = settings
+        self._deadlines = Deadlines(settings.connect_timeout, settings.first_byte_timeout, settings.idle_stream_timeout)
         self._waiting = waiting
+        self._limiter = limiter
+        self._keys_only = keys_only
+        self._metrics = Metrics(waiting)
         self._session: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
@@ -46,40 +66,49 @@ class Ingress:
             await self._session.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = False
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        request = Request(given if given.isprintable() and 0 < len(given) <= 128 else uuid.uuid4().hex)
+        headers = [(b"x-request-id", request.id.encode("latin-1"))]
 
         async def watched(message: Any) -> None:
-            nonlocal started
-            started = started or message["type"] == "http.response.start"
+            if message["type"] == "http.response.start":
+                request.status = message["status"]
             await send(message)
 
-        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if given.isprintable() and 0 < len(given) <= 128 else uuid.uuid4().hex
         try:
-            await self._dispatch(scope, receive, watched, request_id)
+            await self._dispatch(scope, receive, watched, request)
         except Refusal as refusal:
-            headers = [(b"x-request-id", request_id.encode("latin-1"))]
             if refusal.retry_after is not None:
                 headers.append((b"retry-after", str(refusal.retry_after).encode()))
-            await answer_error(send, refusal.status, refusal.text, refusal.kind, refusal.code, refusal.param, headers)
+            headers += request.headers
+            await answer_error(
+                watched, refusal.status, refusal.text, refusal.kind, refusal.code, refusal.param, headers
+            )
         except Exception as error:
-            if started:
+            if request.status:
                 raise  # the server closes the connection: nobody takes half an answer for a whole one
-            log.exception("request %s failed", request_id)
-            text = f"the ingress failed ({type(error).__name__}); its log has request {request_id}"
-            await answer_error(send, 500, text, "internal_error", "internal_error")
+            log.exception("request %s failed", request.id)
+            text = f"the ingress failed ({type(error).__name__}); its log has request {request.id}"
+            await answer_error(watched, 500, text, "internal_error", "internal_error", headers=headers)
+        finally:
+            if request.model:
+                self._metrics.ended(request)
+                log.info("%s", request)
 
-    async def _dispatch(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
+    async def _dispatch(self, scope: Scope, receive: Receive, send: Send, request: Request) -> None:
         path, method = scope["path"], scope["method"]
         if path == "/health":
             await answer(send, 200, {"status": "ok", "version": llmrun.__version__})
         elif path == MODELS or path.startswith(MODELS + "/"):
             if method not in ("GET", "HEAD"):
                 raise Refusal(405, f"{path} takes GET", "method_not_allowed")
-            await self._models(path, send)
-        elif path.startswith(CONTROL_ROOT + "/") or path == "/metrics":
-            if path == "/metrics" and method not in ("GET", "HEAD"):
+            await self._models(scope, path, send)
+        elif path == "/metrics":
+            if method not in ("GET", "HEAD"):
                 raise Refusal(405, f"{path} takes GET", "method_not_allowed")
+            text = await self._metrics.gather(self._http())
+            await answer_bytes(send, 200, text, CONTENT_TYPE_LATEST)
+        elif path.startswith(CONTROL_ROOT + "/"):
             await self._control(scope, receive, send)
         else:
             models = self._waiting.table.models.values()
@@ -87,16 +116,22 @@ class Ingress:
                 raise Refusal(404, f"there is no {path} here", "path_not_found")
             if method != "POST":
                 raise Refusal(405, f"{path} takes POST", "method_not_allowed")
-            await self._infer(scope, receive, send, request_id)
+            await self._infer(scope, receive, send, request)
 
-    async def _models(self, path: str, send: Send) -> None:
-        table = self._waiting.table
+    def _key(self, scope: Scope) -> KeyRoute | None:
+        return find_key(self._waiting.table, scope, time.time(), required=self._keys_only)
+
+    async def _models(self, scope: Scope, path: str, send: Send) -> None:
+        key, table = self._key(scope), self._waiting.table
         if path == MODELS:
-            data = [_describe(model, model.name) for model in table.models.values()]
+            data = [_describe(model, model.name) for model in table.models.values() if may_see(key, model)]
             await answer(send, 200, {"object": "list", "data": data})
         else:
             name = path.removeprefix(MODELS + "/")
-            await answer(send, 200, _describe(find_model(table, name), name))
+            model = find_model(table, name)
+            if not may_see(key, model):
+                check_model(key, model)
+            await answer(send, 200, _describe(model, name))
 
     async def _control(self, scope: Scope, receive: Receive, send: Send) -> None:
         host, port = self._waiting.table.control
@@ -109,36 +144,73 @@ class Ingress:
             text = f"control does not answer ({error}): it is being restarted, try again in a few seconds"
             raise Refusal(503, text, "control_away", "service_unavailable", retry_after=2) from None
 
-    async def _infer(self, scope: Scope, receive: Receive, send: Send, request_id: str) -> None:
-        body = await read_body(scope, receive, self._limit)
-        asked = read_request(body)
+    async def _infer(self, scope: Scope, receive: Receive, send: Send, request: Request) -> None:
+        key = self._key(scope)
+        body = await read_body(scope, receive, self._settings.max_body_bytes)
+        asked = read_request(body, dict(scope["headers"]).get(b"content-type", b""))
         limit = read_max_wait(scope)
-        check_path(find_model(self._waiting.table, asked.model), scope["path"])
-        early = EarlyStream(send, [(b"x-request-id", request_id.encode("latin-1"))])
-        patience = Patience(self._waiting, asked.model, limit, early if asked.stream else None)
+        model = find_model(self._waiting.table, asked.model)
+        check_path(model, scope["path"])
+        check_model(key, model)
+        request.model, request.key, request.path = model.name, key.name if key else "", scope["path"]
+        limits = limits_of(key, model)
+        early = EarlyStream(send, [(b"x-request-id", request.id.encode("latin-1"))])
+        caller = Caller(request.key, key is not None and not key.wake, asked.prefix)
+        patience = Patience(self._waiting, asked.model, limit, early if asked.stream else None, caller)
         try:
-            await _unless_gone(self._ask(scope, early, patience, body, request_id), receive)
+            with self._limiter.entered(limits, time.time()):
+                request.headers = self._limiter.headers(limits, time.time())
+                work = self._ask(scope, early, patience, body, request, caller)
+                await _unless_gone(self._in_time(work), receive)
         except Refusal as refusal:
-            if not early.opened:
+            request.headers = self._limiter.headers(limits, time.time())
+            if early.started and not early.events:
+                raise ConnectionAbortedError(refusal.text) from None
+            if not early.started:
                 raise
             await early.refuse(refusal)
 
-    async def _ask(self, scope: Scope, send: Send, patience: Patience, body: bytes, request_id: str) -> None:
+    async def _in_time(self, work: Coroutine[Any, Any, None]) -> None:
+        """Raises Refusal if a request takes longer than any may."""
+        limit = self._settings.request_timeout
+        if not limit:
+            await work
+            return
+        try:
+            async with asyncio.timeout(limit):
+                await work
+        except TimeoutError:
+            text = f"the request took longer than {limit:g} s (LLMRUN_REQUEST_TIMEOUT)"
+            raise Refusal(504, text, "request_timeout", "service_unavailable") from None
+
+    async def _ask(
+        self, scope: Scope, send: EarlyStream, patience: Patience, body: bytes, request: Request, caller: Caller
+    ) -> None:
         """Wait for a replica and relay; go to another one if it is gone before its first byte."""
-        headers = [*forwarded_headers(scope, PRIVATE | {b"x-request-id"}), ("x-request-id", request_id)]
-        answer_headers = [(b"x-request-id", request_id.encode("latin-1"))]
+        more = [("x-request-id", request.id), (KEY_HEADER, caller.key)]
+        more += [(PROBE_HEADER, "1")] if caller.probe else []
+        headers = [*forwarded_headers(scope, PRIVATE), *more]
+        answer_headers = [(b"x-request-id", request.id.encode("latin-1")), *request.headers]
         failed: list[str] = []
         for attempt in itertools.count():
             claim = await patience.claim(failed)
             url = f"http://{claim.replica.host}:{claim.replica.port}{scope['path']}"
             with self._waiting.in_flight(claim):
                 try:
+                    check_path(self._waiting.table.models.get(claim.model), scope["path"])  # known since it woke
+
+                    def first(claim: Claim = claim) -> None:
+                        request.first_byte = time.monotonic()
+                        self._waiting.answered(claim)
+
                     token = (TOKEN_HEADER, claim.replica.token)
-                    first = functools.partial(self._waiting.answered, claim)
-                    await relay(self._http(), scope, send, url, [*headers, token], body, answer_headers, first)
+                    await relay(
+                        *(self._http(), scope, send, url, [*headers, token], body, answer_headers, first),
+                        deadlines=self._deadlines,
+                    )
                     return
                 except UpstreamGone as error:
-                    log.warning("request %s: replica %s is gone: %s", request_id, claim.replica.id[:12], error)
+                    log.warning("request %s: replica %s is gone: %s", request.id, claim.replica.id[:12], error)
                     failed.append(claim.replica.id)
                     # What never reached an engine may be tried until it does; what did, once more.
                     if error.reached and attempt:
@@ -172,5 +244,13 @@ async def _unless_gone(work: Any, receive: Receive) -> None:
 
 def _describe(model: ModelRoute, name: str) -> dict[str, Any]:
     """A model as OpenAI lists it, with what llmrun knows beside."""
-    more = {"state": model.state, "app": model.app, "version": model.version, "aliases": list(model.names[1:])}
+    more = {
+        "state": model.state,
+        "app": model.app,
+        "version": model.version,
+        "aliases": list(model.names[1:]),
+        "paths": sorted(model.paths),
+    }
+    if model.max_model_len:
+        more["max_model_len"] = model.max_model_len
     return {"id": name, "object": "model", "created": model.created, "owned_by": "llmrun", "llmrun": more}

@@ -23,12 +23,16 @@ class EarlyStream:
         self._headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         self._headers += headers
         self.opened = False
+        self.started = False
+        """Whether the caller has heard a status."""
+        self.events = False
+        """Whether it is a stream of events, which can end with one that says what went wrong."""
         self._refused: bytearray | None = None
 
     async def comment(self, text: str) -> None:
         """Say something that clients do not show."""
         if not self.opened:
-            self.opened = True
+            self.opened = self.started = self.events = True
             await self._send({"type": "http.response.start", "status": 200, "headers": self._headers})
         await self._send({"type": "http.response.body", "body": f": {text}\n\n".encode(), "more_body": True})
 
@@ -40,6 +44,10 @@ class EarlyStream:
     async def __call__(self, message: Message) -> None:
         """Pass on what an engine answers."""
         if not self.opened:
+            if message["type"] == "http.response.start":
+                self.started = True
+                kinds = [value for key, value in message["headers"] if key.lower() == b"content-type"]
+                self.events = any(kind.lower().startswith(b"text/event-stream") for kind in kinds)
             await self._send(message)
         elif message["type"] == "http.response.start":
             if message["status"] != 200:

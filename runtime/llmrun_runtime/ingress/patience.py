@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection
 
-from llmrun_runtime.ingress.admission import Refusal
+from llmrun_runtime.ingress.admission import NOT_READY, Refusal
 from llmrun_runtime.ingress.early import EVERY_S, QUIET_S, EarlyStream
-from llmrun_runtime.ingress.waiting import NOT_READY, Claim, Waiting
+from llmrun_runtime.ingress.waiting import NOBODY, Caller, Claim, Waiting
 
 
 class Patience:
@@ -16,8 +16,11 @@ class Patience:
     `early` is where a streaming caller hears of its wait; None for one that just waits.
     """
 
-    def __init__(self, waiting: Waiting, name: str, limit: float | None, early: EarlyStream | None) -> None:
+    def __init__(
+        self, waiting: Waiting, name: str, limit: float | None, early: EarlyStream | None, caller: Caller = NOBODY
+    ) -> None:
         self._waiting = waiting
+        self._caller = caller
         self._name = name
         self._early = early
         self._began = asyncio.get_running_loop().time()
@@ -27,7 +30,8 @@ class Patience:
 
     async def claim(self, avoid: Collection[str]) -> Claim:
         """See `Waiting.claim`."""
-        claiming = asyncio.ensure_future(self._waiting.claim(self._name, self._deadline, avoid, self._began))
+        claim = self._waiting.claim(self._name, self._deadline, avoid, self._began, self._caller)
+        claiming = asyncio.ensure_future(claim)
         loop = asyncio.get_running_loop()
         pause = max(0.0, self._began + QUIET_S - loop.time())
         try:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import socket
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 
-from llmrun_runtime.asgi import Receive, Scope, Send
+from llmrun_runtime.asgi import Receive, Scope, Send, error_body
 from llmrun_runtime.engines.base import IDLE_CONNECTION_S
 from llmrun_runtime.ingress.admission import Refusal
 
-CONNECT_TIMEOUT_S = 5
+EVENTS = "text/event-stream"
 # RFC 9110, 7.6.1; and what this hop says itself.
 HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization te trailer transfer-encoding upgrade".split()
@@ -36,11 +38,20 @@ class UpstreamGone(Exception):
         self.reached = reached
 
 
+@dataclass(frozen=True)
+class Deadlines:
+    """Seconds; 0 is none."""
+
+    connect: float = 5
+    first_byte: float = 0
+    between: float = 0
+
+
 def new_session() -> aiohttp.ClientSession:
     """A client for upstreams: no limit on connections, no deadline on healthy streams, bytes as they are."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_S, socket_factory=_watched_socket),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=Deadlines().connect),
         auto_decompress=False,
         cookie_jar=aiohttp.DummyCookieJar(),
     )
@@ -75,33 +86,62 @@ async def relay(
     body: bytes | AsyncIterator[bytes] | None,
     answer_headers: list[tuple[bytes, bytes]],
     on_first: Callable[[], None] = lambda: None,
+    deadlines: Deadlines = Deadlines(),
 ) -> None:
     """Ask `url` and stream its answer to the client as it comes; `on_first` is called with its first piece.
 
-    Raises UpstreamGone before the first byte. After it, an upstream that breaks off breaks off the client's answer
-    too, so that nobody takes half an answer for a whole one.
+    Raises UpstreamGone, or Refusal if it is late, before the first byte. After it, a stream of events from an upstream
+    that breaks off ends with an error event; any other answer breaks off too, so that nobody takes half of it for all.
     """
     if scope["query_string"]:
         url += "?" + scope["query_string"].decode("latin-1")
     # As a file: aiohttp warns of large plain bytes, and writes those in one piece.
     data = io.BytesIO(body) if isinstance(body, bytes) else body
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=deadlines.connect, sock_read=deadlines.between or None)
     try:
-        upstream = await session.request(
-            scope["method"], url, headers=headers, data=data, allow_redirects=False, skip_auto_headers=AUTO_HEADERS
-        )
-    except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        reached = not isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError)
-        raise UpstreamGone(str(error) or type(error).__name__, reached) from error
+        async with asyncio.timeout(deadlines.first_byte or None):
+            upstream = await session.request(
+                scope["method"],
+                url,
+                headers=headers,
+                data=data,
+                allow_redirects=False,
+                skip_auto_headers=AUTO_HEADERS,
+                timeout=timeout,
+            )
+    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+        raise UpstreamGone(str(error) or type(error).__name__, reached=False) from error
+    except TimeoutError:
+        text = "the engine did not begin its answer in time (LLMRUN_FIRST_BYTE_TIMEOUT, LLMRUN_IDLE_STREAM_TIMEOUT)"
+        raise Refusal(504, text, "engine_timeout", "service_unavailable") from None
+    except (aiohttp.ClientError, OSError) as error:
+        raise UpstreamGone(str(error) or type(error).__name__, reached=True) from error
     async with upstream:
         kept = [(key.lower(), value) for key, value in upstream.raw_headers if key.lower() not in OF_THE_ANSWER]
         await send({"type": "http.response.start", "status": upstream.status, "headers": [*kept, *answer_headers]})
-        first = True
-        async for chunk in upstream.content.iter_any():
-            if first:
-                first = False
-                on_first()
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        first, last = True, b""
+        try:
+            async for chunk in upstream.content.iter_any():
+                if first:
+                    first = False
+                    on_first()
+                last = chunk
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+        except (aiohttp.ClientError, TimeoutError) as error:
+            if upstream.content_type != EVENTS:
+                raise
+            await send({"type": "http.response.body", "body": _broken_off(last, error)})
+            return
         await send({"type": "http.response.body", "body": b""})
+
+
+def _broken_off(last: bytes, error: Exception) -> bytes:
+    """The event that ends a stream whose engine is gone, after its `last` piece."""
+    late = isinstance(error, TimeoutError)
+    text = "paused for too long (LLMRUN_IDLE_STREAM_TIMEOUT)" if late else "went away: `llmrun logs` says why"
+    body = error_body(f"the stream ends early: its engine {text}", "service_unavailable", "stream_broken_off")
+    event = b"data: " + json.dumps(body).encode() + b"\n\n"
+    return event if not last or last.endswith(b"\n\n") else b"\n\n" + event
 
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:

@@ -9,11 +9,11 @@ import asyncio
 import contextlib
 import math
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
-from llmrun_runtime.ingress.admission import Refusal, find_model
+from llmrun_runtime.ingress.admission import NOT_READY, Refusal, find_model
 from llmrun_runtime.ingress.routing import choose
 from llmrun_runtime.reports import Traffic
 from llmrun_runtime.table import ModelRoute, ReplicaRoute, Table
@@ -22,7 +22,21 @@ RETRY_AFTER_S, MOST_RETRY_AFTER_S = 10, 120
 # A caller who did not want to wait will come back: for so much longer than is usual the wake goes on for it.
 HOLD_FACTOR = 2
 AVOID_S = 1.0
-NOT_READY = "model_not_ready"
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whose request it is, as far as waiting and routing go."""
+
+    key: str = ""
+    """The name of its key; "" without one."""
+    probe: bool = False
+    """It does not keep a model hot."""
+    prefix: bytes = b""
+    """How its prompt begins."""
+
+
+NOBODY = Caller()
 
 
 @dataclass(frozen=True)
@@ -31,7 +45,21 @@ class Claim:
 
     model: str
     replica: ReplicaRoute
+    caller: Caller
     waited: bool = False
+
+
+# Who waits in the place of a caller who would not. No key is called so; it takes no place in the queue from anybody.
+STAND_IN = Caller(key="\0")
+
+
+@dataclass(eq=False)
+class Waiter:
+    """One request that waits. Its turn is a claim, or None: look again at what has changed."""
+
+    caller: Caller
+    avoid: Collection[str]
+    turn: asyncio.Future[Claim | None]
 
 
 class Waiting:
@@ -41,23 +69,28 @@ class Waiting:
         self.table = Table()
         self.wake_timeout = wake_timeout
         self._on_wait = on_wait
-        self._waiting: Counter[str] = Counter()
+        self._queues: dict[str, dict[str, deque[Waiter]]] = {}
+        """By model and key."""
         self._since: dict[str, float] = {}
         self._held: dict[str, asyncio.Task[None]] = {}
         self._by_model: Counter[str] = Counter()
         self._by_replica: Counter[str] = Counter()
+        self._by_key: Counter[tuple[str, str]] = Counter()
         self._first_tokens: dict[str, float] = {}
-        self._changed = asyncio.Event()
 
     def update(self, table: Table) -> None:
         """Take a new table; whoever waits looks again."""
         self.table = table
-        self._wake_all()
+        for model, queue in self._queues.items():
+            self._serve(model)
+            for waiter in (waiter for waiters in queue.values() for waiter in waiters):
+                if not waiter.turn.done():
+                    waiter.turn.set_result(None)
 
     def traffic(self) -> dict[str, Traffic]:
-        """What waits and what is in flight, by model."""
-        models = {*(+self._waiting), *(+self._by_model)}
-        return {m: Traffic(self._waiting[m], self._by_model[m], self._since.get(m, 0)) for m in models}
+        """What waits and what is in flight, by model; probes are not counted."""
+        models = {*self._queues, *(+self._by_model)}
+        return {m: Traffic(self._waiting(m), self._by_model[m], self._since.get(m, 0)) for m in models}
 
     def first_tokens(self) -> dict[str, float]:
         """When (unix time) requests that had waited got their first bytes, by replica, since the last call."""
@@ -79,24 +112,65 @@ class Waiting:
             self.release(claim)
 
     def release(self, claim: Claim) -> None:
-        """Count the claim's request as in flight no more."""
-        self._by_model[claim.model] -= 1
-        self._by_replica[claim.replica.id] -= 1
-        if not self._by_replica[claim.replica.id]:
-            del self._by_replica[claim.replica.id]
-        if self._waiting[claim.model]:
-            self._wake_all()
+        """Count the claim's request as in flight no more; its place goes to the next who waits."""
+        self._count(claim, -1)
+        self._serve(claim.model)
 
-    def _take(self, model: ModelRoute, avoid: Collection[str], *, waited: bool) -> Claim | None:
+    def _waiting(self, model: str) -> int:
+        return sum(map(len, self._queues.get(model, {}).values()))
+
+    def _count(self, claim: Claim, change: int) -> None:
+        replica, key = claim.replica.id, (claim.model, claim.caller.key)
+        self._by_model[claim.model] += 0 if claim.caller.probe else change
+        self._by_replica[replica] += change
+        self._by_key[key] += change
+        if not self._by_replica[replica]:
+            del self._by_replica[replica]
+        if not self._by_key[key]:
+            del self._by_key[key]
+
+    def _take(self, model: ModelRoute, avoid: Collection[str], caller: Caller, *, waited: bool) -> Claim | None:
         """Claim a replica that has room, if there is one, and count it in the same step: nobody else gets its place."""
-        replica = choose(model, self._by_replica, avoid)
+        replica = choose(model, self._by_replica, avoid, caller.prefix)
         if not replica:
             return None
-        self._by_model[model.name] += 1
-        self._by_replica[replica.id] += 1
-        return Claim(model.name, replica, waited)
+        claim = Claim(model.name, replica, caller, waited)
+        self._count(claim, 1)
+        return claim
 
-    async def claim(self, name: str, deadline: float, avoid: Collection[str] = (), began: float | None = None) -> Claim:
+    def _serve(self, name: str) -> None:
+        """Give places to those who wait: the key with the fewest requests in flight comes first, and of it the first.
+
+        So whoever floods a model with requests does not make others wait behind all of them.
+        """
+        model = self.table.models.get(name)
+        queue = self._queues.get(name, {})
+        waiting = {key: deque(w for w in waiters if not w.turn.done()) for key, waiters in queue.items()}
+        while model and (keys := [key for key, waiters in waiting.items() if waiters]):
+            key = min(keys, key=lambda key: self._by_key[name, key])
+            waiter = waiting[key].popleft()
+            claim = self._take(model, waiter.avoid, waiter.caller, waited=True)
+            if claim:
+                waiter.turn.set_result(claim)
+            elif not waiter.avoid:
+                return
+
+    def _full(self, model: ModelRoute, caller: Caller) -> int:
+        """How many wait, if the caller may not wait beside them; else 0. A key has its share whatever others do."""
+        lengths = {key: len(waiters) for key, waiters in self._queues.get(model.name, {}).items()}
+        lengths.pop(STAND_IN.key, None)
+        queued = sum(lengths.values())
+        share = max(1, model.max_queued // len(lengths.keys() | {caller.key}))
+        return queued if queued >= model.max_queued and lengths.get(caller.key, 0) >= share else 0
+
+    async def claim(
+        self,
+        name: str,
+        deadline: float,
+        avoid: Collection[str] = (),
+        began: float | None = None,
+        caller: Caller = NOBODY,
+    ) -> Claim:
         """A replica for the model that clients call `name`, as soon as one has room; `release` it afterwards.
 
         Replicas in `avoid` have just failed this request: they are taken again after AVOID_S, if they are still in
@@ -104,38 +178,59 @@ class Waiting:
         `deadline` (of the event loop's clock) is over; `began`, of the same, is when the caller came.
         """
         model = find_model(self.table, name)
-        if claim := self._take(model, avoid, waited=False):
+        if not self._queues.get(model.name) and (claim := self._take(model, avoid, caller, waited=False)):
             return claim
-        queued = self._waiting[model.name] - (model.name in self._held)
-        if queued >= model.max_queued and not avoid:  # who has been let in once stays
+        queued = self._full(model, caller)
+        if queued and not avoid:  # who has been let in once stays
             text = f"{queued} requests wait for {model.name} already (max_queued)"
             raise Refusal(429, text, "queue_full", "rate_limit_error", retry_after=retry_after(model))
         counted, failures = model.name, model.failures
         loop = asyncio.get_running_loop()
         began = loop.time() if began is None else began
         forgive = loop.time() + AVOID_S
-        self._waiting[counted] += 1
-        self._since.setdefault(counted, time.time())
-        self._on_wait()
-        try:
-            while True:
+        with self._queued(counted, Waiter(caller, avoid, loop.create_future())) as waiter:
+            while model.name == counted:
                 now = loop.time()
+                if now >= forgive:
+                    waiter.avoid = ()
+                self._serve(counted)
+                if waiter.turn.done() and (claim := waiter.turn.result()):
+                    return claim
                 if not model.replicas and (model.paused or model.failures > failures):
                     text = f"{model.name} did not start: {model.cause}"
                     raise Refusal(503, text, "model_failed", "service_unavailable", retry_after=retry_after(model))
                 if now >= deadline:
-                    raise _too_late(model, now - began)
-                with contextlib.suppress(TimeoutError):
-                    until = min(deadline, forgive) if avoid and now < forgive else deadline
-                    await asyncio.wait_for(self._changed.wait(), until - now)
-                model = find_model(self.table, name)
-                failures = min(failures, model.failures)
-                if claim := self._take(model, avoid if loop.time() < forgive else (), waited=True):
-                    return claim
+                    raise _too_late(model, deadline - began)
+                until = min(deadline, forgive) if waiter.avoid else deadline
+                await asyncio.wait({waiter.turn}, timeout=until - now if until < math.inf else None)
+                if waiter.turn.done() and not waiter.turn.result():
+                    waiter.turn = loop.create_future()
+                    model = find_model(self.table, name)
+                    failures = min(failures, model.failures)
+        # The name means another model by now.
+        return await self.claim(name, deadline, avoid, began, caller)
+
+    @contextlib.contextmanager
+    def _queued(self, model: str, waiter: Waiter) -> Iterator[Waiter]:
+        """Stand in the model's queue meanwhile."""
+        queue = self._queues.setdefault(model, {})
+        waiters = queue.setdefault(waiter.caller.key, deque())
+        waiters.append(waiter)
+        self._since.setdefault(model, time.time())
+        self._on_wait()
+        try:
+            yield waiter
+        except BaseException:
+            if waiter.turn.done() and (claim := waiter.turn.result()):
+                self._count(claim, -1)  # it came in the moment in which we left
+            raise
         finally:
-            self._waiting[counted] -= 1
-            if not self._waiting[counted]:
-                del self._since[counted]
+            waiters.remove(waiter)
+            if not waiters:
+                del queue[waiter.caller.key]
+            if not queue:
+                del self._queues[model], self._since[model]
+            self._serve(model)
             self._on_wait()
 
     def describe(self, name: str, waited: float) -> str:
@@ -161,15 +256,11 @@ class Waiting:
         limit = HOLD_FACTOR * max(model.usual_start, RETRY_AFTER_S) + RETRY_AFTER_S
         try:
             async with asyncio.timeout(limit):
-                self.release(await self.claim(model.name, float("inf"), avoid=("",)))
+                self.release(await self.claim(model.name, float("inf"), avoid=("",), caller=STAND_IN))
         except (Refusal, TimeoutError):
             return  # whoever comes back hears it
         finally:
             del self._held[model.name]
-
-    def _wake_all(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
 
 
 def retry_after(model: ModelRoute, waited: float = 0) -> int:

@@ -1,0 +1,45 @@
+"""Meters vLLM: notes what its `AsyncLLM` gives out, for the request that the task works on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from llmrun_runtime.engines import meter
+
+
+def meter_vllm() -> None:
+    """Wrap `AsyncLLM.generate` and `AsyncLLM.encode`, once."""
+    if not hasattr(AsyncLLM.generate, "__wrapped__"):
+        AsyncLLM.generate = _metered(AsyncLLM.generate)
+        AsyncLLM.encode = _metered(AsyncLLM.encode)
+
+
+def _metered(original: Any) -> Any:
+    @functools.wraps(original)
+    async def metered(self: Any, prompt: Any, params: Any, *args: Any, **more: Any) -> AsyncGenerator[Any, None]:
+        request, lora = meter.current(), more.get("lora_request")
+        adapter = lora.lora_name if lora else ""
+        # Of an answer comes either all so far, or what is new.
+        whole = getattr(params, "output_kind", None) == RequestOutputKind.CUMULATIVE
+        first, seen = True, 0
+        async with aclosing(original(self, prompt, params, *args, **more)) as outputs:
+            async for output in outputs:
+                if request:
+                    parts = output.outputs if isinstance(output.outputs, list) else ()  # embeddings have none
+                    tokens = sum(len(part.token_ids) for part in parts)
+                    new, seen = (tokens - seen, tokens) if whole else (tokens, seen)
+                    if first:
+                        cached = output.num_cached_tokens or 0
+                        request.note(adapter, len(output.prompt_token_ids or ()), new, cached)
+                        first = False
+                    elif new:
+                        request.note(adapter, completion=new)
+                yield output
+
+    return metered

@@ -1,0 +1,56 @@
+"""Who may come in: the key of a request, and what it may ask for. Pure: table and headers in, key or Refusal out."""
+
+from __future__ import annotations
+
+from llmrun_runtime.asgi import Scope
+from llmrun_runtime.ingress.admission import NOT_READY, Refusal
+from llmrun_runtime.table import KeyRoute, ModelRoute, Table, digest_of
+
+BEARER = "bearer "
+ADMIN = KeyRoute("admin")
+
+
+def find_key(table: Table, scope: Scope, now: float, *, required: bool) -> KeyRoute | None:
+    """The caller's key. Raises Refusal (401).
+
+    1. As long as there is no key at all, and none is `required`, everybody may come in.
+    2. Else a key comes as OpenAI's clients send it (`Authorization: Bearer …`), or as Anthropic's (`x-api-key`).
+    3. It must be one that exists and has not expired. The admin key may everything.
+    """
+    # 1.
+    if not table.keys and not required:
+        return None
+    # 2.
+    headers = dict(scope["headers"])
+    said = headers.get(b"authorization", b"").decode("latin-1")
+    given = said[len(BEARER) :] if said.lower().startswith(BEARER) else headers.get(b"x-api-key", b"").decode("latin-1")
+    if not given.strip():
+        text = "no API key: send `Authorization: Bearer sk-llmrun-…`; `llmrun key create NAME` makes one"
+        raise Refusal(401, text, "missing_api_key", "authentication_error")
+    # 3.
+    digest = digest_of(given.strip())
+    key = ADMIN if digest == table.admin else table.keys.get(digest)
+    if key is None:
+        text = "wrong API key: it was never made, or it has been revoked; `llmrun key list` shows those that there are"
+        raise Refusal(401, text, "invalid_api_key", "authentication_error")
+    if key.expires and key.expires <= now:
+        text = f"the API key {key.name} has expired: `llmrun key create` makes another"
+        raise Refusal(401, text, "expired_api_key", "authentication_error")
+    return key
+
+
+def may_see(key: KeyRoute | None, model: ModelRoute) -> bool:
+    """Whether that key reaches that model at all."""
+    return key is None or not key.models or any(name in key.models for name in model.names)
+
+
+def check_model(key: KeyRoute | None, model: ModelRoute) -> None:
+    """Raises Refusal if the key may not ask for the model, or not now."""
+    if not key:
+        return
+    if not may_see(key, model):
+        text = f"the key {key.name} is not for {model.name}: it is for {', '.join(key.models)}"
+        raise Refusal(403, text, "model_not_allowed", "permission_error", param="model")
+    if not key.wake and not model.replicas:
+        text = f"{model.name} is {model.state}, and the key {key.name} does not wake models (--no-wake)"
+        raise Refusal(503, text, NOT_READY, "service_unavailable")

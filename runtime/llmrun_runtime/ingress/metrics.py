@@ -1,0 +1,142 @@
+"""What the ingress counts for Prometheus, and its log, of each request; at `/metrics` with control's and the engines'.
+
+Engines' metrics come with the labels `llmrun_model` and `replica` beside their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import aiohttp
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+
+from llmrun_runtime.engines.base import TOKEN_HEADER
+from llmrun_runtime.ingress.waiting import Waiting
+from llmrun_runtime.table import ReplicaRoute
+
+log = logging.getLogger("llmrun.ingress")
+GATHER_TIMEOUT_S = 3
+# Seconds: a first token takes milliseconds when a model is hot, minutes when it wakes; a long answer an hour.
+BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800, 3600)
+
+
+@dataclass
+class Request:
+    """One inference request, for metrics and the log. `status` is 0 while nothing has been answered."""
+
+    id: str
+    model: str = ""
+    key: str = ""
+    path: str = ""
+    status: int = 0
+    began: float = field(default_factory=time.monotonic)
+    first_byte: float = 0
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    """For its answer: `x-ratelimit-*`."""
+
+    def __str__(self) -> str:
+        first = f" first byte {self.first_byte - self.began:.3f} s," if self.first_byte else ""
+        took = time.monotonic() - self.began
+        who = f" key {self.key}" if self.key else ""
+        return f"{self.id}{who} {self.model} {self.path} {self.status or 'left'},{first} {took:.3f} s"
+
+
+class Metrics:
+    """The ingress's own, and where they are put together with the others'."""
+
+    def __init__(self, waiting: Waiting) -> None:
+        self._waiting = waiting
+        self._registry = CollectorRegistry()
+        self._registry.register(_Traffic(waiting))
+        self._requests = Counter(
+            "llmrun_requests", "Inference requests that have ended.", ("model", "status"), registry=self._registry
+        )
+        self._first_byte = Histogram(
+            "llmrun_time_to_first_byte_seconds",
+            "From a request's arrival to the first byte of its answer, waiting included.",
+            ("model",),
+            registry=self._registry,
+            buckets=BUCKETS,
+        )
+        self._whole = Histogram(
+            "llmrun_request_seconds",
+            "From a request's arrival to its end.",
+            ("model",),
+            registry=self._registry,
+            buckets=BUCKETS,
+        )
+
+    def ended(self, request: Request) -> None:
+        """Count a request. A caller who left before its answer has the status 499, as nginx has it."""
+        self._requests.labels(request.model, str(request.status or 499)).inc()
+        self._whole.labels(request.model).observe(time.monotonic() - request.began)
+        if request.first_byte:
+            self._first_byte.labels(request.model).observe(request.first_byte - request.began)
+
+    async def gather(self, session: aiohttp.ClientSession) -> bytes:
+        """All metrics in Prometheus' text format; those of who does not answer in time are left out."""
+        table = self._waiting.table
+        host, port = table.control
+        replicas = [(model.name, replica) for model in table.models.values() for replica in model.replicas]
+        control, *engines = await asyncio.gather(
+            _fetch(session, f"http://{host}:{port}/metrics", {}),
+            *(_fetch(session, _url(replica), {TOKEN_HEADER: replica.token}) for _, replica in replicas),
+        )
+        merged = CollectorRegistry()
+        texts = [(text, (model, replica.id[:12])) for text, (model, replica) in zip(engines, replicas, strict=True)]
+        merged.register(_Engines(texts))
+        return generate_latest(self._registry) + control.encode() + generate_latest(merged)
+
+
+class _Traffic(Collector):
+    """What waits and what is in flight now."""
+
+    def __init__(self, waiting: Waiting) -> None:
+        self._waiting = waiting
+
+    def collect(self) -> Iterator[Metric]:
+        waiting = GaugeMetricFamily("llmrun_requests_waiting", "Requests without a replica yet.", labels=("model",))
+        flying = GaugeMetricFamily("llmrun_requests_in_flight", "Requests at replicas.", labels=("model",))
+        traffic = self._waiting.traffic()
+        for model in self._waiting.table.models:
+            waiting.add_metric((model,), traffic[model].waiting if model in traffic else 0)
+            flying.add_metric((model,), traffic[model].in_flight if model in traffic else 0)
+        yield waiting
+        yield flying
+
+
+class _Engines(Collector):
+    """The engines' metrics, one family of each name."""
+
+    def __init__(self, texts: Iterable[tuple[str, tuple[str, str]]]) -> None:
+        self._texts = texts
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for text, (model, replica) in self._texts:
+            for family in text_string_to_metric_families(text):
+                known = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+                for sample in family.samples:
+                    labels = {**sample.labels, "llmrun_model": model, "replica": replica}
+                    known.samples.append(sample._replace(labels=labels))
+        yield from families.values()
+
+
+def _url(replica: ReplicaRoute) -> str:
+    return f"http://{replica.host}:{replica.port}/metrics"
+
+
+async def _fetch(session: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> str:
+    try:
+        async with asyncio.timeout(GATHER_TIMEOUT_S), session.get(url, headers=headers) as answer:
+            return await answer.text() if answer.status == 200 else ""
+    except (aiohttp.ClientError, TimeoutError, UnicodeDecodeError) as error:
+        log.warning("no metrics from %s: %s", url, type(error).__name__)
+        return ""
