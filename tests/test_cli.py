@@ -93,11 +93,6 @@ def test_something_else_answers(home: Home) -> None:
         server.wait(10)
 
 
-def test_the_ingress_is_not_opened_to_others_unasked(home: Home) -> None:
-    assert "--insecure" in home.fails("up", "--host", "0.0.0.0")
-    assert "no cluster of" in home.ok("down")
-
-
 def test_paths_are_from_the_app_files_folder(tmp_path: Path) -> None:
     app = write_app(tmp_path / "apps" / "app.py", '@llm("./weights")\nclass A: ...\n@llm("~/w")\nclass B: ...\n')
     assert [str(item.spec.model) for item in load_app(app)] == [str(tmp_path / "apps" / "weights"), "~/w"]

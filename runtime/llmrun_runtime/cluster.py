@@ -162,10 +162,11 @@ def boot(action: str, env: dict[str, str], args: list[str], log: Path) -> subpro
     assert process.stdout
     overdue = threading.Timer(START_TIMEOUT_S, process.kill)
     overdue.start()
-    line = process.stdout.readline().decode()
+    # Ray says things there, too.
+    line = next((line for line in map(bytes.decode, process.stdout) if line.startswith("{")), "")
     late = not overdue.is_alive()
     overdue.cancel()
-    result = json.loads(line) if line.startswith("{") else {"error": f"it failed: see {log}"}
+    result = json.loads(line) if line else {"error": f"it failed: see {log}"}
     if late:
         result = {"error": f"the cluster did not answer within {START_TIMEOUT_S} s: see {log}"}
     if "error" in result or "--stay" not in args:
