@@ -116,8 +116,6 @@ class Scaling:
         if row and row.engine_version == report.version:
             facts = self._facts[row.name]
             facts.failure, facts.death, facts.yielded, facts.by_hand_until = None, "", "", 0
-            facts.paths = report.paths & get_engine(row.spec.engine).paths
-            facts.max_model_len = report.max_model_len
 
     def died(self, report: Registration, cause: str) -> None:
         """The engine of a replica has died after it was ready; Serve starts another one."""
@@ -186,7 +184,11 @@ class Scaling:
     def _decide(self, row: Deployed, now: float) -> None:
         spec, facts, registry = row.spec, self._facts[row.name], self._registry
         target = self._serving.target(row.name, row.engine_version)
-        ready = len(registry.ready(row.name, row.engine_version))
+        reports = registry.ready(row.name, row.engine_version)
+        ready = len(reports)
+        for report in reports:
+            facts.paths = report.paths & get_engine(spec.engine).paths
+            facts.max_model_len = report.max_model_len
         if ready and not row.proven:
             self.deployed[row.name] = row = replace(row, proven=True)
             self.on_proven(row)
