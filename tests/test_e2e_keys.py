@@ -115,7 +115,8 @@ def test_when_a_client_goes_the_engine_stops_within_a_second(cluster: Home, keye
     body = {"model": "keyed", "prompt": "Hi", "max_tokens": 2000, "ignore_eos": True, "stream": True}
     headers = {"authorization": f"Bearer {keyed}"}
     with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, headers=headers, timeout=60) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()
+        next(lines)
         until(lambda: running(cluster) == 1, 5, "it runs")
     until(lambda: running(cluster) == 0, 1.5, "it has stopped")  # one second, and the question itself
     (row,) = [row for row in used(cluster, "key") if row["key"] == "alice"]
