@@ -20,8 +20,8 @@ demo: setup _smollm2
     llmrun weights import {{weights}} --as HuggingFaceTB/SmolLM2-135M-Instruct
     @echo "== deploying examples/smollm2/app.py"
     llmrun deploy examples/smollm2/app.py --yes --adopt
-    @echo "== asking it: What is the capital of France?"
-    @llmrun chat smollm2 "What is the capital of France?" --temperature 0
+    @echo "== asking it: Name the capital of France."
+    @llmrun chat smollm2 "Name the capital of France." --temperature 0
     @python examples/smollm2/next_steps.py
 
 # end the cluster that `just demo` left running
@@ -77,6 +77,10 @@ bench-cold-start *args: setup _smollm2
 # how fast an engine from the warm parent decodes, beside one that was started plainly (4 minutes)
 bench-forked: setup _smollm2
     python -m tests.bench_forked
+
+# what the ingress costs, beside the engine asked directly and Ray Serve LLM (10 minutes)
+bench-ingress *args: setup _smollm2
+    python -m tests.bench_ingress {{args}}
 
 # a hundred times from zero and back under random requests, and kills in every phase of a wake (25 minutes)
 soak: setup _smollm2

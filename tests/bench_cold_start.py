@@ -102,8 +102,8 @@ def by_llmrun(home: Home, model: str, *, drop: bool = False) -> Callable[[], flo
 
 
 @contextlib.contextmanager
-def ray_serve_llm(port: int) -> Iterator[Callable[[], float]]:
-    """Ray Serve LLM at zero; it needs pyarrow, which nothing else here does."""
+def ray_serve_llm_process(weights: Path, port: int, least: str) -> Iterator[subprocess.Popen[str]]:
+    """Ray Serve LLM with `least` replicas when nobody asks; it needs pyarrow, which nothing else here does."""
     with tempfile.TemporaryDirectory() as folder:
         more = ["--no-deps", "--target", folder, "pyarrow"]
         subprocess.run(
@@ -112,7 +112,7 @@ def ray_serve_llm(port: int) -> Iterator[Callable[[], float]]:
         )
         path = os.pathsep.join([folder, str(REPO), os.environ.get("PYTHONPATH", "")])
         server = subprocess.Popen(
-            [sys.executable, "-m", "tests.ray_serve_llm", str(SMOLLM2), str(port)],
+            [sys.executable, "-m", "tests.ray_serve_llm", str(weights), str(port), least],
             env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -122,17 +122,24 @@ def ray_serve_llm(port: int) -> Iterator[Callable[[], float]]:
         assert server.stdin and server.stdout
         try:
             assert "ready" in server.stdout.readline()
-
-            def once() -> float:
-                print("zero?", file=server.stdin, flush=True)
-                assert server.stdout and "zero" in server.stdout.readline()
-                time.sleep(REST_S)
-                return first_token(f"http://127.0.0.1:{port}", "m")
-
-            yield once
+            yield server
         finally:
             server.stdin.close()
             server.wait(120)
+
+
+@contextlib.contextmanager
+def ray_serve_llm(port: int) -> Iterator[Callable[[], float]]:
+    """From a request at zero to the first token of Ray Serve LLM."""
+    with ray_serve_llm_process(SMOLLM2, port, "0") as server:
+
+        def once() -> float:
+            print("zero?", file=server.stdin, flush=True)
+            assert server.stdout and "zero" in server.stdout.readline()
+            time.sleep(REST_S)
+            return first_token(f"http://127.0.0.1:{port}", "m")
+
+        yield once
 
 
 def measure(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

@@ -152,10 +152,8 @@ class Home:
         return found
 
 
-@pytest.fixture(scope="session")
-def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A 2-layer random Llama with SmolLM2's tokenizer."""
-    folder = tmp_path_factory.mktemp("weights") / "tiny-llama"
+def make_tiny_weights(folder: Path) -> Path:
+    """A 2-layer random Llama with SmolLM2's tokenizer, in that folder."""
     script = """
 import sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -169,6 +167,12 @@ LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(sys.argv[1])
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(SMOLLM2 / name, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See `make_tiny_weights`."""
+    return make_tiny_weights(tmp_path_factory.mktemp("weights") / "tiny-llama")
 
 
 def leftovers() -> set[str]:

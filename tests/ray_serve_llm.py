@@ -1,6 +1,7 @@
-"""Ray Serve LLM with one model at zero, for `bench_cold_start`: `python -m tests.ray_serve_llm WEIGHTS PORT`.
+"""Ray Serve LLM with one model, a rival in benches: `python -m tests.ray_serve_llm WEIGHTS PORT LEAST`.
 
-Says `ready`; each line on standard input is answered by `zero` once no replica is left.
+LEAST replicas stay when nobody asks. Says `ready`; each line on standard input is answered by `zero` once no replica
+is left.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ray.serve.llm import LLMConfig, build_openai_app
 
 def main() -> None:
     """Serve until standard input ends."""
-    weights, port = sys.argv[1:]
+    weights, port, least = sys.argv[1:]
     ray.init(num_cpus=8, logging_level="ERROR", log_to_driver=False, include_dashboard=False)
     serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
     config = LLMConfig(
@@ -24,9 +25,9 @@ def main() -> None:
         engine_kwargs={"enforce_eager": True, "kv_cache_memory_bytes": 2**30},
         deployment_config={
             "autoscaling_config": {
-                "min_replicas": 0,
+                "min_replicas": int(least),
                 "max_replicas": 1,
-                "initial_replicas": 0,
+                "initial_replicas": int(least),
                 "upscale_delay_s": 0,
                 "downscale_delay_s": 1,
                 "downscale_to_zero_delay_s": 1,

@@ -24,7 +24,8 @@ from tests.conftest import BIN, ENGINE_START_S, REPO, SMOLLM2, Home, free_port, 
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 EXAMPLE = REPO / "examples/smollm2/app.py"
-PARIS = "What is the capital of France?"
+# By a wide margin: kernels of different CPUs round differently (AMX or not), and a 135M model is easily turned.
+PARIS = "Name the capital of France."
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +182,7 @@ def test_only_the_ingress_reaches_an_engine(cluster: Home) -> None:
     for path in ("/v1/models", "/health", "/metrics", "/_llmrun/state"):
         assert httpx.get(f"http://{address}{path}").status_code == 401
     assert httpx.post(f"{cluster.url}/metrics", json={"model": "smollm2"}).status_code == 405  # control's own
-    for path in ("/v1/load_lora_adapter", "/v1/embeddings", "/_llmrun/state", "/tokenize"):
+    for path in ("/v1/load_lora_adapter", "/v1/embeddings", "/_llmrun/state", "/reset_prefix_cache"):
         assert httpx.post(f"{cluster.url}{path}", json={"model": "smollm2"}).status_code == 404
 
 

@@ -11,7 +11,11 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis.strategies import booleans
 from prometheus_client.parser import text_string_to_metric_families
+from schemathesis.core.result import Ok
 
 from llmrun.wire import KeyFacts
 from tests.conftest import ENGINE_START_S, Home, free_port, until, write_app
@@ -148,6 +152,29 @@ def test_the_engines_other_paths(cluster: Home, keyed: str) -> None:
     assert answer.headers["x-request-id"] == "mine-1"
     log = (cluster.path / "logs" / "ingress.log").read_text()
     assert "mine-1 key alice keyed /v1/completions 200" in log
+
+
+def test_what_the_openapi_document_allows_never_breaks_it(cluster: Home, keyed: str) -> None:
+    document = schemathesis.openapi.from_url(f"{cluster.url}/openapi.json")
+    headers = {"authorization": f"Bearer {keyed}"}
+    asked = 0
+    for result in document.get_all_operations():
+        assert isinstance(result, Ok), result
+
+        @given(case=result.ok().as_strategy(), known=booleans())
+        @settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        def fuzz(case: Any, known: bool) -> None:
+            nonlocal asked
+            asked += 1
+            if known and isinstance(case.body, dict):
+                case.body["model"] = "keyed"
+            answer = case.call(headers=headers, timeout=30)
+            assert answer.status_code < 500, (case.path, case.body, answer.text)
+            if answer.status_code >= 400:
+                assert answer.json()["error"]["message"], (case.path, case.body, answer.text)
+
+        fuzz()
+    assert asked > 100
 
 
 def test_beyond_loopback_needs_a_key_or_insecure(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from llmrun_runtime.ingress.early import EarlyStream
 from llmrun_runtime.ingress.gate import check_model, find_key, may_see
 from llmrun_runtime.ingress.limits import Limiter, limits_of
 from llmrun_runtime.ingress.metrics import Metrics, Request
+from llmrun_runtime.ingress.openapi import openapi
 from llmrun_runtime.ingress.patience import Patience
 from llmrun_runtime.ingress.relay import (
     Deadlines,
@@ -99,6 +100,8 @@ class Ingress:
         path, method = scope["path"], scope["method"]
         if path == "/health":
             await answer(send, 200, {"status": "ok", "version": llmrun.__version__})
+        elif path == "/openapi.json":
+            await answer(send, 200, openapi(USUAL_PATHS))
         elif path == MODELS or path.startswith(MODELS + "/"):
             if method not in ("GET", "HEAD"):
                 raise Refusal(405, f"{path} takes GET", "method_not_allowed")
