@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+import requests
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import booleans
@@ -19,6 +22,7 @@ from schemathesis.core.result import Ok
 
 from llmrun.wire import KeyFacts
 from tests.conftest import ENGINE_START_S, Home, free_port, until, write_app
+from tests.test_e2e_cold import titled
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -154,10 +158,44 @@ def test_the_engines_other_paths(cluster: Home, keyed: str) -> None:
     assert "mine-1 key alice keyed /v1/completions 200" in log
 
 
+def test_an_ingress_that_is_killed_under_load_is_back_in_seconds_and_counts_right(cluster: Home, keyed: str) -> None:
+    stop, broken, late = threading.Event(), [], []
+
+    def caller() -> None:
+        while not stop.is_set():
+            try:
+                assert ask(cluster, keyed, max_tokens=30).status_code == 200
+                late.append(time.monotonic())
+            except httpx.TransportError:
+                broken.append(time.monotonic())
+                time.sleep(0.05)
+
+    with ThreadPoolExecutor(8) as pool:
+        callers = [pool.submit(caller) for _ in range(8)]
+        try:
+            until(lambda: len(late) > 20, 30, "there is load")
+            (ingress,) = titled(cluster, "ray::IngressActor")
+            ingress.kill()
+            killed = time.monotonic()
+            until(lambda: len([moment for moment in late if moment > killed + 0.5]) > 20, 30, "it is back")
+        finally:
+            stop.set()
+    for one in callers:
+        one.result()
+    assert broken and max(broken) - killed < 10
+
+    def settled() -> bool:
+        status = cluster.status("keyed")
+        return bool(status["in_flight"] == 0 == status["waiting"])
+
+    until(settled, 10, "nothing is counted as in flight any more")
+    assert ask(cluster, "sk-llmrun-guess").status_code == 401
+
+
 def test_what_the_openapi_document_allows_never_breaks_it(cluster: Home, keyed: str) -> None:
     document = schemathesis.openapi.from_url(f"{cluster.url}/openapi.json")
     headers = {"authorization": f"Bearer {keyed}"}
-    asked = 0
+    asked, session = 0, requests.Session()
     for result in document.get_all_operations():
         assert isinstance(result, Ok), result
 
@@ -168,12 +206,13 @@ def test_what_the_openapi_document_allows_never_breaks_it(cluster: Home, keyed: 
             asked += 1
             if known and isinstance(case.body, dict):
                 case.body["model"] = "keyed"
-            answer = case.call(headers=headers, timeout=30)
+            answer = case.call(session=session, headers=headers, timeout=30)
             assert answer.status_code < 500, (case.path, case.body, answer.text)
             if answer.status_code >= 400:
                 assert answer.json()["error"]["message"], (case.path, case.body, answer.text)
 
         fuzz()
+    session.close()
     assert asked > 100
 
 

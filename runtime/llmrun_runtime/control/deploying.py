@@ -29,6 +29,9 @@ from llmrun_runtime.reports import Registration
 log = logging.getLogger("llmrun.control")
 PREPARE_TIMEOUT_S = 1800
 POLL_S = 0.1
+# Ray's account of what is free is some tenths of a second old, and a replica that has just been told to end takes a
+# moment: before a version in force drains for another one, what seems to be taken is looked at for so long.
+SETTLE_S = 3.0
 CHANGED = "what is deployed has changed since the diff was made: run the command again"
 
 
@@ -190,9 +193,11 @@ class Deployer:
 
     async def _make_room(self, row: Deployed, old: Deployed | None, job: Job) -> str:
         """See to room for the proof, by draining the version before if need be; why there is none, or ""."""
-        nodes = cluster_nodes()
-        if has_room(row.placement, nodes) or any(not node.id and could_run(row.placement, node) for node in nodes):
+        if any(not node.id and could_run(row.placement, node) for node in cluster_nodes()):
             return ""
+        if await self._until(lambda: has_room(row.placement, cluster_nodes()), SETTLE_S):
+            return ""
+        nodes = cluster_nodes()
         holders = self._registry.of(row.name)
         if not old or not holders or not has_room(row.placement, nodes, {r.node: old.placement for r in holders}):
             return self._scaling.shortage(row, nodes)

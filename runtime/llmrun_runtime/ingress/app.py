@@ -21,7 +21,7 @@ from llmrun_runtime.engines.base import KEY_HEADER, PROBE_HEADER, TOKEN_HEADER
 from llmrun_runtime.engines.kinds import get_engine
 from llmrun_runtime.ingress.admission import Refusal, check_path, find_model, read_max_wait, read_request
 from llmrun_runtime.ingress.early import EarlyStream
-from llmrun_runtime.ingress.gate import check_model, find_key, may_see
+from llmrun_runtime.ingress.gate import check_awake, check_seen, find_key, may_see
 from llmrun_runtime.ingress.limits import Limiter, limits_of
 from llmrun_runtime.ingress.metrics import Metrics, Request
 from llmrun_runtime.ingress.openapi import openapi
@@ -132,8 +132,7 @@ class Ingress:
         else:
             name = path.removeprefix(MODELS + "/")
             model = find_model(table, name)
-            if not may_see(key, model):
-                check_model(key, model)
+            check_seen(key, model)
             await answer(send, 200, _describe(model, name))
 
     async def _control(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -153,8 +152,9 @@ class Ingress:
         asked = read_request(body, dict(scope["headers"]).get(b"content-type", b""))
         limit = read_max_wait(scope)
         model = find_model(self._waiting.table, asked.model)
+        check_seen(key, model)
         check_path(model, scope["path"])
-        check_model(key, model)
+        check_awake(key, model)
         request.model, request.key, request.path = model.name, key.name if key else "", scope["path"]
         limits = limits_of(key, model)
         early = EarlyStream(send, [(b"x-request-id", request.id.encode("latin-1"))])

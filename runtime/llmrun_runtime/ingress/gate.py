@@ -44,13 +44,15 @@ def may_see(key: KeyRoute | None, model: ModelRoute) -> bool:
     return key is None or not key.models or any(name in key.models for name in model.names)
 
 
-def check_model(key: KeyRoute | None, model: ModelRoute) -> None:
-    """Raises Refusal if the key may not ask for the model, or not now."""
-    if not key:
-        return
-    if not may_see(key, model):
+def check_seen(key: KeyRoute | None, model: ModelRoute) -> None:
+    """Raises Refusal if the key does not reach the model."""
+    if key and not may_see(key, model):
         text = f"the key {key.name} is not for {model.name}: it is for {', '.join(key.models)}"
         raise Refusal(403, text, "model_not_allowed", "permission_error", param="model")
-    if not key.wake and not model.replicas:
+
+
+def check_awake(key: KeyRoute | None, model: ModelRoute) -> None:
+    """Raises Refusal if the model would have to wake for a key that does not wake any."""
+    if key and not key.wake and not model.replicas:
         text = f"{model.name} is {model.state}, and the key {key.name} does not wake models (--no-wake)"
         raise Refusal(503, text, NOT_READY, "service_unavailable")
