@@ -98,6 +98,7 @@ def test_usage_is_what_the_answers_say(cluster: Home, keyed: str) -> None:
         model="keyed", prompt="Once", max_tokens=7, stream=True, stream_options={"include_usage": True}
     )
     last = [chunk.usage for chunk in with_usage if chunk.usage][-1]
+    client.close()
     prompt, completion = prompt + last.prompt_tokens, completion + last.completion_tokens
     answer = ask(cluster, dora, stream=True, max_tokens=9)
     assert "usage" not in answer.text  # nobody asked for it
@@ -154,6 +155,8 @@ def test_the_engines_other_paths(cluster: Home, keyed: str) -> None:
     assert listed["max_model_len"] == 2048 and "/v1/embeddings" not in listed["paths"]
     answer = http.post("/v1/completions", json={"model": "keyed", "prompt": "Hi"}, headers={"x-request-id": "mine-1"})
     assert answer.headers["x-request-id"] == "mine-1"
+    client.close()
+    http.close()
     log, line = cluster.path / "logs" / "ingress.log", "mine-1 key alice keyed /v1/completions 200"
     until(lambda: line in log.read_text(), 5, "the request is in the log")
 
