@@ -12,19 +12,20 @@ import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from llmrun.wire import KeyFacts
 from llmrun_runtime.engines.base import KEY_HEADER, PROBE_HEADER
 from llmrun_runtime.ingress.admission import Refusal
 from llmrun_runtime.ingress.limits import Limit, Limiter
 from llmrun_runtime.ingress.waiting import Caller, Waiting
 from llmrun_runtime.reports import Elsewhere, Spent
-from llmrun_runtime.table import KeyRoute, Table, digest_of
+from llmrun_runtime.table import Table, digest_of
 from llmrun_runtime.window import Window
 from tests.ingress import CHAT, Bench, Engine, an_ingress, route
 
 TRANSCRIPTIONS = "/v1/audio/transcriptions"
 
 
-def keys(*routes: KeyRoute) -> dict[str, KeyRoute]:
+def keys(*routes: KeyFacts) -> dict[str, KeyFacts]:
     """For a table: the key of each is its name."""
     return {digest_of(key.name): key for key in routes}
 
@@ -37,7 +38,9 @@ def bearer(key: str) -> dict[str, Any]:
 async def test_without_keys_everybody_comes_in_and_with_one_only_who_has_it(bench: Bench, engine: Engine) -> None:
     bench.table(route(engine.port))
     assert (await bench.ask())[0] == 200 and (await bench.ask(**bearer("whatever")))[0] == 200
-    known = keys(KeyRoute("good"), KeyRoute("old", expires=time.time() - 1), KeyRoute("other", models=("two",)))
+    known = keys(
+        KeyFacts(name="good"), KeyFacts(name="old", expires=time.time() - 1), KeyFacts(name="other", models=("two",))
+    )
     bench.table(route(engine.port), keys=known, admin=digest_of("root"))
     for more, code in (
         ({}, "missing_api_key"),
@@ -66,14 +69,14 @@ async def test_beyond_loopback_there_is_no_way_in_without_a_key(engine: Engine) 
 
 
 async def test_callers_cannot_say_who_they_are_themselves(bench: Bench, engine: Engine) -> None:
-    bench.table(route(engine.port), keys=keys(KeyRoute("good")))
+    bench.table(route(engine.port), keys=keys(KeyFacts(name="good")))
     headers = {"authorization": "Bearer good", KEY_HEADER: "other", PROBE_HEADER: "1"}
     assert (await bench.ask(headers=headers))[0] == 200
     assert engine.asked[0].headers.getall(KEY_HEADER) == ["good"] and PROBE_HEADER not in engine.asked[0].headers
 
 
 async def test_a_key_that_does_not_wake_reaches_hot_models_only(bench: Bench, engine: Engine) -> None:
-    known = keys(KeyRoute("probe", wake=False))
+    known = keys(KeyFacts(name="probe", wake=False))
     bench.table(route(state="cold"), keys=known)
     status, _, answer = await bench.ask(**bearer("probe"))
     assert status == 503 and "one is cold, and the key probe does not wake models" in answer["error"]["message"]
@@ -88,7 +91,7 @@ async def test_a_key_that_does_not_wake_reaches_hot_models_only(bench: Bench, en
 
 
 async def test_limits_of_a_key_and_of_a_model(bench: Bench, engine: Engine) -> None:
-    known = keys(KeyRoute("slow", rpm=2), KeyRoute("few", max_in_flight=1), KeyRoute("free"))
+    known = keys(KeyFacts(name="slow", rpm=2), KeyFacts(name="few", max_in_flight=1), KeyFacts(name="free"))
     bench.table(route(engine.port, rpm=6, max_ongoing=20), keys=known)
     status, headers, _ = await bench.ask(**bearer("slow"))
     assert status == 200
@@ -142,7 +145,7 @@ def test_a_window_forgets_after_a_minute() -> None:
 
 async def test_a_flood_of_one_key_leaves_anothers_latency_alone(bench: Bench, engine: Engine) -> None:
     """The flood keeps 60 requests going, of which its limit refuses most; the other asks one after the other."""
-    known = keys(KeyRoute("flood", max_in_flight=4), KeyRoute("calm"))
+    known = keys(KeyFacts(name="flood", max_in_flight=4), KeyFacts(name="calm"))
     bench.table(route(engine.port, max_ongoing=8), keys=known)
     body = {"model": "one", "stall": 0.02}
 
@@ -202,7 +205,7 @@ async def test_who_has_fewest_in_flight_is_next() -> None:
 
 
 async def test_a_full_queue_has_room_for_a_key_that_has_not_had_its_share(bench: Bench) -> None:
-    bench.table(route(state="waking", max_queued=4), keys=keys(KeyRoute("flood"), KeyRoute("calm")))
+    bench.table(route(state="waking", max_queued=4), keys=keys(KeyFacts(name="flood"), KeyFacts(name="calm")))
     flood = [asyncio.create_task(bench.ask(**bearer("flood"))) for _ in range(6)]
     await asyncio.sleep(0.5)
     assert sorted(task.result()[0] for task in flood if task.done()) == [429, 429]

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import pytest
 from aiohttp import web
 
-from llmrun_runtime.table import KeyRoute, digest_of
+from llmrun.wire import KeyFacts
+from llmrun_runtime.table import digest_of
 from tests.ingress import CHAT, Bench, Engine, an_ingress, route
 
 pytestmark = pytest.mark.timeout(300)
@@ -112,7 +113,7 @@ async def test_callers_who_leave_at_any_moment_leave_no_count_behind() -> None:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     dice = random.Random(seed)
-    keys = {digest_of(name): KeyRoute(name, max_in_flight=30) for name in ("a", "b")}
+    keys = {digest_of(name): KeyFacts(name=name, max_in_flight=30) for name in ("a", "b")}
     done = 0
 
     async def caller(bench: Bench) -> None:

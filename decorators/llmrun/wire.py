@@ -171,6 +171,11 @@ class KeyFacts(Message):
     created: float = 0
     """Unix time."""
 
+    @property
+    def limited(self) -> bool:
+        """Whether anything has to be counted for it."""
+        return bool(self.rpm or self.tpm or self.max_in_flight)
+
 
 class NewKey(Message):
     """A key that was just made."""

@@ -55,6 +55,16 @@ class Traffic:
 Subject = str
 
 
+def key_subject(name: str) -> Subject:
+    """Of a key."""
+    return f"key:{name}"
+
+
+def model_subject(name: str) -> Subject:
+    """Of a model."""
+    return f"model:{name}"
+
+
 @dataclass(frozen=True)
 class Spent:
     """What one subject with limits has asked of one ingress."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
-from llmrun.wire import State
+from llmrun.wire import KeyFacts, State
 
 
 @dataclass(frozen=True)
@@ -54,25 +54,6 @@ class ModelRoute:
 
 
 @dataclass(frozen=True)
-class KeyRoute:
-    """What an API key may: see `llmrun.wire.KeyFacts`."""
-
-    name: str
-    models: tuple[str, ...] = ()
-    rpm: int = 0
-    tpm: int = 0
-    max_in_flight: int = 0
-    wake: bool = True
-    expires: float = 0
-    created: float = 0
-
-    @property
-    def limited(self) -> bool:
-        """Whether anything has to be counted for it."""
-        return bool(self.rpm or self.tpm or self.max_in_flight)
-
-
-@dataclass(frozen=True)
 class Table:
     """All models by name. `epoch` names one life of control; `number` grows within it."""
 
@@ -83,7 +64,7 @@ class Table:
     """Every name that clients may ask for → the model's name."""
     control: tuple[str, int] = ("", 0)
     """Where control's HTTP API listens."""
-    keys: dict[str, KeyRoute] = field(default_factory=dict)
+    keys: dict[str, KeyFacts] = field(default_factory=dict)
     """API keys by `digest_of` them."""
     admin: str = ""
     """The digest of the admin key."""

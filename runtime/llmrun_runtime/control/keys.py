@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 
 from sqlalchemy import delete, select
 from sqlalchemy.exc import IntegrityError
@@ -14,7 +13,7 @@ from llmrun.errors import Refused
 from llmrun.wire import KeyFacts, NewKey
 from llmrun_runtime.control.database import Database
 from llmrun_runtime.control.tables import KeyRow
-from llmrun_runtime.table import KeyRoute, digest_of
+from llmrun_runtime.table import digest_of
 
 PREFIX = "sk-llmrun-"
 SECRET_BYTES = 32
@@ -25,17 +24,17 @@ class Keys:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._routes: dict[str, KeyRoute] = {}
+        self._routes: dict[str, KeyFacts] = {}
         self.on_change: Callable[[], None] = lambda: None
 
     def load(self) -> None:
         """Read what is stored."""
         with self._database.session() as session:
             for row in session.scalars(select(KeyRow)):
-                self._routes[row.digest] = _route(KeyFacts.model_validate_json(row.facts))
+                self._routes[row.digest] = KeyFacts.model_validate_json(row.facts)
 
     @property
-    def routes(self) -> dict[str, KeyRoute]:
+    def routes(self) -> dict[str, KeyFacts]:
         """By digest, for the table."""
         return self._routes
 
@@ -52,14 +51,13 @@ class Keys:
                 session.add(KeyRow(name=made.name, digest=digest, facts=made.model_dump_json()))
         except IntegrityError:
             raise Refused(f"there is a key {facts.name!r}: revoke it first, or choose another name", 409) from None
-        self._routes = {**self._routes, digest: _route(made)}
+        self._routes = {**self._routes, digest: made}
         self.on_change()
         return NewKey(key=key, facts=made)
 
     def rows(self) -> list[KeyFacts]:
         """All keys, by name."""
-        routes = sorted(self._routes.values(), key=lambda route: route.name)
-        return [KeyFacts.model_validate(asdict(route)) for route in routes]
+        return sorted(self._routes.values(), key=lambda facts: facts.name)
 
     def revoke(self, name: str) -> None:
         """Remove a key. Raises Refused if there is none of that name."""
@@ -71,7 +69,3 @@ class Keys:
             session.execute(delete(KeyRow).where(KeyRow.name == name))
         self._routes = kept
         self.on_change()
-
-
-def _route(facts: KeyFacts) -> KeyRoute:
-    return KeyRoute(**facts.model_dump())

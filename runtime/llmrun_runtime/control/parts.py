@@ -24,7 +24,7 @@ from llmrun_runtime.control.stock import Stock
 from llmrun_runtime.control.usage import Usage
 from llmrun_runtime.control.warming import Warming, head_start
 from llmrun_runtime.node import agent_on
-from llmrun_runtime.reports import Elsewhere, Subject
+from llmrun_runtime.reports import Elsewhere, Subject, key_subject, model_subject
 from llmrun_runtime.table import digest_of
 
 log = logging.getLogger("llmrun.control")
@@ -90,9 +90,9 @@ class ControlParts:
 
     def elsewhere(self, ingress: str, now: float) -> dict[Subject, Elsewhere]:
         """Of all with limits, what that ingress cannot see."""
-        limited = {f"key:{key.name}": key.tpm for key in self.keys.routes.values() if key.limited}
+        limited = {key_subject(key.name): key.tpm for key in self.keys.routes.values() if key.limited}
         specs = (row.spec for row in self.scaling.deployed.values())
-        limited |= {f"model:{spec.name}": spec.tpm for spec in specs if spec.rpm or spec.tpm or spec.max_in_flight}
+        limited |= {model_subject(spec.name): spec.tpm for spec in specs if spec.rpm or spec.tpm or spec.max_in_flight}
         found = {}
         for subject, tpm in limited.items():
             spent = self.registry.spent_elsewhere(ingress, subject)

@@ -20,7 +20,7 @@ from llmrun.wire import UsageLine
 from llmrun_runtime.control.database import Database
 from llmrun_runtime.control.tables import CountedRow, UsageRow
 from llmrun_runtime.engines.meter import Row
-from llmrun_runtime.reports import Registration
+from llmrun_runtime.reports import Registration, key_subject, model_subject
 from llmrun_runtime.window import Window
 
 log = logging.getLogger("llmrun.control")
@@ -66,7 +66,7 @@ class Usage:
         for place, amount in enumerate(new):
             sums[place] += amount
         if tokens := new[1] + new[2]:
-            for subject in ([f"key:{key}"] if key else []) + [f"model:{report.model}"]:
+            for subject in ([key_subject(key)] if key else []) + [model_subject(report.model)]:
                 self._tokens.setdefault(subject, Window()).add(now, tokens)
 
     def gone(self, replica: str) -> None:

@@ -15,7 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 import llmrun
 from llmrun.settings import Settings
-from llmrun.wire import CONTROL_ROOT
+from llmrun.wire import CONTROL_ROOT, KeyFacts
 from llmrun_runtime.asgi import Receive, Scope, Send, answer, answer_bytes, answer_error
 from llmrun_runtime.engines.base import KEY_HEADER, PROBE_HEADER, TOKEN_HEADER
 from llmrun_runtime.engines.kinds import get_engine
@@ -36,7 +36,7 @@ from llmrun_runtime.ingress.relay import (
     stream_body,
 )
 from llmrun_runtime.ingress.waiting import Caller, Claim, Waiting
-from llmrun_runtime.table import KeyRoute, ModelRoute
+from llmrun_runtime.table import ModelRoute
 
 log = logging.getLogger("llmrun.ingress")
 MODELS = "/v1/models"
@@ -121,7 +121,7 @@ class Ingress:
                 raise Refusal(405, f"{path} takes POST", "method_not_allowed")
             await self._infer(scope, receive, send, request)
 
-    def _key(self, scope: Scope) -> KeyRoute | None:
+    def _key(self, scope: Scope) -> KeyFacts | None:
         return find_key(self._waiting.table, scope, time.time(), required=self._keys_only)
 
     async def _models(self, scope: Scope, path: str, send: Send) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from llmrun.wire import KeyFacts
 from llmrun_runtime.asgi import Scope
 from llmrun_runtime.ingress.admission import NOT_READY, Refusal
-from llmrun_runtime.table import KeyRoute, ModelRoute, Table, digest_of
+from llmrun_runtime.table import ModelRoute, Table, digest_of
 
 BEARER = "bearer "
-ADMIN = KeyRoute("admin")
+ADMIN = KeyFacts(name="admin")
 
 
-def find_key(table: Table, scope: Scope, now: float, *, required: bool) -> KeyRoute | None:
+def find_key(table: Table, scope: Scope, now: float, *, required: bool) -> KeyFacts | None:
     """The caller's key. Raises Refusal (401).
 
     1. As long as there is no key at all, and none is `required`, everybody may come in.
@@ -39,19 +40,19 @@ def find_key(table: Table, scope: Scope, now: float, *, required: bool) -> KeyRo
     return key
 
 
-def may_see(key: KeyRoute | None, model: ModelRoute) -> bool:
+def may_see(key: KeyFacts | None, model: ModelRoute) -> bool:
     """Whether that key reaches that model at all."""
     return key is None or not key.models or any(name in key.models for name in model.names)
 
 
-def check_seen(key: KeyRoute | None, model: ModelRoute) -> None:
+def check_seen(key: KeyFacts | None, model: ModelRoute) -> None:
     """Raises Refusal if the key does not reach the model."""
     if key and not may_see(key, model):
         text = f"the key {key.name} is not for {model.name}: it is for {', '.join(key.models)}"
         raise Refusal(403, text, "model_not_allowed", "permission_error", param="model")
 
 
-def check_awake(key: KeyRoute | None, model: ModelRoute) -> None:
+def check_awake(key: KeyFacts | None, model: ModelRoute) -> None:
     """Raises Refusal if the model would have to wake for a key that does not wake any."""
     if key and not key.wake and not model.replicas:
         text = f"{model.name} is {model.state}, and the key {key.name} does not wake models (--no-wake)"

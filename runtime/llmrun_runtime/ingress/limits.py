@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from llmrun.wire import KeyFacts
 from llmrun_runtime.ingress.admission import Refusal
-from llmrun_runtime.reports import Elsewhere, Spent, Subject
-from llmrun_runtime.table import KeyRoute, ModelRoute
+from llmrun_runtime.reports import Elsewhere, Spent, Subject, key_subject, model_subject
+from llmrun_runtime.table import ModelRoute
 from llmrun_runtime.window import Window
 
 AT_ONCE_RETRY_S = 1
@@ -28,11 +29,11 @@ class Limit:
     max_in_flight: int = 0
 
 
-def limits_of(key: KeyRoute | None, model: ModelRoute) -> list[Limit]:
+def limits_of(key: KeyFacts | None, model: ModelRoute) -> list[Limit]:
     """Those that a request for `model` with `key` has to keep."""
-    found = [Limit(f"model:{model.name}", f"the model {model.name}", model.rpm, model.tpm, model.max_in_flight)]
+    found = [Limit(model_subject(model.name), f"the model {model.name}", model.rpm, model.tpm, model.max_in_flight)]
     if key:
-        found.insert(0, Limit(f"key:{key.name}", f"the key {key.name}", key.rpm, key.tpm, key.max_in_flight))
+        found.insert(0, Limit(key_subject(key.name), f"the key {key.name}", key.rpm, key.tpm, key.max_in_flight))
     return [limit for limit in found if limit.rpm or limit.tpm or limit.max_in_flight]
 
 
