@@ -11,14 +11,16 @@ from typing import Any
 
 import aiohttp
 import pytest
-from aiohttp import web
+from starlette.requests import Request
 
 from llmrun.settings import Settings
-from llmrun_runtime import http
+from llmrun_runtime import asgi, http
+from llmrun_runtime.asgi import Receive, Scope, Send
 from llmrun_runtime.ingress.app import Ingress
 from llmrun_runtime.ingress.cors import with_cors
 from llmrun_runtime.ingress.limits import Limiter
 from llmrun_runtime.ingress.waiting import Waiting
+from llmrun_runtime.link.server import Server
 from llmrun_runtime.table import ModelRoute, ReplicaRoute, Table, by_names
 
 CHAT = "/v1/chat/completions"
@@ -29,50 +31,78 @@ class Engine:
     """A stand-in: what it was asked, and how it misbehaves when the body says so."""
 
     def __init__(self) -> None:
-        self.asked: list[web.Request] = []
-        self.cancelled = asyncio.Event()
+        self.asked: list[Request] = []
+        self.left = asyncio.Event()
+        """Somebody has left before the end."""
         self.port = 0
+        """Its link's."""
+        self.http_port = 0
+        self._links: list[Server] = []
 
-    async def handle(self, request: web.Request) -> web.StreamResponse:
-        """Stream PIECES; `hang`, `stall`, `die_early` and `die_late` misbehave."""
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer unless the caller leaves."""
+        request = Request(scope, receive)
+        await request.body()
         self.asked.append(request)
-        if request.path == "/metrics":
-            return web.Response(text='# TYPE vllm:tokens counter\nvllm:tokens_total{model_name="one"} 7.0\n')
-        body = {} if request.content_type == "multipart/form-data" else await request.json()
+        answer = asyncio.ensure_future(self.answer(request, send))
+        gone = asyncio.ensure_future(receive())
+        await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            self.left.set()
+        for future in (answer, gone):
+            future.cancel()
+        await asyncio.gather(answer, gone, return_exceptions=True)
+
+    async def answer(self, request: Request, send: Send) -> None:
+        """Stream PIECES; `hang`, `stall`, `die_early`, `die_late` and `fail` misbehave."""
+        if request.url.path == "/metrics":
+            text = b'# TYPE vllm:tokens counter\nvllm:tokens_total{model_name="one"} 7.0\n'
+            await asgi.answer_bytes(send, 200, text, "text/plain")
+            return
+        form = request.headers.get("content-type", "").startswith("multipart/form-data")
+        body = {} if form else json.loads(await request.body() or b"{}")
         if body.get("refuse"):
-            return web.json_response({"error": {"message": "no\nsuch"}}, status=400)
+            await asgi.answer(send, 400, {"error": {"message": "no\nsuch"}})
+            return
         if body.get("die_early"):
-            assert request.transport
-            request.transport.abort()
-            await asyncio.sleep(60)
+            self.die()
         await asyncio.sleep(body.get("stall", 0))
-        answer = web.StreamResponse(headers={"content-type": "text/event-stream", "x-engine": "yes"})
-        await answer.prepare(request)
-        try:
-            for piece in PIECES:
-                await answer.write(piece)
-                if body.get("die_late"):
-                    assert request.transport
-                    request.transport.abort()
-                if body.get("hang"):
-                    await asyncio.sleep(60)
-        except (asyncio.CancelledError, ConnectionError):
-            self.cancelled.set()
-            raise
-        return answer
+        headers = [(b"content-type", b"text/event-stream"), (b"x-engine", b"yes")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for piece in PIECES:
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+            if body.get("die_late"):
+                await asyncio.sleep(0.05)  # the piece is out
+                self.die()
+            if body.get("fail"):
+                raise RuntimeError("the app failed")
+            if body.get("hang"):
+                await asyncio.sleep(60)
+        await send({"type": "http.response.body", "body": b""})
+
+    def die(self) -> None:
+        """End all connections of ingresses, as an engine's death does."""
+        for link in self._links:
+            link.close()
+
+    def _accept(self) -> Server:
+        self._links.append(Server(self, {}))
+        return self._links[-1]
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Engine]:
         """Listen."""
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", self.handle)
-        runner = web.AppRunner(app, handler_cancellation=True)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        self.port = runner.addresses[0][1]
+        server = await asyncio.get_running_loop().create_server(self._accept, "127.0.0.1", 0, backlog=1024)
+        self.port = server.sockets[0].getsockname()[1]
+        sock = http.bind("127.0.0.1", 0)
+        self.http_port = sock.getsockname()[1]
+        serving = asyncio.create_task(http.serve(self, sock))
         yield self
-        await runner.cleanup()
+        self.die()
+        server.close()
+        await server.wait_closed()
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
 
 
 class Bench:

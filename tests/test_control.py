@@ -128,7 +128,7 @@ def test_nodes_that_stay_are_kept_ready_and_those_that_may_go_are_left(monkeypat
     look([head, other, kind], 0)
     look([head, other, kind], 59)
     assert agents.warmed == [("head", "vllm")] * 2 and not agents.left
-    registry.report(Registration("r", "a", 1, "other", "h", 1, "t", "ready"), 59)
+    registry.report(Registration("r", "a", 1, "other", "h", 1, 2, "t", "ready"), 59)
     look([head, other, kind], 61)
     registry.remove("r")
     look([head, other, kind], 120)
@@ -146,7 +146,7 @@ def test_a_model_looks_as_its_replicas_and_targets_say() -> None:
     assert View(row, facts, registry, 0, held=False).state() == "cold"
     waking = View(row, facts, registry, 1, held=False)
     assert (waking.state(), waking.phase()) == ("waking", "placing a replica")
-    report = Registration("r", "a", 1, "n", "h", 0, "t", "starting", moments={"placed": 1})
+    report = Registration("r", "a", 1, "n", "h", 0, 0, "t", "starting", moments={"placed": 1})
     for part, phase in (
         ("placed", "bringing weights"),
         ("weights", "starting the engine"),
@@ -275,7 +275,7 @@ def test_room_and_its_holders() -> None:
 
 def report(state: Any = "ready", replica: str = "r1", **more: Any) -> Registration:
     """A replica's report."""
-    facts: dict[str, Any] = {"model": "one", "version": 1, "node": "a", "host": "h", "port": 1, "token": "t"}
+    facts: dict[str, Any] = {"model": "one", "version": 1, "node": "a", "host": "h", "port": 1, "link": 2, "token": "t"}
     return Registration(id=replica, state=state, **(facts | more))
 
 

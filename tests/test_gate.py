@@ -72,7 +72,7 @@ async def test_callers_cannot_say_who_they_are_themselves(bench: Bench, engine: 
     bench.table(route(engine.port), keys=keys(KeyFacts(name="good")))
     headers = {"authorization": "Bearer good", KEY_HEADER: "other", PROBE_HEADER: "1"}
     assert (await bench.ask(headers=headers))[0] == 200
-    assert engine.asked[0].headers.getall(KEY_HEADER) == ["good"] and PROBE_HEADER not in engine.asked[0].headers
+    assert engine.asked[0].headers.getlist(KEY_HEADER) == ["good"] and PROBE_HEADER not in engine.asked[0].headers
 
 
 async def test_a_key_that_does_not_wake_reaches_hot_models_only(bench: Bench, engine: Engine) -> None:
@@ -107,7 +107,7 @@ async def test_limits_of_a_key_and_of_a_model(bench: Bench, engine: Engine) -> N
     status, _, answer = await bench.ask(**bearer("few"))
     assert status == 429 and "(max_in_flight)" in answer["error"]["message"]
     hanging.cancel()
-    await asyncio.wait_for(engine.cancelled.wait(), 5)
+    await asyncio.wait_for(engine.left.wait(), 5)
     while (await bench.ask(**bearer("few")))[0] != 200:
         await asyncio.sleep(0.05)
     assert [(await bench.ask(**bearer("free")))[0] for _ in range(3)] == [200, 200, 429]  # the model's own
@@ -221,7 +221,7 @@ async def test_forms_have_their_model_as_a_field(bench: Bench, engine: Engine) -
     form.add_field("file", b"\x00RIFF" * 400_00, filename="a.wav", content_type="audio/wav")
     async with bench.session.post(bench.url + TRANSCRIPTIONS, data=form) as answer:
         assert answer.status == 200
-    assert engine.asked[0].content_type == "multipart/form-data"
+    assert engine.asked[0].headers["content-type"].startswith("multipart/form-data")
     sent: list[tuple[Any, int, str]] = [
         ({"language": "en"}, 400, "missing_model"),
         ({"model": "two"}, 404, "path_not_found"),

@@ -27,7 +27,7 @@ async def test_streams_are_the_engines_byte_for_byte(bench: Bench, engine: Engin
     assert (status, raw) == (200, b"".join(PIECES))
     assert (answered["x-engine"], answered["x-request-id"]) == ("yes", "abc")
     (asked,) = engine.asked
-    assert await asked.read() == body and asked.rel_url.raw_query_string == "a=b%20c"
+    assert await asked.body() == body and asked.url.query == "a=b%20c"
     assert asked.headers[TOKEN_HEADER] == f"t{engine.port}" and asked.headers["x-other"] == "kept"
     assert "authorization" not in asked.headers and asked.headers["x-request-id"] == "abc"
 
@@ -177,6 +177,24 @@ async def test_a_stream_that_breaks_off_ends_with_an_error_event(bench: Bench, e
     assert json.loads(error.removeprefix("data: "))["error"]["code"] == "stream_broken_off"
 
 
+async def test_an_engine_that_fails_within_one_request_harms_no_other(bench: Bench, engine: Engine) -> None:
+    bench.table(route(engine.port))
+    other = await bench.session.post(bench.url + CHAT, json={"model": "one", "hang": True})
+    status, _, answer = await bench.ask({"model": "one", "fail": True})
+    assert status == 200 and b"stream_broken_off" in answer
+    assert not engine.left.is_set() and await other.content.readany() == PIECES[0]
+    other.close()
+
+
+async def test_headers_that_are_too_large_harm_nobody_else(bench: Bench, engine: Engine) -> None:
+    bench.table(route(engine.port))
+    other = await bench.session.post(bench.url + CHAT, json={"model": "one", "hang": True})
+    status, _, answer = await bench.ask(headers={"x-large": "x" * 300_000})
+    assert (status, answer["error"]["code"]) == (431, "headers_too_large")
+    assert not engine.left.is_set()
+    other.close()
+
+
 async def test_deadlines_that_are_set_are_kept(engine: Engine) -> None:
     async with an_ingress(first_byte_timeout=0.3, idle_stream_timeout=0.6, request_timeout=1) as bench:
         bench.table(route(engine.port))
@@ -199,7 +217,7 @@ async def test_the_engine_hears_that_the_client_is_gone(bench: Bench, engine: En
     assert await answer.content.readany() == PIECES[0]
     assert bench.waiting.traffic()["one"].in_flight == 1
     answer.close()
-    await asyncio.wait_for(engine.cancelled.wait(), 1)
+    await asyncio.wait_for(engine.left.wait(), 1)
     while bench.waiting.traffic():
         await asyncio.sleep(0.01)
 
@@ -215,7 +233,7 @@ async def test_requests_above_max_ongoing_wait_their_turn(bench: Bench, engine: 
 
 
 async def test_control_is_relayed_and_missed(bench: Bench, engine: Engine) -> None:
-    bench.table(control=("127.0.0.1", engine.port))
+    bench.table(control=("127.0.0.1", engine.http_port))
     status, _, raw = await bench.ask(path="/llmrun/v1/plan", headers={"authorization": "Bearer key"})
     assert (status, raw) == (200, b"".join(PIECES))
     assert engine.asked[0].headers["authorization"] == "Bearer key"

@@ -11,9 +11,10 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from aiohttp import web
+from starlette.requests import Request
 
 from llmrun.wire import KeyFacts
+from llmrun_runtime.asgi import Send
 from llmrun_runtime.table import digest_of
 from tests.ingress import CHAT, Bench, Engine, an_ingress, route
 
@@ -78,22 +79,18 @@ async def test_many_idle_streams_hold_and_others_are_served_beside() -> None:
 async def test_a_slow_reader_holds_the_engine_back_and_not_the_memory() -> None:
     written = 0
 
-    async def pour(request: web.Request) -> web.StreamResponse:
-        nonlocal written
-        answer = web.StreamResponse(headers={"content-type": "text/event-stream"})
-        await answer.prepare(request)
-        while written < SLOW_BYTES:
-            await answer.write(b"data: " + b"x" * 65_530)
-            written += 65_536
-        return answer
+    class Pouring(Engine):
+        async def answer(self, request: Request, send: Send) -> None:
+            nonlocal written
+            headers = [(b"content-type", b"text/event-stream")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            while written < SLOW_BYTES:
+                await send({"type": "http.response.body", "body": b"data: " + b"x" * 65_530, "more_body": True})
+                written += 65_536
+            await send({"type": "http.response.body", "body": b""})
 
-    app = web.Application()
-    app.router.add_post(CHAT, pour)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    async with an_ingress() as bench:
-        bench.table(route(runner.addresses[0][1]))
+    async with Pouring().running() as engine, an_ingress() as bench:
+        bench.table(route(engine.port))
         slow = await Connection.asking(bench, {})
         await slow.reader.readuntil(b"data: ")
         before = -1
@@ -105,7 +102,6 @@ async def test_a_slow_reader_holds_the_engine_back_and_not_the_memory() -> None:
             pass
         assert written >= SLOW_BYTES
         await slow.leave()
-        await runner.cleanup()
 
 
 async def test_callers_who_leave_at_any_moment_leave_no_count_behind() -> None:

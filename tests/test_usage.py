@@ -27,7 +27,7 @@ def database(tmp_path: Path) -> Database:
 
 def report(*usage: Row, replica: str = "r1", model: str = "one") -> Registration:
     """A replica's."""
-    return Registration(replica, model, 1, "node", "host", 1, "token", "ready", usage=usage)
+    return Registration(replica, model, 1, "node", "host", 1, 2, "token", "ready", usage=usage)
 
 
 def test_a_key_is_shown_once_and_only_its_hash_is_kept(database: Database, tmp_path: Path) -> None:

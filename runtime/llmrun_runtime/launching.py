@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,9 @@ def make_launch(
     Looks at disks. Raises EngineError for a missing secret.
     """
     spec = config.spec
-    shim = ShimConfig(model=spec.name, hook_timeout=config.hook_timeout)
+    shim = ShimConfig(model=spec.name, hook_timeout=config.hook_timeout, host=member.host)
     if spec.code and code:
-        file = str(code / spec.code.file)
-        shim = ShimConfig(spec.name, file, spec.code.cls, spec.code.hooks, config.hook_timeout)
+        shim = replace(shim, file=str(code / spec.code.file), cls=spec.code.cls, hooks=spec.code.hooks)
     return Launch(
         names=spec.served_names,
         weights=str(weights),

@@ -243,6 +243,7 @@ class Replica:
             node=self._node,
             host=self._host,
             port=engine.port if engine else 0,
+            link=engine.link if engine else 0,
             token=engine.token if engine else "",
             state=self._state,
             in_flight=self._counts.get("in_flight", 0),

@@ -22,6 +22,9 @@ class Registration:
     node: str
     host: str
     port: int
+    """Where its engine speaks HTTP."""
+    link: int
+    """Where its engine listens for ingresses."""
     token: str
     state: ReplicaState
     in_flight: int = 0

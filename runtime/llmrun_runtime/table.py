@@ -10,7 +10,7 @@ from llmrun.wire import KeyFacts, State
 
 @dataclass(frozen=True)
 class ReplicaRoute:
-    """Where one replica's engine answers, and the token that it asks for."""
+    """Where one replica's engine listens for ingresses, and the token that it asks for."""
 
     id: str
     host: str

@@ -102,4 +102,4 @@ class Registry:
 
 def _routed(report: Registration) -> tuple[object, ...]:
     """What the ingress's table has of a replica."""
-    return (report.state, report.version, report.host, report.port, report.token, report.paths, report.max_model_len)
+    return (report.state, report.version, report.host, report.link, report.token, report.paths, report.max_model_len)

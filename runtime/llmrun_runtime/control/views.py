@@ -94,7 +94,7 @@ class View:
             names=row.spec.served_names,
             paths=self.facts.paths or get_engine(row.spec.engine).paths,
             max_ongoing=row.spec.max_ongoing_requests,
-            replicas=tuple(ReplicaRoute(r.id, r.host, r.port, r.token) for r in ready),
+            replicas=tuple(ReplicaRoute(r.id, r.host, r.link, r.token) for r in ready),
             failures=failure.count if failure else 0,
             paused=failure is not None and failure.refuses(now),
             cause=self.cause(),

@@ -45,6 +45,8 @@ class ShimConfig:
     cls: str = ""
     hooks: tuple[str, ...] = ()
     hook_timeout: float = 30
+    host: str = "127.0.0.1"
+    """Where it listens for ingresses."""
 
     def to_json(self) -> str:
         """For the environment of the engine."""

@@ -38,6 +38,9 @@ class EngineProcess:
         self._launch = launch
         self._begun = begun
         self.port = 0
+        """Where it speaks HTTP; 0 before it says so."""
+        self.link = 0
+        """Where it listens for ingresses (`llmrun_runtime.link`)."""
         self._ready = asyncio.Event()
         self._failed = ""
         self._holders: set[asyncio.StreamWriter] = set()
@@ -193,6 +196,7 @@ class EngineProcess:
             while line := await reader.readline():
                 message = json.loads(line)
                 self.port = message.get("port", self.port)
+                self.link = message.get("link", self.link)
                 self._failed = message.get("failed", self._failed)
                 if message.get("ready"):
                     self._ready.set()

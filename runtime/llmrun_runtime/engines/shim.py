@@ -6,6 +6,7 @@ tells the replica when the engine is ready. Does not know which engine it is aro
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import os
@@ -25,6 +26,7 @@ from llmrun_runtime.engines.base import (
     ShimConfig,
 )
 from llmrun_runtime.engines.hooks import Hooks
+from llmrun_runtime.link.server import listen
 
 UNCOUNTED = ("/health", "/metrics", "/ping", "/load", "/version")
 
@@ -37,6 +39,8 @@ class Shim:
         self._token = os.environ[TOKEN_ENV].encode()
         config = ShimConfig.from_json(os.environ[SHIM_ENV])
         self._hooks = Hooks(config) if config.hooks else None
+        self._host = config.host
+        self._links: asyncio.Server | None = None
         self._in_flight = 0
         self._probes = 0
         self._paths: list[str] = []
@@ -45,7 +49,7 @@ class Shim:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await self._app(scope, receive, self._announce(send))
+            await self._app(scope, receive, self._announce(scope, send))
             return
         headers = dict(scope["headers"])
         if not hmac.compare_digest(headers.get(TOKEN_HEADER.encode(), b""), self._token):
@@ -76,8 +80,8 @@ class Shim:
             if not probe:
                 self._last_end = time.monotonic()
 
-    def _announce(self, send: Send) -> Send:
-        """Start the hooks when the engine's own start-up is done, then tell the replica."""
+    def _announce(self, scope: Scope, send: Send) -> Send:
+        """When the engine's own start-up is done, start the hooks and listen for ingresses, then tell the replica."""
 
         async def announced(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
@@ -88,7 +92,10 @@ class Shim:
                     lease.tell(failed=str(error))
                     await send({"type": "lifespan.startup.failed", "message": str(error)})
                     return
-                lease.tell(ready=True)
+                # As the engine's own server calls it: the outermost app, which comes to this shim by itself.
+                app = scope.get("app") or self
+                self._links = await listen(app, self._host, scope.get("state"))
+                lease.tell(ready=True, link=self._links.sockets[0].getsockname()[1])
             await send(message)
 
         return announced

@@ -26,16 +26,10 @@ from llmrun_runtime.ingress.limits import Limiter, limits_of
 from llmrun_runtime.ingress.metrics import Metrics, Request
 from llmrun_runtime.ingress.openapi import openapi
 from llmrun_runtime.ingress.patience import Patience
-from llmrun_runtime.ingress.relay import (
-    Deadlines,
-    UpstreamGone,
-    forwarded_headers,
-    new_session,
-    read_body,
-    relay,
-    stream_body,
-)
+from llmrun_runtime.ingress.proxy import WITH_BODY, new_session, pass_on
+from llmrun_runtime.ingress.relay import Deadlines, UpstreamGone, forwarded_headers, read_body, relay
 from llmrun_runtime.ingress.waiting import Caller, Claim, Waiting
+from llmrun_runtime.link.client import Links
 from llmrun_runtime.table import ModelRoute
 
 log = logging.getLogger("llmrun.ingress")
@@ -54,15 +48,17 @@ class Ingress:
 
     def __init__(self, settings: Settings, waiting: Waiting, limiter: Limiter, *, keys_only: bool = False) -> None:
         self._settings = settings
-        self._deadlines = Deadlines(settings.connect_timeout, settings.first_byte_timeout, settings.idle_stream_timeout)
+        self._deadlines = Deadlines(settings.first_byte_timeout, settings.idle_stream_timeout)
         self._waiting = waiting
         self._limiter = limiter
         self._keys_only = keys_only
         self._metrics = Metrics(waiting)
+        self._links = Links(settings.connect_timeout)
         self._session: aiohttp.ClientSession | None = None
 
     async def close(self) -> None:
         """Let go of connections."""
+        self._links.close()
         if self._session:
             await self._session.close()
 
@@ -109,7 +105,7 @@ class Ingress:
         elif path == "/metrics":
             if method not in ("GET", "HEAD"):
                 raise Refusal(405, f"{path} takes GET", "method_not_allowed")
-            text = await self._metrics.gather(self._http())
+            text = await self._metrics.gather(self._http(), self._links)
             await answer_bytes(send, 200, text, CONTENT_TYPE_LATEST)
         elif path.startswith(CONTROL_ROOT + "/"):
             await self._control(scope, receive, send)
@@ -137,11 +133,9 @@ class Ingress:
 
     async def _control(self, scope: Scope, receive: Receive, send: Send) -> None:
         host, port = self._waiting.table.control
-        body = stream_body(receive) if scope["method"] in ("POST", "PUT", "PATCH") else None
         try:
-            url = f"http://{host}:{port}{scope['path']}"
-            work = relay(self._http(), scope, send, url, forwarded_headers(scope), body, [])
-            await (_unless_gone(work, receive) if body is None else work)
+            work = pass_on(self._http(), scope, receive, send, f"http://{host}:{port}{scope['path']}")
+            await (work if scope["method"] in WITH_BODY else _unless_gone(work, receive))
         except UpstreamGone as error:
             text = f"control does not answer ({error}): it is being restarted, try again in a few seconds"
             raise Refusal(503, text, "control_away", "service_unavailable", retry_after=2) from None
@@ -197,7 +191,6 @@ class Ingress:
         failed: list[str] = []
         for attempt in itertools.count():
             claim = await patience.claim(failed)
-            url = f"http://{claim.replica.host}:{claim.replica.port}{scope['path']}"
             with self._waiting.in_flight(claim):
                 try:
                     check_path(self._waiting.table.models.get(claim.model), scope["path"])  # known since it woke
@@ -207,10 +200,8 @@ class Ingress:
                         self._waiting.answered(claim)
 
                     token = (TOKEN_HEADER, claim.replica.token)
-                    await relay(
-                        *(self._http(), scope, send, url, [*headers, token], body, answer_headers, first),
-                        deadlines=self._deadlines,
-                    )
+                    asked = (scope, send, [*headers, token], body, answer_headers, first, self._deadlines)
+                    await relay(self._links, claim.replica, *asked)
                     return
                 except UpstreamGone as error:
                     log.warning("request %s: replica %s is gone: %s", request.id, claim.replica.id[:12], error)

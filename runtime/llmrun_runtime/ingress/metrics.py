@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 
 from llmrun_runtime.engines.base import TOKEN_HEADER
 from llmrun_runtime.ingress.waiting import Waiting
+from llmrun_runtime.link.client import Links
 from llmrun_runtime.table import ReplicaRoute
 
 log = logging.getLogger("llmrun.ingress")
@@ -80,14 +81,14 @@ class Metrics:
         if request.first_byte:
             self._first_byte.labels(request.model).observe(request.first_byte - request.began)
 
-    async def gather(self, session: aiohttp.ClientSession) -> bytes:
+    async def gather(self, session: aiohttp.ClientSession, links: Links) -> bytes:
         """All metrics in Prometheus' text format; those of who does not answer in time are left out."""
         table = self._waiting.table
         host, port = table.control
         replicas = [(model.name, replica) for model in table.models.values() for replica in model.replicas]
         control, *engines = await asyncio.gather(
-            _fetch(session, f"http://{host}:{port}/metrics", {}),
-            *(_fetch(session, _url(replica), {TOKEN_HEADER: replica.token}) for _, replica in replicas),
+            _in_time("control", _from_control(session, f"http://{host}:{port}/metrics")),
+            *(_in_time(f"{model} {replica.id[:12]}", _from_engine(links, replica)) for model, replica in replicas),
         )
         merged = CollectorRegistry()
         texts = [(text, (model, replica.id[:12])) for text, (model, replica) in zip(engines, replicas, strict=True)]
@@ -129,14 +130,26 @@ class _Engines(Collector):
         yield from families.values()
 
 
-def _url(replica: ReplicaRoute) -> str:
-    return f"http://{replica.host}:{replica.port}/metrics"
-
-
-async def _fetch(session: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> str:
+async def _in_time(who: str, text: Awaitable[str]) -> str:
     try:
-        async with asyncio.timeout(GATHER_TIMEOUT_S), session.get(url, headers=headers) as answer:
-            return await answer.text() if answer.status == 200 else ""
-    except (aiohttp.ClientError, TimeoutError, UnicodeDecodeError) as error:
-        log.warning("no metrics from %s: %s", url, type(error).__name__)
+        async with asyncio.timeout(GATHER_TIMEOUT_S):
+            return await text
+    except (aiohttp.ClientError, OSError, TimeoutError, UnicodeDecodeError) as error:
+        log.warning("no metrics from %s: %s", who, type(error).__name__)
         return ""
+
+
+async def _from_control(session: aiohttp.ClientSession, url: str) -> str:
+    async with session.get(url) as answer:
+        return await answer.text() if answer.status == 200 else ""
+
+
+async def _from_engine(links: Links, replica: ReplicaRoute) -> str:
+    link = await links.get(replica.host, replica.port)
+    with link.ask("GET", "/metrics", b"", [(TOKEN_HEADER, replica.token)]) as answer:
+        await link.finish(answer, b"")
+        await answer.started()
+        text = bytearray()
+        while piece := await answer.read():
+            text += piece
+    return text.decode() if answer.status == 200 else ""

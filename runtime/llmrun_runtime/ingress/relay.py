@@ -1,30 +1,24 @@
-"""Moves bytes between a client and an upstream: an engine, or control. Reads none of them."""
+"""Moves bytes between a client and an engine. Reads none of them."""
 
 from __future__ import annotations
 
 import asyncio
-import io
 import json
-import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import aiohttp
 
 from llmrun_runtime.asgi import Receive, Scope, Send, error_body
-from llmrun_runtime.engines.base import IDLE_CONNECTION_S
 from llmrun_runtime.ingress.admission import Refusal
+from llmrun_runtime.link.client import Answer, LinkLostError, Links
+from llmrun_runtime.table import ReplicaRoute
 
-EVENTS = "text/event-stream"
+EVENTS = b"text/event-stream"
 # RFC 9110, 7.6.1; and what this hop says itself.
 HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization te trailer transfer-encoding upgrade".split()
 )
-OF_THIS_HOP = HOP_BY_HOP | {b"host", b"content-length", b"expect"}
+OF_THIS_HOP = HOP_BY_HOP | {b"host", b"expect"}
 OF_THE_ANSWER = HOP_BY_HOP | {b"date", b"server"}
-# What aiohttp would add: the upstream hears what the client said and no more.
-AUTO_HEADERS = ("user-agent", "accept", "accept-encoding", "content-type")
 
 
 class UpstreamGone(Exception):
@@ -42,30 +36,8 @@ class UpstreamGone(Exception):
 class Deadlines:
     """Seconds; 0 is none."""
 
-    connect: float = 5
     first_byte: float = 0
     between: float = 0
-
-
-def new_session() -> aiohttp.ClientSession:
-    """A client for upstreams: no limit on connections, no deadline on healthy streams, bytes as they are."""
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_S, socket_factory=_watched_socket),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=Deadlines().connect),
-        auto_decompress=False,
-        cookie_jar=aiohttp.DummyCookieJar(),
-    )
-
-
-def _watched_socket(address: aiohttp.AddrInfoType) -> socket.socket:
-    """A socket that notices within about 30 s that the other machine is gone, however quiet the stream is."""
-    family, kind, proto, _, _ = address
-    sock = socket.socket(family=family, type=kind, proto=proto)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if hasattr(socket, "TCP_KEEPIDLE"):
-        for option, value in ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3)):
-            sock.setsockopt(socket.IPPROTO_TCP, option, value)
-    return sock
 
 
 def forwarded_headers(scope: Scope, drop: frozenset[bytes] = frozenset()) -> list[tuple[str, str]]:
@@ -78,61 +50,66 @@ def forwarded_headers(scope: Scope, drop: frozenset[bytes] = frozenset()) -> lis
 
 
 async def relay(
-    session: aiohttp.ClientSession,
+    links: Links,
+    replica: ReplicaRoute,
     scope: Scope,
     send: Send,
-    url: str,
     headers: list[tuple[str, str]],
-    body: bytes | AsyncIterator[bytes] | None,
+    body: bytes,
     answer_headers: list[tuple[bytes, bytes]],
-    on_first: Callable[[], None] = lambda: None,
-    deadlines: Deadlines = Deadlines(),
+    on_first: Callable[[], None],
+    deadlines: Deadlines,
 ) -> None:
-    """Ask `url` and stream its answer to the client as it comes; `on_first` is called with its first piece.
+    """Ask the replica and stream its answer to the client as it comes; `on_first` is called with its first piece.
 
-    Raises UpstreamGone, or Refusal if it is late, before the first byte. After it, a stream of events from an upstream
+    Raises UpstreamGone, or Refusal if it is late, before the first byte. After it, a stream of events from an engine
     that breaks off ends with an error event; any other answer breaks off too, so that nobody takes half of it for all.
     """
-    if scope["query_string"]:
-        url += "?" + scope["query_string"].decode("latin-1")
-    # As a file: aiohttp warns of large plain bytes, and writes those in one piece.
-    data = io.BytesIO(body) if isinstance(body, bytes) else body
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=deadlines.connect, sock_read=deadlines.between or None)
     try:
-        async with asyncio.timeout(deadlines.first_byte or None):
-            upstream = await session.request(
-                scope["method"],
-                url,
-                headers=headers,
-                data=data,
-                allow_redirects=False,
-                skip_auto_headers=AUTO_HEADERS,
-                timeout=timeout,
-            )
-    except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+        link = await links.get(replica.host, replica.port)
+    except (OSError, TimeoutError) as error:
         raise UpstreamGone(str(error) or type(error).__name__, reached=False) from error
-    except TimeoutError:
-        text = "the engine did not begin its answer in time (LLMRUN_FIRST_BYTE_TIMEOUT, LLMRUN_IDLE_STREAM_TIMEOUT)"
-        raise Refusal(504, text, "engine_timeout", "service_unavailable") from None
-    except (aiohttp.ClientError, OSError) as error:
-        raise UpstreamGone(str(error) or type(error).__name__, reached=True) from error
-    async with upstream:
-        kept = [(key.lower(), value) for key, value in upstream.raw_headers if key.lower() not in OF_THE_ANSWER]
-        await send({"type": "http.response.start", "status": upstream.status, "headers": [*kept, *answer_headers]})
-        first, last = True, b""
+    try:
+        asked = link.ask(scope["method"], scope["path"], scope["query_string"], headers)
+    except ValueError as error:
+        raise Refusal(431, str(error), "headers_too_large") from None
+    with asked as answer:
         try:
-            async for chunk in upstream.content.iter_any():
-                if first:
-                    first = False
-                    on_first()
-                last = chunk
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-        except (aiohttp.ClientError, TimeoutError) as error:
-            if upstream.content_type != EVENTS:
+            async with asyncio.timeout(deadlines.first_byte or None):
+                await link.finish(answer, body)
+                await answer.started()
+        except TimeoutError:
+            text = "the engine did not begin its answer in time (LLMRUN_FIRST_BYTE_TIMEOUT)"
+            raise Refusal(504, text, "engine_timeout", "service_unavailable") from None
+        except LinkLostError as error:
+            raise UpstreamGone(str(error), reached=True) from error
+        kept = [(key.lower(), value) for key, value in answer.headers if key.lower() not in OF_THE_ANSWER]
+        await send({"type": "http.response.start", "status": answer.status, "headers": [*kept, *answer_headers]})
+        await _stream(
+            answer, send, on_first, deadlines.between, events=dict(kept).get(b"content-type", b"").startswith(EVENTS)
+        )
+
+
+async def _stream(answer: Answer, send: Send, on_first: Callable[[], None], between: float, *, events: bool) -> None:
+    last = b""
+    while True:
+        try:
+            if between:
+                async with asyncio.timeout(between):
+                    piece = await answer.read()
+            else:
+                piece = await answer.read()
+        except (LinkLostError, TimeoutError) as error:
+            if not events:
                 raise
             await send({"type": "http.response.body", "body": _broken_off(last, error)})
             return
-        await send({"type": "http.response.body", "body": b""})
+        if not last:
+            on_first()
+        await send({"type": "http.response.body", "body": piece, "more_body": bool(piece)})
+        if not piece:
+            return
+        last = piece
 
 
 def _broken_off(last: bytes, error: Exception) -> bytes:
@@ -162,14 +139,3 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
             raise too_large
         more = message.get("more_body", False)
     return b"".join(chunks)
-
-
-async def stream_body(receive: Receive) -> AsyncIterator[bytes]:
-    """The body piece by piece."""
-    more = True
-    while more:
-        message: Any = await receive()
-        if message["type"] == "http.disconnect":
-            raise asyncio.CancelledError
-        yield message.get("body", b"")
-        more = message.get("more_body", False)

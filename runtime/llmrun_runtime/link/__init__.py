@@ -1,0 +1,1 @@
+"""Between an ingress and an engine: many requests on one connection."""
