@@ -19,6 +19,7 @@ from llmrun_runtime.asgi import Receive, Scope, Send
 from llmrun_runtime.ingress.app import Ingress
 from llmrun_runtime.ingress.cors import with_cors
 from llmrun_runtime.ingress.limits import Limiter
+from llmrun_runtime.ingress.metrics import Metrics
 from llmrun_runtime.ingress.waiting import Waiting
 from llmrun_runtime.link.server import Server
 from llmrun_runtime.table import ModelRoute, ReplicaRoute, Table, by_names
@@ -131,7 +132,7 @@ async def an_ingress(*, keys_only: bool = False, **settings: Any) -> AsyncIterat
     """One with these settings."""
     parsed = Settings(**{"max_body_bytes": 2**20, "wake_timeout": 1.5} | settings)
     waiting, limiter = Waiting(parsed.wake_timeout, lambda: None), Limiter()
-    ingress = Ingress(parsed, waiting, limiter, keys_only=keys_only)
+    ingress = Ingress(parsed, waiting, limiter, Metrics("ingress", waiting), keys_only=keys_only)
     sock = http.bind("127.0.0.1", 0)
     app = with_cors(ingress, parsed.cors_origins) if parsed.cors_origins else ingress
     server = asyncio.create_task(http.serve(app, sock))

@@ -53,6 +53,8 @@ async def test_without_keys_everybody_comes_in_and_with_one_only_who_has_it(benc
         assert status == 401 and answer["error"]["code"] == code and headers["x-request-id"]
     status, _, answer = await bench.ask(**bearer("other"))
     assert status == 403 and "the key other is not for one: it is for two" in answer["error"]["message"]
+    status, _, answer = await bench.ask({"model": "nobody"}, **bearer("other"))
+    assert status == 404 and "nothing is deployed" in answer["error"]["message"]  # of the others it does not hear
     for more in (bearer("good"), bearer("root"), {"headers": {"x-api-key": "good"}}):
         assert (await bench.ask(**more))[0] == 200
     async with bench.session.get(bench.url + "/v1/models", **bearer("other")) as answer:
@@ -253,8 +255,11 @@ async def test_pages_of_other_origins_come_in_only_where_that_is_set(engine: Eng
 
 
 async def test_metrics_are_of_all_models_and_their_engines(bench: Bench, engine: Engine) -> None:
-    bench.table(route(engine.port), route(name="two", names=("two",), state="cold"), control=("127.0.0.1", engine.port))
+    bench.table(
+        route(engine.port), route(name="two", names=("two",), state="cold"), control=("127.0.0.1", engine.http_port)
+    )
     await bench.ask()
+    await bench.ask({"model": "nobody"})
     await bench.ask({"model": "two", "refuse": 1}, headers={"X-LLMRun-Max-Wait": "0"})
     async with bench.session.get(bench.url + "/metrics") as answer:
         assert answer.status == 200 and answer.content_type == "text/plain"
@@ -262,11 +267,13 @@ async def test_metrics_are_of_all_models_and_their_engines(bench: Bench, engine:
     samples = {
         (s.name, *sorted(s.labels.values())): s.value for f in text_string_to_metric_families(text) for s in f.samples
     }
-    assert samples["llmrun_requests_total", "200", "one"] == 1 == samples["llmrun_requests_total", "503", "two"]
-    assert samples["llmrun_time_to_first_byte_seconds_count", "one"] == 1
+    assert samples["llmrun_requests_total", "200", "ingress", "one"] == 1
+    assert samples["llmrun_requests_total", "503", "ingress", "two"] == 1
+    assert samples["llmrun_requests_total", "", "404", "ingress"] == 1
+    assert samples["llmrun_time_to_first_byte_seconds_count", "ingress", "one"] == 1
     assert ("vllm:tokens_total", "one", "one", next(iter(bench.waiting.table.models["one"].replicas)).id) in samples
-    assert samples["llmrun_requests_in_flight", "one"] == 0
-    assert samples["llmrun_requests_waiting", "two"] == 1  # who did not want to wait has a stand-in
+    assert samples["llmrun_requests_in_flight", "ingress", "one"] == 0
+    assert samples["llmrun_requests_waiting", "ingress", "two"] == 1  # who did not want to wait has a stand-in
 
 
 async def test_a_path_that_the_engine_turns_out_to_lack(bench: Bench, engine: Engine) -> None:

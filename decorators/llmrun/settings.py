@@ -67,6 +67,9 @@ class Settings(BaseSettings):
     cors_origins: str = Field(
         default="", description="Web pages that may call the ingress: origins with commas between, or `*`."
     )
+    ingresses: int = Field(
+        default=1, ge=1, le=64, description="How many processes on the head are the ingress, on one port."
+    )
     connect_timeout: float = Field(default=5, gt=0, description="How long the ingress tries to reach an engine.")
     first_byte_timeout: float = Field(
         default=0, ge=0, description="How long an engine may take to begin its answer. 0: as long as it wants."

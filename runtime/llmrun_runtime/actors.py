@@ -9,6 +9,12 @@ import ray
 NAMESPACE = "llmrun"
 CONTROL = "control"
 INGRESS = "ingress"
+"""The first one; see `ingress_names`."""
+
+
+def ingress_names(count: int) -> list[str]:
+    """The names of so many ingresses."""
+    return [INGRESS, *(f"{INGRESS}-{number}" for number in range(2, count + 1))]
 
 
 def control_handle() -> Any:

@@ -19,7 +19,7 @@ from ray import serve
 
 from llmrun.errors import ClusterError, LLMRunError
 from llmrun.settings import Settings
-from llmrun_runtime.actors import CONTROL, INGRESS, NAMESPACE, control_handle
+from llmrun_runtime.actors import CONTROL, INGRESS, NAMESPACE, control_handle, ingress_names
 from llmrun_runtime.control.actor import Control
 from llmrun_runtime.ingress.actor import IngressActor
 from llmrun_runtime.serveconfig import parse_app_name
@@ -58,14 +58,15 @@ def _start_actors(options: dict[str, Any], data: dict[str, Any], url: str, ingre
     control = ray.remote(Control).options(name=CONTROL, **options).remote(data, url)
     # Should the head be full, a task would wait for ever: own the deadline.
     _get(control.start.remote())
-    ingress = ray.remote(IngressActor).options(name=INGRESS, **options).remote(data, *ingress_args)
-    _get(ingress.start.remote())
+    for name in ingress_names(data["ingresses"]):
+        ingress = ray.remote(IngressActor).options(name=name, **options).remote(name, data, *ingress_args)
+        _get(ingress.start.remote())
 
 
 def stop() -> None:
     """End llmrun's actors and applications on a cluster that goes on."""
-    for name in (INGRESS, CONTROL):
-        with contextlib.suppress(ValueError):
+    for name in sorted(_actors(), reverse=True):
+        if name == CONTROL or name.startswith(INGRESS):
             ray.kill(ray.get_actor(name, namespace=NAMESPACE))
     ours = [name for name in serve.status().applications if parse_app_name(name)]
     for name in ours:
@@ -73,11 +74,15 @@ def stop() -> None:
     deadline = time.monotonic() + DRAIN_S
     while time.monotonic() < deadline and set(ours) & set(serve.status().applications):
         time.sleep(POLL_S)
-    for entry in ray.util.list_named_actors(all_namespaces=True):
-        if entry["namespace"] == NAMESPACE:
-            ray.kill(ray.get_actor(entry["name"], namespace=NAMESPACE))
+    for name in _actors():
+        ray.kill(ray.get_actor(name, namespace=NAMESPACE))
     if not serve.status().applications:
         serve.shutdown()
+
+
+def _actors() -> list[str]:
+    """The names of llmrun's actors that there are."""
+    return [row["name"] for row in ray.util.list_named_actors(all_namespaces=True) if row["namespace"] == NAMESPACE]
 
 
 def _get(call: Any) -> None:

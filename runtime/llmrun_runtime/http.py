@@ -15,11 +15,16 @@ KEEP_ALIVE_S = 75
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 is the kernel's choice. Raises ClusterError if the port is taken."""
+def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
+    """A listening socket; port 0 is the kernel's choice. Raises ClusterError if the port is taken.
+
+    `shared`: other processes of this user may listen there too, and the kernel deals connections out among them.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         sock.bind((host, port))
     except OSError as error:

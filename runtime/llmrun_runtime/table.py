@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llmrun.wire import KeyFacts, State
 
@@ -68,6 +68,19 @@ class Table:
     """API keys by `digest_of` them."""
     admin: str = ""
     """The digest of the admin key."""
+
+
+def share_of(table: Table, ingresses: int) -> Table:
+    """The table of one of several ingresses: each lets in its share, rounded up, of what may be asked at once."""
+
+    def share(limit: int) -> int:
+        return -(-limit // ingresses)
+
+    models = {
+        name: replace(model, max_ongoing=share(model.max_ongoing), max_queued=share(model.max_queued))
+        for name, model in table.models.items()
+    }
+    return replace(table, models=models)
 
 
 def digest_of(key: str) -> str:

@@ -8,6 +8,7 @@ import logging
 import resource
 import time
 import uuid
+from collections.abc import Awaitable
 from typing import Any
 
 import ray
@@ -15,13 +16,15 @@ import ray
 from llmrun.errors import ClusterError
 from llmrun.settings import Settings
 from llmrun_runtime import http
-from llmrun_runtime.actors import control_handle
+from llmrun_runtime.actors import INGRESS, NAMESPACE, control_handle, ingress_names
 from llmrun_runtime.asgi import App
 from llmrun_runtime.ingress.app import Ingress
 from llmrun_runtime.ingress.cors import with_cors
 from llmrun_runtime.ingress.limits import Limiter
+from llmrun_runtime.ingress.metrics import Metrics
 from llmrun_runtime.ingress.waiting import Waiting
 from llmrun_runtime.logs import log_to_file
+from llmrun_runtime.table import share_of
 
 log = logging.getLogger("llmrun.ingress")
 POLL_S = 10.0
@@ -34,22 +37,26 @@ class IngressActor:
     """The actor's class; it serves from its last table while control is away."""
 
     async def __init__(  # type: ignore[misc] # Ray awaits it
-        self, settings: dict[str, Any], host: str, port: int, insecure: bool
+        self, name: str, settings: dict[str, Any], host: str, port: int, insecure: bool
     ) -> None:
         parsed = Settings.model_validate(settings)
-        log_to_file(parsed.root, "ingress")
+        log_to_file(parsed.root, name)
+        self._others = [other for other in ingress_names(parsed.ingresses) if other != name]
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)  # two for each stream
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
         self._id = uuid.uuid4().hex
         self._control = control_handle()
         self._dirty = asyncio.Event()
         self._waiting = Waiting(parsed.wake_timeout, self._dirty.set)
-        self._socket = http.bind(host, port)
+        if name == INGRESS and self._others and not ray.get_runtime_context().was_current_actor_reconstructed:
+            http.bind(host, port).close()  # is it free at all? The next line would not hear of another's that is shared
+        self._socket = http.bind(host, port, shared=bool(self._others))
         self._limiter = Limiter()
         self._host = host
         self._keys_only = host not in http.LOOPBACK and not insecure
         loop = asyncio.get_running_loop()
-        app: App = Ingress(parsed, self._waiting, self._limiter, keys_only=self._keys_only)
+        self._metrics = Metrics(name, self._waiting, self._metrics_of_others)
+        app: App = Ingress(parsed, self._waiting, self._limiter, self._metrics, keys_only=self._keys_only)
         if parsed.cors_origins:
             app = with_cors(app, parsed.cors_origins)
         self._first_table = asyncio.Event()
@@ -64,6 +71,18 @@ class IngressActor:
                 f"first (`llmrun up`, `llmrun key create NAME`, `llmrun down`); --insecure lets everybody in who "
                 f"reaches {self._host}"
             )
+
+    async def metrics(self) -> str:
+        """This ingress's own, for another one."""
+        return self._metrics.own()
+
+    def _metrics_of_others(self) -> dict[str, Awaitable[str]]:
+        return {name: self._ask_for_metrics(name) for name in self._others}
+
+    async def _ask_for_metrics(self, name: str) -> str:
+        """Raises RayError or ValueError if it is away."""
+        text: str = await ray.get_actor(name, namespace=NAMESPACE).metrics.remote()
+        return text
 
     async def _serve(self, app: App) -> None:
         """Answer once there is a table: until then callers wait in the socket's backlog."""
@@ -81,7 +100,7 @@ class IngressActor:
                 await asyncio.sleep(RETRY_S)
                 continue
             if (table.epoch, table.number) != (known.epoch, known.number):
-                self._waiting.update(table)
+                self._waiting.update(share_of(table, 1 + len(self._others)))
             self._first_table.set()
 
     async def _report(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,16 +126,17 @@ def read_max_wait(scope: Scope) -> float | None:
     return seconds
 
 
-def find_model(table: Table, name: str) -> ModelRoute:
-    """The model that clients call `name`. Raises Refusal, saying what there is."""
+def find_model(table: Table, name: str, seen: Callable[[ModelRoute], bool] = lambda _: True) -> ModelRoute:
+    """The model that clients call `name`. Raises Refusal, saying what there is, as far as it may be `seen`."""
     model = table.names.get(name)
     if model is not None:
         return table.models[model]
-    if not table.models:
+    names = sorted(name for model in table.models.values() if seen(model) for name in model.names)
+    if not names:
         raise Refusal(404, f"the model {name!r} does not exist: nothing is deployed", "model_not_found", param="model")
-    near = difflib.get_close_matches(name, table.names, n=1)
+    near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    text = f"the model {name!r} does not exist: {hint}there are {', '.join(sorted(table.names))}"
+    text = f"the model {name!r} does not exist: {hint}there are {', '.join(names)}"
     raise Refusal(404, text, "model_not_found", param="model")
 
 

@@ -8,6 +8,7 @@ import logging
 import time
 import uuid
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -44,15 +45,17 @@ PRIVATE = frozenset(
 
 
 class Ingress:
-    """`Ingress(settings, waiting, …)` is an ASGI app; `close` it at the end. `keys_only`: no key, no way in."""
+    """`Ingress(settings, …)` is an ASGI app; `close` it at the end. `keys_only`: no key, no way in."""
 
-    def __init__(self, settings: Settings, waiting: Waiting, limiter: Limiter, *, keys_only: bool = False) -> None:
+    def __init__(
+        self, settings: Settings, waiting: Waiting, limiter: Limiter, metrics: Metrics, *, keys_only: bool = False
+    ) -> None:
         self._settings = settings
         self._deadlines = Deadlines(settings.first_byte_timeout, settings.idle_stream_timeout)
         self._waiting = waiting
         self._limiter = limiter
         self._keys_only = keys_only
-        self._metrics = Metrics(waiting)
+        self._metrics = metrics
         self._links = Links(settings.connect_timeout)
         self._session: aiohttp.ClientSession | None = None
 
@@ -88,7 +91,7 @@ class Ingress:
             text = f"the ingress failed ({type(error).__name__}); its log has request {request.id}"
             await answer_error(watched, 500, text, "internal_error", "internal_error", headers=headers)
         finally:
-            if request.model:
+            if request.path:
                 self._metrics.ended(request)
                 log.info("%s", request)
 
@@ -127,7 +130,7 @@ class Ingress:
             await answer(send, 200, {"object": "list", "data": data})
         else:
             name = path.removeprefix(MODELS + "/")
-            model = find_model(table, name)
+            model = find_model(table, name, partial(may_see, key))
             check_seen(key, model)
             await answer(send, 200, _describe(model, name))
 
@@ -141,15 +144,17 @@ class Ingress:
             raise Refusal(503, text, "control_away", "service_unavailable", retry_after=2) from None
 
     async def _infer(self, scope: Scope, receive: Receive, send: Send, request: Request) -> None:
+        request.path = scope["path"]
         key = self._key(scope)
+        request.key = key.name if key else ""
         body = await read_body(scope, receive, self._settings.max_body_bytes)
         asked = read_request(body, dict(scope["headers"]).get(b"content-type", b""))
         limit = read_max_wait(scope)
-        model = find_model(self._waiting.table, asked.model)
+        model = find_model(self._waiting.table, asked.model, partial(may_see, key))
         check_seen(key, model)
         check_path(model, scope["path"])
         check_awake(key, model)
-        request.model, request.key, request.path = model.name, key.name if key else "", scope["path"]
+        request.model = model.name
         limits = limits_of(key, model)
         early = EarlyStream(send, [(b"x-request-id", request.id.encode("latin-1"))])
         caller = Caller(request.key, key is not None and not key.wake, asked.prefix)

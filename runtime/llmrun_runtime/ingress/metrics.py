@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import aiohttp
+import ray
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
@@ -46,14 +47,21 @@ class Request:
         first = f" first byte {self.first_byte - self.began:.3f} s," if self.first_byte else ""
         took = time.monotonic() - self.began
         who = f" key {self.key}" if self.key else ""
-        return f"{self.id}{who} {self.model} {self.path} {self.status or 'left'},{first} {took:.3f} s"
+        return f"{self.id}{who} {self.model or '-'} {self.path} {self.status or 'left'},{first} {took:.3f} s"
 
 
 class Metrics:
-    """The ingress's own, and where they are put together with the others'."""
+    """The ingress's own, and where they are put together with everybody's.
 
-    def __init__(self, waiting: Waiting) -> None:
+    `others`: of the other ingresses by name, what they would say of themselves.
+    """
+
+    def __init__(
+        self, name: str, waiting: Waiting, others: Callable[[], Mapping[str, Awaitable[str]]] = lambda: {}
+    ) -> None:
+        self._name = name
         self._waiting = waiting
+        self._others = others
         self._registry = CollectorRegistry()
         self._registry.register(_Traffic(waiting))
         self._requests = Counter(
@@ -75,25 +83,34 @@ class Metrics:
         )
 
     def ended(self, request: Request) -> None:
-        """Count a request. A caller who left before its answer has the status 499, as nginx has it."""
+        """Count a request. A caller who left before its answer has the status 499, as nginx has it; the model of a
+        request that was refused before it was known is "".
+        """
         self._requests.labels(request.model, str(request.status or 499)).inc()
         self._whole.labels(request.model).observe(time.monotonic() - request.began)
         if request.first_byte:
             self._first_byte.labels(request.model).observe(request.first_byte - request.began)
+
+    def own(self) -> str:
+        """This ingress's, in Prometheus' text format."""
+        return generate_latest(self._registry).decode()
 
     async def gather(self, session: aiohttp.ClientSession, links: Links) -> bytes:
         """All metrics in Prometheus' text format; those of who does not answer in time are left out."""
         table = self._waiting.table
         host, port = table.control
         replicas = [(model.name, replica) for model in table.models.values() for replica in model.replicas]
-        control, *engines = await asyncio.gather(
+        others = self._others()
+        control, *texts = await asyncio.gather(
             _in_time("control", _from_control(session, f"http://{host}:{port}/metrics")),
+            *(_in_time(name, text) for name, text in others.items()),
             *(_in_time(f"{model} {replica.id[:12]}", _from_engine(links, replica)) for model, replica in replicas),
         )
+        labels = [{"ingress": name} for name in (self._name, *others)]
+        labels += [{"llmrun_model": model, "replica": replica.id[:12]} for model, replica in replicas]
         merged = CollectorRegistry()
-        texts = [(text, (model, replica.id[:12])) for text, (model, replica) in zip(engines, replicas, strict=True)]
-        merged.register(_Engines(texts))
-        return generate_latest(self._registry) + control.encode() + generate_latest(merged)
+        merged.register(_Merged(zip((self.own(), *texts), labels, strict=True)))
+        return control.encode() + generate_latest(merged)
 
 
 class _Traffic(Collector):
@@ -113,20 +130,19 @@ class _Traffic(Collector):
         yield flying
 
 
-class _Engines(Collector):
-    """The engines' metrics, one family of each name."""
+class _Merged(Collector):
+    """Several texts as one, with more labels for each; one family of each name."""
 
-    def __init__(self, texts: Iterable[tuple[str, tuple[str, str]]]) -> None:
-        self._texts = texts
+    def __init__(self, texts: Iterable[tuple[str, Mapping[str, str]]]) -> None:
+        self._texts = list(texts)
 
     def collect(self) -> Iterator[Metric]:
         families: dict[str, Metric] = {}
-        for text, (model, replica) in self._texts:
+        for text, more in self._texts:
             for family in text_string_to_metric_families(text):
                 known = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
                 for sample in family.samples:
-                    labels = {**sample.labels, "llmrun_model": model, "replica": replica}
-                    known.samples.append(sample._replace(labels=labels))
+                    known.samples.append(sample._replace(labels={**sample.labels, **more}))
         yield from families.values()
 
 
@@ -134,7 +150,7 @@ async def _in_time(who: str, text: Awaitable[str]) -> str:
     try:
         async with asyncio.timeout(GATHER_TIMEOUT_S):
             return await text
-    except (aiohttp.ClientError, OSError, TimeoutError, UnicodeDecodeError) as error:
+    except (aiohttp.ClientError, ray.exceptions.RayError, OSError, TimeoutError, ValueError) as error:
         log.warning("no metrics from %s: %s", who, type(error).__name__)
         return ""
 
