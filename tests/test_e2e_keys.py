@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,6 +19,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import booleans
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 from schemathesis.core.result import Ok
 
 from llmrun.wire import KeyFacts
@@ -111,13 +113,16 @@ def test_usage_is_what_the_answers_say(cluster: Home, keyed: str) -> None:
     assert "write a time like" in cluster.fails("usage", "--since", "yesterday")
 
 
+def metrics(cluster: Home) -> list[Sample]:
+    """All that `/metrics` says."""
+    text = httpx.get(f"{cluster.url}/metrics").text
+    return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+
+
 def running(cluster: Home) -> float:
     """vLLM's gauge of requests that it works on, for `keyed`."""
-    text = httpx.get(f"{cluster.url}/metrics").text
-    samples = [s for family in text_string_to_metric_families(text) for s in family.samples]
-    return sum(
-        s.value for s in samples if s.name == "vllm:num_requests_running" and s.labels["llmrun_model"] == "keyed"
-    )
+    found = [s for s in metrics(cluster) if s.name == "vllm:num_requests_running"]
+    return sum(s.value for s in found if s.labels["llmrun_model"] == "keyed")
 
 
 def test_when_a_client_goes_the_engine_stops_within_a_second(cluster: Home, keyed: str) -> None:
@@ -217,6 +222,46 @@ def test_what_the_openapi_document_allows_never_breaks_it(cluster: Home, keyed: 
         fuzz()
     session.close()
     assert asked > 100
+
+
+def test_two_ingresses_agree_and_one_may_die(tmp_path: Path, tiny_weights: Path) -> None:
+    home, other = Home(tmp_path / "two", free_port()), Home(tmp_path / "other", free_port())
+    home.ok("up", LLMRUN_INGRESSES="2")
+    try:
+        said = other.fails("up", "--port", str(home.port), LLMRUN_INGRESSES="2")
+        assert "cannot be listened on" in said and not (other.path / "cluster.json").exists()
+        text = f"@llm({str(tiny_weights)!r}, cpus=0.2, min_replicas=1)\nclass Keyed: ...\n"
+        home.ok("deploy", write_app(tmp_path / "keyed" / "app.py", text))
+        key = create(home, "both", "--rpm", "40")
+
+        def statuses(count: int) -> list[int]:
+            return [ask(home, key, max_tokens=4).status_code for _ in range(count)]
+
+        found = Counter(statuses(80))
+        assert 40 <= found[200] <= 60 and found[200] + found[429] == 80  # half a second of the other's may be unknown
+        answered = {
+            s.labels["ingress"]: s.value
+            for s in metrics(home)
+            if s.name == "llmrun_requests_total" and s.labels["status"] == "200" and s.labels["model"] == "keyed"
+        }
+        assert answered.keys() == {"ingress", "ingress-2"} and sum(answered.values()) == found[200]
+        home.ok("key", "revoke", "both")
+        key = create(home, "more")
+        ingress, _ = titled(home, "ray::IngressActor")
+        ingress.kill()
+        broken = 0
+        for _ in range(40):
+            try:
+                assert statuses(1) == [200]
+            except httpx.TransportError:  # it came in the moment of the death
+                broken += 1
+        assert broken <= 2
+        until(lambda: len(titled(home, "ray::IngressActor")) == 2, 20, "the other is back")
+        home.ok("key", "create", "last")
+        home.ok("key", "revoke", "more")
+        until(lambda: set(statuses(8)) == {401}, 2, "both have heard of it")
+    finally:
+        home.ok("down")
 
 
 def test_beyond_loopback_needs_a_key_or_insecure(tmp_path: Path) -> None:
