@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -21,14 +22,18 @@ def meter_vllm() -> None:
 
 
 def _metered(original: Any) -> Any:
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
-    async def metered(self: Any, prompt: Any, params: Any, *args: Any, **more: Any) -> AsyncGenerator[Any, None]:
-        request, lora = meter.current(), more.get("lora_request")
+    async def metered(self: Any, *args: Any, **more: Any) -> AsyncGenerator[Any, None]:
+        asked = signature.bind(self, *args, **more).arguments
+        request, lora = meter.current(), asked.get("lora_request")
+        params = asked.get("sampling_params")
         adapter = lora.lora_name if lora else ""
         # Of an answer comes either all so far, or what is new.
         whole = getattr(params, "output_kind", None) == RequestOutputKind.CUMULATIVE
         first, seen = True, 0
-        async with aclosing(original(self, prompt, params, *args, **more)) as outputs:
+        async with aclosing(original(self, *args, **more)) as outputs:
             async for output in outputs:
                 if request:
                     parts = output.outputs if isinstance(output.outputs, list) else ()  # embeddings have none
