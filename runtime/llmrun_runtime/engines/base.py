@@ -23,7 +23,6 @@ TOKEN_HEADER = "x-llmrun-token"
 KEY_HEADER = "x-llmrun-key"
 PROBE_HEADER = "x-llmrun-probe"
 STATE_PATH = "/_llmrun/state"
-IDLE_CONNECTION_S = 60  # for so long the ingress keeps a connection to an engine that nobody uses
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from llmrun_runtime.engines.base import IDLE_CONNECTION_S, Launch, to_flags
+from llmrun_runtime.engines.base import Launch, to_flags
 
 # "(EngineCore pid=12) ERROR 11-22 15:50:00 [core.py:1] " in front of a line of vLLM's log.
 PREFIX = re.compile(r"^(\([^)]*pid=\d+\)\s?)?((DEBUG|INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:.]+ \[[^\]]*\]\s?)?")
@@ -110,8 +110,6 @@ class VLLM:
     def environment(self, env: Mapping[str, str], cache: Path | None) -> dict[str, str]:
         """No usage data; no question to a hub, for weights lie on the disk; the lease in every process."""
         ours = {key: env.get(key, value) for key, value in WANTED.items()}
-        # Longer than the ingress keeps an idle connection: it is never the engine that closes one under a request.
-        ours["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"] = str(2 * IDLE_CONNECTION_S)
         if cache:  # what was compiled, and how much memory the KV cache got: neither is found out again
             ours["VLLM_CACHE_ROOT"] = env.get("VLLM_CACHE_ROOT", str(cache))
             ours["VLLM_ENABLE_STARTUP_PLAN"] = env.get("VLLM_ENABLE_STARTUP_PLAN", "1")
