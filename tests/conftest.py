@@ -152,18 +152,18 @@ class Home:
         return found
 
 
-def make_tiny_weights(folder: Path) -> Path:
-    """A 2-layer random Llama with SmolLM2's tokenizer, in that folder."""
+def make_tiny_weights(folder: Path, spread: float = 0.02) -> Path:
+    """A 2-layer random Llama with SmolLM2's tokenizer, in that folder; the larger `spread`, the surer of its tokens."""
     script = """
 import sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 torch.manual_seed(0)
 config = LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=1, vocab_size=49152, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2,
-    pad_token_id=2, tie_word_embeddings=True, dtype="bfloat16")
+    pad_token_id=2, tie_word_embeddings=True, dtype="bfloat16", initializer_range=float(sys.argv[2]))
 LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(sys.argv[1])
 """
-    subprocess.run([sys.executable, "-c", script, folder], check=True, capture_output=True, timeout=180)
+    subprocess.run([sys.executable, "-c", script, folder, str(spread)], check=True, capture_output=True, timeout=180)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(SMOLLM2 / name, folder)
     return folder
@@ -254,5 +254,5 @@ def home(tmp_path: Path) -> Home:
 def write_app(path: Path, text: str) -> Path:
     """An app file of that text, with its import line."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("from llmrun import Secret, llm\n\n" + text)
+    path.write_text("from llmrun import LoRA, Secret, llm\n\n" + text)
     return path

@@ -145,7 +145,6 @@ def test_an_idle_cluster_takes_less_than_2_gib_beside_its_engines_and_their_warm
     [
         ("org/model", 'accelerator="H100"', ["one: accelerator='H100': no node can give 1 × H100", "The cluster has"]),
         ("org/model", "cpus=500", ["cpus=500", "no node can give 500 CPUs"]),
-        ("org/model", 'lora="s3://acme/adapters"', ["lora='s3://acme/adapters'", "not served yet"]),
         ("s3://acme/model", "", ["s3://acme/model: access denied", "set AWS_ACCESS_KEY_ID", "on node 127.0.0.2"]),
         ("org/model", "", ["org/model: ", "cannot be asked", "llmrun weights import DIR --as org/model"]),
         ("./nowhere", "", ["nowhere'", "no such path"]),

@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from llmrun.decorator import hooks_of, spec_of
 from llmrun.errors import AppError, SpecError
 from llmrun.loading import load_file
+from llmrun.lora import LoRA
 from llmrun.spec import ModelSpec
 from llmrun.weights import Weights
 
@@ -95,8 +96,21 @@ def _inspect(path: Path) -> dict[str, Any]:
         if spec.path and not spec.path.startswith("~"):
             place = os.path.normpath(path.absolute().parent / spec.path)
             spec = spec.model_copy(update={"model": Weights(place)})
+        if spec.lora:
+            spec = spec.model_copy(update={"lora": _absolute(spec.lora, path.absolute().parent)})
         models.append(Loaded(cls=cls.__qualname__, hooks=hooks_of(cls), spec=spec).model_dump(mode="json"))
     return {"models": models}
+
+
+def _absolute(lora: LoRA, folder: Path) -> LoRA:
+    """The same with paths from the app's folder on."""
+
+    def place(where: Weights) -> Weights:
+        relative = where.path and not where.path.startswith("~")
+        return Weights(os.path.normpath(folder / where.path)) if where.path and relative else where
+
+    found = {name: place(where) for name, where in lora.adapters.items()}
+    return lora.model_copy(update={"path": lora.path and place(lora.path), "adapters": found})
 
 
 def _place(path: Path, error: BaseException) -> str:

@@ -8,8 +8,9 @@ class Assistant: ...
 
 from llmrun.decorator import llm
 from llmrun.errors import LLMRunError, SpecError
+from llmrun.lora import LoRA
 from llmrun.spec import Secret
 from llmrun.weights import Weights
 
-__all__ = ["LLMRunError", "Secret", "SpecError", "Weights", "__version__", "llm"]
+__all__ = ["LLMRunError", "LoRA", "Secret", "SpecError", "Weights", "__version__", "llm"]
 __version__ = "0.1.0"

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from pydantic import JsonValue, ValidationError
 
 from llmrun.errors import SpecError
+from llmrun.lora import LoRA
 from llmrun.spec import ModelSpec, Secret, to_label
 from llmrun.weights import Weights
 
@@ -29,7 +30,7 @@ def llm(
     accelerator: str | Sequence[str] | None = None,
     gpus: int | None = None,
     cpus: float = 1,
-    lora: str | None = None,
+    lora: LoRA | Weights | str | Mapping[str, Weights | str] | None = None,
     min_replicas: int = 0,
     max_replicas: int = 1,
     idle_timeout: float = 300,
@@ -61,7 +62,8 @@ def llm(
             (two for each replica); `["H100", "A100"]` (the first that the cluster has).
         gpus: GPUs for each replica; by default 1, or the engine's `tensor_parallel_size`.
         cpus: CPU cores that each replica reserves.
-        lora: where adapters lie. Accepted, not yet served.
+        lora: where adapters lie, a folder for each, or their places by name; each is served as `model:adapter`.
+            `LoRA(…)` says more.
         min_replicas: replicas that stay when nobody asks. 0 frees everything.
         max_replicas: replicas at most.
         idle_timeout: seconds without a request after which replicas above `min_replicas` end.

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from llmrun.errors import SpecError
+from llmrun.lora import LoRA, as_lora
 from llmrun.schedule import parse_window
 from llmrun.weights import AnyWeights
 
@@ -39,6 +40,9 @@ OWN_ENGINE_ARGS = {
     "ssl_certfile": "put TLS in front of the ingress",
     "enable_lora": "use lora=",
     "lora_modules": "use lora=",
+    "max_loras": "use lora=LoRA(…, max_loaded=)",
+    "max_cpu_loras": "use lora=LoRA(…, max_loaded=)",
+    "max_lora_rank": "use lora=LoRA(…, max_rank=)",
     "api_server_count": "raise max_replicas instead",
     "headless": "the replica starts every member of an engine",
 }
@@ -168,7 +172,7 @@ class ModelSpec(BaseModel):
     accelerator: Annotated[Accelerator | None, BeforeValidator(_accelerators)] = None
     gpus: int | None = Field(default=None, ge=0)
     cpus: float = Field(default=1, gt=0)
-    lora: str | None = None
+    lora: Annotated[LoRA | None, BeforeValidator(as_lora)] = None
     min_replicas: int = Field(default=0, ge=0)
     max_replicas: int = Field(default=1, ge=1)
     idle_timeout: float = Field(default=300, gt=0, allow_inf_nan=False)

@@ -79,6 +79,8 @@ def make_launch(
     """
     spec = config.spec
     shim = ShimConfig(model=spec.name, hook_timeout=config.hook_timeout, host=member.host)
+    if spec.lora:
+        shim = replace(shim, engine=spec.engine, max_loaded=spec.lora.max_loaded, max_rank=spec.lora.max_rank)
     if spec.code and code:
         shim = replace(shim, file=str(code / spec.code.file), cls=spec.code.cls, hooks=spec.code.hooks)
     return Launch(

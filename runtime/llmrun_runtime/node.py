@@ -27,6 +27,7 @@ from llmrun_runtime.environments import Environments, environment
 from llmrun_runtime.launching import ReplicaConfig, find_weights, make_launch
 from llmrun_runtime.logs import log_path, read_logs
 from llmrun_runtime.spare import keep_spare
+from llmrun_runtime.weights.adapters import Adapter
 from llmrun_runtime.weights.node import NodeWeights
 from llmrun_runtime.weights.pin import Pin
 from llmrun_runtime.weights.sync import Peer
@@ -107,6 +108,10 @@ class NodeAgent:
     async def pin(self, weights: Weights, env: Mapping[str, Secret | str]) -> Pin:
         """What a source means now."""
         return await self._weights.pin(weights, self._environment(env))
+
+    async def adapters(self, weights: Weights, env: Mapping[str, Secret | str]) -> list[Adapter]:
+        """The adapters that lie at a source now."""
+        return await self._weights.adapters(weights, self._environment(env))
 
     async def imported(self, weights: Weights) -> tuple[float, Pin] | None:
         """See `NodeWeights.imported`."""

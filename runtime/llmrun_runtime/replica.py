@@ -35,6 +35,7 @@ from llmrun_runtime.launching import ReplicaConfig, find_weights, make_launch
 from llmrun_runtime.logs import log_path
 from llmrun_runtime.node import agent_on
 from llmrun_runtime.reports import REPORT_S, Registration
+from llmrun_runtime.weights.adapters import Adapter
 
 log = logging.getLogger("ray.serve")
 # An engine that answers nothing for so long is taken for dead.
@@ -137,7 +138,7 @@ class Replica:
 
     async def _start_engine(self, launch: Launch, begun: Begun | None = None) -> None:
         """Start it, if it has not been begun, and wait until it answers. Raises EngineError."""
-        engine = self._engine = EngineProcess(get_engine(self._config.spec.engine), launch, begun)
+        engine = self._engine = EngineProcess(get_engine(self._config.spec.engine), launch, begun, self._bring_adapter)
         self._told = {}
         started = time.monotonic()
         await engine.start()
@@ -188,6 +189,18 @@ class Replica:
             raise (error.cause if isinstance(error.cause, LLMRunError) else error) from None
         self._say(f"weights here after {time.monotonic() - started:.1f} s")
         return Path(brought)
+
+    async def _bring_adapter(self, name: str, pin: str) -> Path:
+        """The folder of an adapter, brought to this node. Raises LLMRunError."""
+        spec = self._config.spec
+        try:
+            found: Adapter = await self._control.adapter.remote(spec.name, name, pin)
+            folder: str = await agent_on(self._node).bring.remote(found.pin, spec.env)
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, LLMRunError) else error) from None
+        except ray.exceptions.RayError as error:
+            raise EngineError(f"control or the node agent is away ({type(error).__name__}): ask again") from None
+        return Path(folder) / found.folder
 
     async def _report_always(self) -> None:
         """Report every REPORT_S, from the start to the end; notice when the engine dies."""
@@ -252,6 +265,7 @@ class Replica:
             moments=self._moments,
             paths=frozenset(self._counts.get("paths", ())),
             max_model_len=self._max_model_len,
+            adapters=frozenset(self._counts.get("adapters", ())),
             usage=tuple(row for row in map(tuple, self._counts.get("usage", ())) if self._told.get(row[:2]) != row),
         )
 

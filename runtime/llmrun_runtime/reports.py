@@ -37,6 +37,8 @@ class Registration:
     paths: frozenset[str] = frozenset()
     """The inference paths that its engine has; none before it has said them."""
     max_model_len: int = 0
+    adapters: frozenset[str] = frozenset()
+    """The pins of the adapters that its engine has loaded."""
     usage: tuple[Row, ...] = ()
     """What was used since the engine's start: the rows that changed since the last report that arrived."""
 

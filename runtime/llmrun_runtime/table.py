@@ -16,6 +16,8 @@ class ReplicaRoute:
     host: str
     port: int
     token: str = field(repr=False)
+    adapters: frozenset[str] = frozenset()
+    """The pins of the adapters that it has loaded."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,12 @@ class ModelRoute:
     """Requests that wait or are answered."""
     max_model_len: int = 0
     """Tokens of a prompt and its answer together; 0 before an engine has said it."""
+    lora: bool = False
+    """Whether it has adapters at all."""
+    adapters: dict[str, str] | None = None
+    """Their pins by name; None while nobody knows them."""
+    adapters_trouble: str = ""
+    """Why nobody knows them."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from llmrun_runtime.control.parts import ControlParts
 from llmrun_runtime.logs import log_to_file
 from llmrun_runtime.reports import Elsewhere, Registration, Spent, Subject, Traffic
 from llmrun_runtime.table import Table
+from llmrun_runtime.weights.adapters import Adapter
 from llmrun_runtime.weights.sync import Peer
 
 log = logging.getLogger("llmrun.control")
@@ -42,7 +43,7 @@ class Control:
         loop = asyncio.get_running_loop()
         api = http.serve(make_api(self._parts), self._socket)
         parts = self._parts
-        tasks = (parts.scaling.run(), parts.warming.run(), parts.usage.run(parts.living), api)
+        tasks = (parts.scaling.run(), parts.warming.run(), parts.usage.run(parts.living), parts.adapters.run(), api)
         self._running = [loop.create_task(task) for task in tasks]
 
     async def report(self, report: Registration) -> None:
@@ -94,6 +95,11 @@ class Control:
         """See `Stock.elsewhere`."""
         await self.start()
         return await self._parts.stock.elsewhere(pin_id, node)
+
+    async def adapter(self, model: str, name: str, pin_id: str) -> Adapter:
+        """See `Adapters.find`."""
+        await self.start()
+        return await self._parts.adapters.find(model, name, pin_id)
 
     async def package(self, digest: str) -> bytes:
         """A code package. Raises KeyError."""

@@ -13,6 +13,7 @@ from llmrun.errors import LLMRunError, Refused
 from llmrun.settings import Settings
 from llmrun.spec import ModelSpec
 from llmrun.wire import Change, DeployRequest, Plan
+from llmrun_runtime.control.adapters import Adapters
 from llmrun_runtime.control.agents import gather_from
 from llmrun_runtime.control.database import Database, Deployed
 from llmrun_runtime.control.events import Job, Jobs
@@ -55,6 +56,7 @@ class Deployer:
         scaling: Scaling,
         serving: Serving,
         stock: Stock,
+        adapters: Adapters,
         jobs: Jobs,
     ) -> None:
         self._settings = settings
@@ -65,6 +67,7 @@ class Deployer:
         self._lock = asyncio.Lock()
         self._proofs: dict[tuple[str, int], Proof] = {}
         self._stock = stock
+        self._adapters = adapters
         self._jobs = jobs
         self.sources: dict[str, str] = {}
 
@@ -82,6 +85,8 @@ class Deployer:
         found = await asyncio.gather(
             *(self._stock.pin(spec, placements[spec.name], deployed.get(spec.name), ask=ask) for spec in request.specs)
         )
+        if ask:
+            await asyncio.gather(*(self._adapters.check(spec, placements[spec.name]) for spec in request.specs))
         pins = {spec.name: pin for spec, pin in zip(request.specs, found, strict=True)}
         rows = {
             spec.name: Deployed(request.app, 0, 0, spec, placements[spec.name], proven=False, pin=pins[spec.name])
@@ -92,8 +97,6 @@ class Deployer:
     def _check(self, spec: ModelSpec, nodes: list[Node]) -> None:
         """Refuse what can be known to fail before anything starts."""
         get_engine(spec.engine)
-        if spec.lora is not None:
-            raise Refused(f"{spec.name}: lora={spec.lora!r}: adapters are not served yet; leave lora= out", 409)
         real = [node for node in nodes if node.id]
         path = Path(spec.path).expanduser() if spec.path else None
         if path and len(nodes) == len(real) == 1 and not path.exists():
@@ -246,6 +249,7 @@ class Deployer:
         self._database.put_app(row.app, source)
         self._database.put_version(row, in_force=True)
         self._scaling.put(row)
+        self._adapters.tell(row.name)
 
     async def _remove(self, models: list[str]) -> None:
         """Take models out of force, forget them, and drain what runs of them."""

@@ -11,6 +11,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from llmrun.errors import ClusterError
 from llmrun.settings import Settings
+from llmrun_runtime.control.adapters import Adapters
 from llmrun_runtime.control.database import Database
 from llmrun_runtime.control.deploying import Deployer
 from llmrun_runtime.control.errands import Errands
@@ -55,9 +56,10 @@ class ControlParts:
         self.scaling = Scaling(self.serving, self.registry, self.starts, self.keys, address, admin)
         self.jobs = Jobs()
         self.stock = Stock(self.scaling)
+        self.adapters = Adapters(self.scaling, self.stock)
         self.errands = Errands(self.stock, self.jobs)
         self.deployer = Deployer(
-            settings, self.database, self.registry, self.scaling, self.serving, self.stock, self.jobs
+            settings, self.database, self.registry, self.scaling, self.serving, self.stock, self.adapters, self.jobs
         )
         self.warming = Warming(
             self.scaling,

@@ -102,4 +102,5 @@ class Registry:
 
 def _routed(report: Registration) -> tuple[object, ...]:
     """What the ingress's table has of a replica."""
-    return (report.state, report.version, report.host, report.link, report.token, report.paths, report.max_model_len)
+    address = (report.host, report.link, report.token)
+    return (report.state, report.version, *address, report.paths, report.max_model_len, report.adapters)

@@ -98,6 +98,13 @@ class Scaling:
         self._starts.forget(model)
         self.kick()
 
+    def set_adapters(self, model: str, adapters: dict[str, str] | None, trouble: str = "") -> None:
+        """What adapters a model has: their pins by name; None if nobody knows, because of `trouble`."""
+        facts = self._facts.get(model)
+        if facts and (facts.adapters, facts.adapters_trouble) != (adapters, trouble):
+            facts.adapters, facts.adapters_trouble = adapters, trouble
+            self.kick()
+
     def failed(self, report: Registration, cause: str) -> None:
         """A replica of what is in force did not start: its waiters hear why, and it is scaled back."""
         row = self.deployed.get(report.model)

@@ -20,6 +20,7 @@ from llmrun_runtime.control.events import Job
 from llmrun_runtime.control.placing import Node, Placement, could_run
 from llmrun_runtime.control.scaling import Scaling
 from llmrun_runtime.node import agent_on
+from llmrun_runtime.weights.adapters import Adapter
 from llmrun_runtime.weights.node import PIN_TIMEOUT_S
 from llmrun_runtime.weights.pin import Pin
 from llmrun_runtime.weights.sync import Peer
@@ -81,6 +82,18 @@ class Stock:
                 return found[0]
         hosts = ", ".join(node.host for node in nodes)
         raise EngineError(f"{weights}: no node answers that could ask for it ({hosts or 'none'}): deploy again")
+
+    async def adapters(self, weights: Weights, env: Mapping[str, Secret | str], placement: Placement) -> list[Adapter]:
+        """The adapters at a source now, asked as `pin` does. Raises LLMRunError."""
+        nodes = await alive(real_nodes())
+        able = [node for node in nodes if could_run(placement, node)]
+        for node in able or nodes:
+            found: list[list[Adapter] | None] = await answers(
+                [node], lambda node: agent_on(node.id).adapters.remote(weights, env), None, PIN_TIMEOUT_S + ANSWER_S
+            )
+            if found[0] is not None:
+                return found[0]
+        raise EngineError(f"{weights}: no node answers that could ask for it: deploy again")
 
     @contextlib.contextmanager
     def wanted(self, pin: Pin | None) -> Iterator[None]:

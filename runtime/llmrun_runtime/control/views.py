@@ -40,6 +40,9 @@ class Facts:
     paths: frozenset[str] = frozenset()
     """The inference paths that its engines have; none before one has run."""
     max_model_len: int = 0
+    adapters: dict[str, str] | None = None
+    """Pins of adapters by name; None while nobody knows."""
+    adapters_trouble: str = ""
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class View:
             names=row.spec.served_names,
             paths=self.facts.paths or get_engine(row.spec.engine).paths,
             max_ongoing=row.spec.max_ongoing_requests,
-            replicas=tuple(ReplicaRoute(r.id, r.host, r.link, r.token) for r in ready),
+            replicas=tuple(ReplicaRoute(r.id, r.host, r.link, r.token, r.adapters) for r in ready),
             failures=failure.count if failure else 0,
             paused=failure is not None and failure.refuses(now),
             cause=self.cause(),
@@ -105,6 +108,9 @@ class View:
             tpm=row.spec.tpm,
             max_in_flight=row.spec.max_in_flight,
             max_model_len=self.facts.max_model_len,
+            lora=row.spec.lora is not None,
+            adapters=self.facts.adapters,
+            adapters_trouble=self.facts.adapters_trouble,
         )
 
     def status(self, state: State | None = None, cause: str | None = None) -> ModelStatus:

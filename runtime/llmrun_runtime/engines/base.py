@@ -22,6 +22,8 @@ TOKEN_HEADER = "x-llmrun-token"
 # Beside the token: whose request it is, by the name of its API key; and that it must not keep the model warm.
 KEY_HEADER = "x-llmrun-key"
 PROBE_HEADER = "x-llmrun-probe"
+# And the adapter that it is for: its name and its pin, with a space between.
+ADAPTER_HEADER = "x-llmrun-adapter"
 STATE_PATH = "/_llmrun/state"
 
 
@@ -46,6 +48,12 @@ class ShimConfig:
     hook_timeout: float = 30
     host: str = "127.0.0.1"
     """Where it listens for ingresses."""
+    engine: str = ""
+    """The engine's kind, where it has adapters; its `adapters` module loads them."""
+    max_loaded: int = 0
+    """Adapters that the engine holds at once; 0: it has none."""
+    max_rank: int = 0
+    """The largest rank that one of them may have."""
 
     def to_json(self) -> str:
         """For the environment of the engine."""

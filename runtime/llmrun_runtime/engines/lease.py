@@ -7,11 +7,13 @@ that llmrun started it does nothing.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
 import sys
 import threading
+from concurrent.futures import Future
 from typing import Any, NoReturn
 
 from llmrun_runtime.engines.base import LEASE_ENV, TOKEN_ENV
@@ -19,6 +21,9 @@ from llmrun_runtime.engines.base import LEASE_ENV, TOKEN_ENV
 CONNECT_TIMEOUT_S = 10
 _connection: socket.socket | None = None
 _owner = 0
+_asking = threading.Lock()
+_asked: dict[int, Future[dict[str, Any]]] = {}
+_numbers = itertools.count()
 
 
 def hold() -> None:
@@ -50,11 +55,25 @@ def tell(**message: Any) -> None:
         _connection.sendall(json.dumps(message).encode() + b"\n")
 
 
+def ask(**message: Any) -> Future[dict[str, Any]]:
+    """Send the replica a question; its answer, whenever that comes."""
+    answer: Future[dict[str, Any]] = Future()
+    with _asking:
+        number = next(_numbers)
+        _asked[number] = answer
+    tell(ask=number, **message)
+    return answer
+
+
 def _watch(connection: socket.socket) -> None:
     try:
-        while connection.recv(1024):
-            pass
-    except OSError:
+        for line in connection.makefile("rb"):
+            message = json.loads(line)
+            with _asking:
+                answer = _asked.pop(message["answer"])
+            if answer.set_running_or_notify_cancel():
+                answer.set_result(message)
+    except (OSError, ValueError, LookupError):
         pass
     _end("the replica let go of its lease")
 

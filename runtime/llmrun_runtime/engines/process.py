@@ -12,11 +12,13 @@ import json
 import logging
 import os
 import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 
-from llmrun.errors import EngineError
+from llmrun.errors import EngineError, LLMRunError
 from llmrun_runtime.engines.base import STATE_PATH, TOKEN_HEADER, Engine, Launch
 from llmrun_runtime.engines.begin import Begun, begin
 from llmrun_runtime.engines.child import UNKNOWN_EXIT
@@ -28,15 +30,22 @@ TERM_GRACE_S = 10  # vLLM ends within 1-2 s of SIGTERM
 LAST_GRACE_S = 3
 STATE_TIMEOUT_S = 2  # well within control's patience for a report
 LOG_TAIL_BYTES = 64 * 1024
+Bring = Callable[[str, str], Awaitable[Path]]
+"""From an adapter's name and pin to its folder on this node. Raises LLMRunError."""
 
 
 class EngineProcess:
-    """One engine. `start`, `ready`, then `state` as often as wanted, then `end`. `begun`: if it had a head start."""
+    """One engine. `start`, `ready`, then `state` as often as wanted, then `end`.
 
-    def __init__(self, engine: Engine, launch: Launch, begun: Begun | None = None) -> None:
+    `begun`: if it had a head start. `bring`: where adapters come from that the engine asks for.
+    """
+
+    def __init__(self, engine: Engine, launch: Launch, begun: Begun | None = None, bring: Bring | None = None) -> None:
         self._engine = engine
         self._launch = launch
         self._begun = begun
+        self._bring = bring
+        self._errands: set[asyncio.Task[None]] = set()
         self.port = 0
         """Where it speaks HTTP; 0 before it says so."""
         self.link = 0
@@ -142,6 +151,8 @@ class EngineProcess:
                 async with asyncio.timeout(TERM_GRACE_S):
                     while not self.ended():
                         await asyncio.sleep(POLL_S)
+        for errand in list(self._errands):
+            errand.cancel()
         if self._lease:
             self._lease.close()
         for holder in list(self._holders):
@@ -200,8 +211,26 @@ class EngineProcess:
                 self._failed = message.get("failed", self._failed)
                 if message.get("ready"):
                     self._ready.set()
+                if "ask" in message:
+                    task = asyncio.get_running_loop().create_task(self._answer(message, writer))
+                    self._errands.add(task)
+                    task.add_done_callback(self._errands.discard)
         except (ValueError, OSError, TimeoutError):
             return  # not one of the engine's processes, or one that ended
         finally:
             self._holders.discard(writer)
             writer.close()
+
+    async def _answer(self, message: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        """Bring an adapter that the engine asks for."""
+        said: dict[str, Any] = {"answer": message["ask"]}
+        try:
+            if not self._bring:
+                raise EngineError("this replica brings no adapters")
+            said["path"] = str(await self._bring(message["adapter"], message["pin"]))
+        except LLMRunError as error:
+            said["error"] = str(error)
+        except Exception as error:
+            log.exception("the adapter %s could not be brought", message.get("adapter"))
+            said["error"] = f"{type(error).__name__}: {error}"
+        writer.write(json.dumps(said).encode() + b"\n")

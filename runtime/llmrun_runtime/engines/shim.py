@@ -11,12 +11,15 @@ import hmac
 import json
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 from llmrun.errors import HookError
 from llmrun_runtime.asgi import App, Message, Receive, Scope, Send, answer, answer_error
 from llmrun_runtime.engines import lease, meter
+from llmrun_runtime.engines.adapters import AdapterError, Adapters
 from llmrun_runtime.engines.base import (
+    ADAPTER_HEADER,
     KEY_HEADER,
     PROBE_HEADER,
     SHIM_ENV,
@@ -26,8 +29,10 @@ from llmrun_runtime.engines.base import (
     ShimConfig,
 )
 from llmrun_runtime.engines.hooks import Hooks
+from llmrun_runtime.engines.loaders import get_loader
 from llmrun_runtime.link.server import listen
 
+RETRY_AFTER_S = b"5"
 UNCOUNTED = ("/health", "/metrics", "/ping", "/load", "/version")
 
 
@@ -39,7 +44,8 @@ class Shim:
         self._token = os.environ[TOKEN_ENV].encode()
         config = ShimConfig.from_json(os.environ[SHIM_ENV])
         self._hooks = Hooks(config) if config.hooks else None
-        self._host = config.host
+        self._config = config
+        self._adapters: Adapters | None = None
         self._links: asyncio.Server | None = None
         self._in_flight = 0
         self._probes = 0
@@ -72,7 +78,10 @@ class Shim:
                     await answer_error(send, 500, str(error), "hook_error", "hook_failed")
                     return
             with meter.metered(headers.get(KEY_HEADER.encode(), b"").decode("latin-1")):
-                await self._app(scope, receive, send)
+                if wanted := headers.get(ADAPTER_HEADER.encode()):
+                    await self._with_adapter(wanted.decode("latin-1"), scope, receive, send)
+                else:
+                    await self._app(scope, receive, send)
         finally:
             self._in_flight -= 1
             self._probes -= probe
@@ -88,13 +97,16 @@ class Shim:
                 try:
                     if self._hooks:
                         await self._hooks.start()
+                    if self._config.max_loaded:
+                        loader = get_loader(self._config.engine, scope["app"], self._config.max_rank)
+                        self._adapters = Adapters(loader, self._config.max_loaded, _bring)
                 except HookError as error:
                     lease.tell(failed=str(error))
                     await send({"type": "lifespan.startup.failed", "message": str(error)})
                     return
                 # As the engine's own server calls it: the outermost app, which comes to this shim by itself.
                 app = scope.get("app") or self
-                self._links = await listen(app, self._host, scope.get("state"))
+                self._links = await listen(app, self._config.host, scope.get("state"))
                 lease.tell(ready=True, link=self._links.sockets[0].getsockname()[1])
             await send(message)
 
@@ -109,7 +121,26 @@ class Shim:
             "idle_s": round(idle, 3),
             "usage": meter.rows(),
             "paths": self._paths,
+            "adapters": self._adapters.loaded() if self._adapters else [],
         }
+
+    async def _with_adapter(self, wanted: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Have the adapter that the ingress names (its name and its pin) in the engine meanwhile."""
+        name, _, pin = wanted.partition(" ")
+        try:
+            if not self._adapters:
+                raise AdapterError("this engine was started without adapters", 404)
+            async with self._adapters.using(name, pin):
+                await self._app(scope, receive, send)
+        except AdapterError as error:
+            kind, code = (
+                ("invalid_request_error", "adapter_invalid")
+                if error.status == 400
+                else ("service_unavailable", "adapter_not_ready")
+            )
+            headers = [] if error.status == 400 else [(b"retry-after", RETRY_AFTER_S)]
+            text = f"the adapter {name} of {self._config.model}: {error}"
+            await answer_error(send, error.status, text, kind, code, "model", headers)
 
     async def _with_hooks(self, hooks: Hooks, scope: Scope, receive: Receive) -> Receive:
         """Read the body, let the hooks change it, and hand on a `receive` that gives the changed one."""
@@ -136,6 +167,14 @@ class Shim:
             return
         text = "this is a replica of llmrun's and takes requests from its ingress only: ask the ingress"
         await answer_error(send, 401, text, "authentication_error", "invalid_token")
+
+
+async def _bring(name: str, pin: str) -> Path:
+    """The adapter's folder on this node, which the replica brings. Raises AdapterError."""
+    said = await asyncio.wrap_future(lease.ask(adapter=name, pin=pin))
+    if "error" in said:
+        raise AdapterError(said["error"], 503)
+    return Path(said["path"])
 
 
 def _paths(app: Any) -> list[str]:

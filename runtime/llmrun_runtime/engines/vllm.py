@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from llmrun_runtime.engines.base import Launch, to_flags
+from llmrun_runtime.engines.base import Launch, ShimConfig, to_flags
 
 # "(EngineCore pid=12) ERROR 11-22 15:50:00 [core.py:1] " in front of a line of vLLM's log.
 PREFIX = re.compile(r"^(\([^)]*pid=\d+\)\s?)?((DEBUG|INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:.]+ \[[^\]]*\]\s?)?")
@@ -61,6 +61,14 @@ def _installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+def adapter_flags(shim: ShimConfig) -> list[str]:
+    """As many slots as adapters are held: what is loaded can run, and vLLM itself removes none."""
+    if not shim.max_loaded:
+        return []
+    slots = str(shim.max_loaded)
+    return ["--enable-lora", "--max-loras", slots, "--max-cpu-loras", slots, "--max-lora-rank", str(shim.max_rank)]
+
+
 class VLLM:
     """vLLM's OpenAI server, started through `vllm_server` so that it holds the lease and carries the shim."""
 
@@ -104,6 +112,7 @@ class VLLM:
             *("--port", "0"),  # the kernel's choice; the server tells the replica which
             *("--middleware", "llmrun_runtime.engines.shim.Shim"),
             "--disable-uvicorn-access-log",
+            *adapter_flags(launch.shim),
             *to_flags(args),
         ]
 
@@ -114,7 +123,7 @@ class VLLM:
             ours["VLLM_CACHE_ROOT"] = env.get("VLLM_CACHE_ROOT", str(cache))
             ours["VLLM_ENABLE_STARTUP_PLAN"] = env.get("VLLM_ENABLE_STARTUP_PLAN", "1")
         if "VLLM_PLUGINS" in env:  # a list of those allowed; without it all are
-            ours["VLLM_PLUGINS"] = f"{env['VLLM_PLUGINS']},llmrun_lease".lstrip(",")
+            ours["VLLM_PLUGINS"] = f"{env['VLLM_PLUGINS']},llmrun_lease,llmrun_fixes".lstrip(",")
         return ours
 
     def root_cause(self, log: str) -> str:

@@ -24,6 +24,7 @@ MODULES = (
     "uvloop",
     "setproctitle",
     "llmrun_runtime.engines.shim",
+    "llmrun_runtime.engines.vllm_adapters",
     # the server
     "vllm.entrypoints.launchers.api_server.entry",
     "vllm.v1.engine.async_llm",

@@ -140,6 +140,50 @@ def find_model(table: Table, name: str, seen: Callable[[ModelRoute], bool] = lam
     raise Refusal(404, text, "model_not_found", param="model")
 
 
+@dataclass(frozen=True)
+class Target:
+    """What a request is for."""
+
+    model: ModelRoute
+    name: str
+    """The model's, as it was asked for."""
+    adapter: str = ""
+    """The adapter's name; "" for the model itself."""
+    pin: str = ""
+    """What that name means now."""
+
+
+def find_target(table: Table, name: str, seen: Callable[[ModelRoute], bool] = lambda _: True) -> Target:
+    """The model, or the adapter of one (`model:adapter`), that clients call `name`. Raises Refusal.
+
+    1. A model's own name.
+    2. Else what is before the first `:` is a model's; it has adapters, and they are known.
+    3. The rest is one of them.
+    """
+    # 1.
+    base, colon, adapter = name.partition(":")
+    if name in table.names or not colon or base not in table.names:
+        return Target(find_model(table, name, seen), name)
+    # 2.
+    model = find_model(table, base, seen)
+    if not model.lora:
+        text = f"the model {name!r} does not exist: {model.name} has no adapters (lora=)"
+        raise Refusal(404, text, "model_not_found", param="model")
+    if model.adapters is None:
+        why = model.adapters_trouble or "they are being listed"
+        text = f"which adapters {model.name} has is not known yet: {why}"
+        raise Refusal(503, text, "adapters_unknown", "service_unavailable", param="model", retry_after=2)
+    # 3.
+    pin = model.adapters.get(adapter)
+    if pin is None:
+        near = difflib.get_close_matches(adapter, model.adapters, n=3)
+        some = ", ".join(f"{model.name}:{other}" for other in near)
+        hint = f"did you mean {some}?" if near else f"it has {len(model.adapters)}, which GET /v1/models lists"
+        text = f"{model.name} has no adapter {adapter!r}: {hint}"
+        raise Refusal(404, text, "model_not_found", param="model")
+    return Target(model, base, adapter, pin)
+
+
 def check_path(model: ModelRoute | None, path: str) -> None:
     """Raises Refusal if the model's engine does not speak `path`."""
     if model and path not in model.paths:

@@ -18,9 +18,16 @@ import llmrun
 from llmrun.settings import Settings
 from llmrun.wire import CONTROL_ROOT, KeyFacts
 from llmrun_runtime.asgi import Receive, Scope, Send, answer, answer_bytes, answer_error
-from llmrun_runtime.engines.base import KEY_HEADER, PROBE_HEADER, TOKEN_HEADER
+from llmrun_runtime.engines.base import ADAPTER_HEADER, KEY_HEADER, PROBE_HEADER, TOKEN_HEADER
 from llmrun_runtime.engines.kinds import get_engine
-from llmrun_runtime.ingress.admission import Refusal, check_path, find_model, read_max_wait, read_request
+from llmrun_runtime.ingress.admission import (
+    Refusal,
+    Target,
+    check_path,
+    find_target,
+    read_max_wait,
+    read_request,
+)
 from llmrun_runtime.ingress.early import EarlyStream
 from llmrun_runtime.ingress.gate import check_awake, check_seen, find_key, may_see
 from llmrun_runtime.ingress.limits import Limiter, limits_of
@@ -40,7 +47,7 @@ USUAL_PATHS = get_engine("vllm").paths
 # What the engine must not see of the caller's: its key, and what only we say.
 PRIVATE = frozenset(
     {b"authorization", b"x-api-key", b"x-request-id"}
-    | {name.encode() for name in (TOKEN_HEADER, KEY_HEADER, PROBE_HEADER)}
+    | {name.encode() for name in (TOKEN_HEADER, KEY_HEADER, PROBE_HEADER, ADAPTER_HEADER)}
 )
 
 
@@ -126,11 +133,16 @@ class Ingress:
     async def _models(self, scope: Scope, path: str, send: Send) -> None:
         key, table = self._key(scope), self._waiting.table
         if path == MODELS:
-            data = [_describe(model, model.name) for model in table.models.values() if may_see(key, model)]
+            models = [model for model in table.models.values() if may_see(key, model)]
+            data = [_describe(model, model.name) for model in models]
+            data += [
+                _describe(model, f"{model.name}:{adapter}") for model in models for adapter in model.adapters or ()
+            ]
             await answer(send, 200, {"object": "list", "data": data})
         else:
             name = path.removeprefix(MODELS + "/")
-            model = find_model(table, name, partial(may_see, key))
+            target = find_target(table, name, partial(may_see, key))
+            model = target.model
             check_seen(key, model)
             await answer(send, 200, _describe(model, name))
 
@@ -150,19 +162,20 @@ class Ingress:
         body = await read_body(scope, receive, self._settings.max_body_bytes)
         asked = read_request(body, dict(scope["headers"]).get(b"content-type", b""))
         limit = read_max_wait(scope)
-        model = find_model(self._waiting.table, asked.model, partial(may_see, key))
+        target = find_target(self._waiting.table, asked.model, partial(may_see, key))
+        model = target.model
         check_seen(key, model)
         check_path(model, scope["path"])
         check_awake(key, model)
         request.model = model.name
         limits = limits_of(key, model)
         early = EarlyStream(send, [(b"x-request-id", request.id.encode("latin-1"))])
-        caller = Caller(request.key, key is not None and not key.wake, asked.prefix)
-        patience = Patience(self._waiting, asked.model, limit, early if asked.stream else None, caller)
+        caller = Caller(request.key, key is not None and not key.wake, asked.prefix, target.pin)
+        patience = Patience(self._waiting, target.name, limit, early if asked.stream else None, caller)
         try:
             with self._limiter.entered(limits, time.time()):
                 request.headers = self._limiter.headers(limits, time.time())
-                work = self._ask(scope, early, patience, body, request, caller)
+                work = self._ask(scope, early, patience, body, request, caller, target)
                 await _unless_gone(self._in_time(work), receive)
         except Refusal as refusal:
             request.headers = self._limiter.headers(limits, time.time())
@@ -186,11 +199,19 @@ class Ingress:
             raise Refusal(504, text, "request_timeout", "service_unavailable") from None
 
     async def _ask(
-        self, scope: Scope, send: EarlyStream, patience: Patience, body: bytes, request: Request, caller: Caller
+        self,
+        scope: Scope,
+        send: EarlyStream,
+        patience: Patience,
+        body: bytes,
+        request: Request,
+        caller: Caller,
+        target: Target,
     ) -> None:
         """Wait for a replica and relay; go to another one if it is gone before its first byte."""
         more = [("x-request-id", request.id), (KEY_HEADER, caller.key)]
         more += [(PROBE_HEADER, "1")] if caller.probe else []
+        more += [(ADAPTER_HEADER, f"{target.adapter} {target.pin}")] if target.adapter else []
         headers = [*forwarded_headers(scope, PRIVATE), *more]
         answer_headers = [(b"x-request-id", request.id.encode("latin-1")), *request.headers]
         failed: list[str] = []
@@ -252,4 +273,6 @@ def _describe(model: ModelRoute, name: str) -> dict[str, Any]:
     }
     if model.max_model_len:
         more["max_model_len"] = model.max_model_len
-    return {"id": name, "object": "model", "created": model.created, "owned_by": "llmrun", "llmrun": more}
+    parent = model.name if ":" in name else None
+    listed = {"id": name, "object": "model", "created": model.created, "owned_by": "llmrun", "llmrun": more}
+    return listed | ({"parent": parent} if parent else {})

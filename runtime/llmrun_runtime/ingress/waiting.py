@@ -34,6 +34,8 @@ class Caller:
     """It does not keep a model hot."""
     prefix: bytes = b""
     """How its prompt begins."""
+    adapter: str = ""
+    """The pin of the adapter that it asks for."""
 
 
 NOBODY = Caller()
@@ -131,7 +133,7 @@ class Waiting:
 
     def _take(self, model: ModelRoute, avoid: Collection[str], caller: Caller, *, waited: bool) -> Claim | None:
         """Claim a replica that has room, if there is one, and count it in the same step: nobody else gets its place."""
-        replica = choose(model, self._by_replica, avoid, caller.prefix)
+        replica = choose(model, self._by_replica, avoid, caller.prefix, caller.adapter)
         if not replica:
             return None
         claim = Claim(model.name, replica, caller, waited)

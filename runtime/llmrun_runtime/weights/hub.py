@@ -45,8 +45,13 @@ class HubStore:
 
     def pin(self) -> Pin:
         """The commit that the revision means now, and its files. Raises WeightsError."""
+        listed = self.listed()
+        return listed.model_copy(update={"files": choose(listed.files, self._weights)})
+
+    def listed(self) -> Pin:
+        """See Store."""
         if constants.HF_HUB_OFFLINE:
-            return self._pin_from_cache()
+            return self._listed_in_cache()
         weights = self._weights
         try:
             info = self._info()
@@ -76,7 +81,7 @@ class HubStore:
             )
             for item in info.siblings or ()
         ]
-        return Pin(weights=weights, revision=info.sha or weights.revision, files=choose(files, weights))
+        return Pin(weights=weights, revision=info.sha or weights.revision, files=tuple(files))
 
     def _info(self) -> ModelInfo:
         """The repository at the revision; a busy Hub is asked again. Raises what `huggingface_hub` does."""
@@ -97,7 +102,7 @@ class HubStore:
             return "and see to it that the account of this HF_TOKEN may read it"
         return f"and set HF_TOKEN to a token {whose} (on the node, or with env=)"
 
-    def _pin_from_cache(self) -> Pin:
+    def _listed_in_cache(self) -> Pin:
         """What the Hub's cache has of it. Raises WeightsError."""
         weights = self._weights
         folder = Path(constants.HF_HUB_CACHE) / f"models--{weights.repo.replace('/', '--')}"
@@ -115,7 +120,7 @@ class HubStore:
             algorithm = {64: "sha256", 40: "git"}.get(len(blob))
             digests = {algorithm: blob} if algorithm else {}
             files.append(File(name=str(path.relative_to(snapshot)), size=path.stat().st_size, digests=digests))
-        return Pin(weights=weights, revision=commit, files=choose(files, weights))
+        return Pin(weights=weights, revision=commit, files=tuple(files))
 
     def use(self, pin: Pin) -> None:
         """Read the files of that pin from now on."""

@@ -16,6 +16,7 @@ from llmrun.errors import WeightsError
 from llmrun.settings import Settings
 from llmrun.weights import Weights
 from llmrun.wire import WeightsRow
+from llmrun_runtime.weights.adapters import Adapter
 from llmrun_runtime.weights.cache import Manifest, open_cache
 from llmrun_runtime.weights.pin import Pin
 from llmrun_runtime.weights.sync import Peer
@@ -47,6 +48,15 @@ class NodeWeights:
                 return Pin.model_validate(await self._send(Errand(do="pin", weights=weights), env))
         except TimeoutError:
             raise WeightsError(f"{weights}: it was not listed within {PIN_TIMEOUT_S} s: is the store slow?") from None
+
+    async def adapters(self, weights: Weights, env: Mapping[str, str]) -> list[Adapter]:
+        """The adapters that lie at a source now. Raises WeightsError."""
+        try:
+            async with asyncio.timeout(PIN_TIMEOUT_S):
+                found = await self._send(Errand(do="adapters", weights=weights), env)
+        except TimeoutError:
+            raise WeightsError(f"{weights}: it was not listed within {PIN_TIMEOUT_S} s: is the store slow?") from None
+        return [Adapter.model_validate(item) for item in found]
 
     def imported(self, weights: Weights) -> tuple[float, Pin] | None:
         """What was imported here last under that name, and when (Unix time); None if nothing was."""

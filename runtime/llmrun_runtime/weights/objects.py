@@ -65,17 +65,23 @@ class ObjectStore:
 
     def pin(self) -> Pin:
         """What lies there now. Raises WeightsError."""
-        weights = self._weights
+        listed = self.listed()
+        return listed.model_copy(update={"files": choose(listed.files, self._weights)})
+
+    def listed(self) -> Pin:
+        """See Store."""
         found = self.files()
         sums = self.mirrored() if any(file.name == MANIFEST for file in found) else {}
         files = [
             file.model_copy(update={"digests": {**file.digests, **sums.get((file.name, file.version), {})}})
             for file in found
         ]
-        return Pin(weights=weights, files=choose(files, weights))
+        return Pin(weights=self._weights, files=tuple(files))
 
     def files(self) -> list[File]:
         """All files below the address. Raises WeightsError."""
+        if self._weights.path and not Path(self.root).is_dir():
+            raise WeightsError(f"{self._weights}: there is no such folder")
         try:
             self.fs.invalidate_cache()
             found = self.fs.find(self.root, detail=True)

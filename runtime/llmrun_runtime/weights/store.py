@@ -19,6 +19,10 @@ class Store(Protocol):
         """What the source means now. Raises WeightsError."""
         ...
 
+    def listed(self) -> Pin:
+        """All files that the source has now, whatever is needed of them. Raises WeightsError."""
+        ...
+
     def use(self, pin: Pin) -> None:
         """Read the files of that pin from now on."""
         ...
@@ -29,7 +33,7 @@ class Store(Protocol):
 
 
 def open_store(weights: Weights, connections: int = 8) -> Store:
-    """The store of a source that is no path. Each imports its packages only when it is asked for."""
+    """The store of a source; a path is a store of files. Each imports its packages only when it is asked for."""
     if weights.kind == "hub":
         from llmrun_runtime.weights.hub import HubStore  # noqa: PLC0415
 

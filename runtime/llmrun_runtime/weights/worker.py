@@ -22,6 +22,7 @@ from pydantic import BaseModel
 from llmrun.errors import LLMRunError, WeightsError
 from llmrun.settings import Settings
 from llmrun.weights import AnyWeights
+from llmrun_runtime.weights.adapters import find_adapters
 from llmrun_runtime.weights.cache import open_cache
 from llmrun_runtime.weights.importing import take_folder
 from llmrun_runtime.weights.pin import Pin
@@ -34,7 +35,7 @@ REPORT_S = 0.25
 class Errand(BaseModel):
     """What to do."""
 
-    do: Literal["pin", "bring", "import", "verify", "mirror"]
+    do: Literal["pin", "adapters", "bring", "import", "verify", "mirror"]
     weights: AnyWeights | None = None
     pin: Pin | None = None
     peers: tuple[Peer, ...] = ()
@@ -69,6 +70,9 @@ def run(errand: Errand) -> object:
     cache, progress = open_cache(Settings()), Progress()
     if errand.do == "pin" and errand.weights:
         return open_store(errand.weights).pin().model_dump(mode="json")
+    if errand.do == "adapters" and errand.weights:
+        listed = open_store(errand.weights).listed()
+        return [adapter.model_dump(mode="json") for adapter in find_adapters(listed).values()]
     if errand.do == "bring" and errand.pin:
         manifest = Sync(cache, errand.pin, errand.keep, errand.peers, progress).run()
         say({"result": str(cache.folder(errand.pin.id))})

@@ -1,0 +1,136 @@
+"""Which adapters there are, by model: asked of their sources at the deploy, and again every `refresh` seconds."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from llmrun.errors import LLMRunError, WeightsError
+from llmrun.lora import LoRA
+from llmrun.spec import ModelSpec, Secret
+from llmrun.weights import Weights
+from llmrun_runtime.control.database import Deployed
+from llmrun_runtime.control.placing import Placement
+from llmrun_runtime.control.scaling import Scaling
+from llmrun_runtime.control.stock import Stock
+from llmrun_runtime.weights.adapters import Adapter
+
+log = logging.getLogger("llmrun.control")
+TICK_S = 0.5
+FORGET_S = 3600
+
+
+@dataclass
+class Catalogue:
+    """One model's adapters by name; `before`: what they meant until the last change, for requests under way."""
+
+    lora: LoRA
+    adapters: dict[str, Adapter]
+    before: dict[str, Adapter] = field(default_factory=dict)
+    looked: float = 0
+    """Of the monotonic clock."""
+
+
+class Adapters:
+    """The adapters of all models in force."""
+
+    def __init__(self, scaling: Scaling, stock: Stock) -> None:
+        self._scaling = scaling
+        self._stock = stock
+        self._known: dict[str, Catalogue] = {}
+        self._looking: dict[str, asyncio.Task[None]] = {}
+
+    async def check(self, spec: ModelSpec, placement: Placement) -> None:
+        """Ask the sources of a model that is to be deployed. Raises LLMRunError if one cannot be asked."""
+        if spec.lora:
+            self._take(spec.name, spec.lora, await self._ask(spec.lora, spec.env, placement))
+
+    async def find(self, model: str, name: str, pin_id: str) -> Adapter:
+        """An adapter, as a request knows it. Raises WeightsError if it is not there any more."""
+        known = self._known.get(model)
+        for adapters in (known.adapters, known.before) if known else ():
+            if name in adapters and adapters[name].pin.id == pin_id:
+                return adapters[name]
+        raise WeightsError(f"the adapter {name} of {model} has just been changed or removed: ask again")
+
+    async def run(self) -> None:
+        """Look again, for ever."""
+        while True:
+            for row in self._due():
+                task = asyncio.get_running_loop().create_task(self._look(row))
+                self._looking[row.name] = task
+                task.add_done_callback(functools.partial(self._looked, row.name))
+            await asyncio.sleep(TICK_S)
+
+    def _looked(self, model: str, task: asyncio.Task[None]) -> None:
+        del self._looking[model]
+        if not task.cancelled() and (error := task.exception()):
+            log.error("the adapters of %s could not be listed", model, exc_info=error)
+
+    def _due(self) -> Iterator[Deployed]:
+        now, deployed = time.monotonic(), self._scaling.deployed
+        self._known = {  # of a model that is being deployed some are known already
+            name: known for name, known in self._known.items() if name in deployed or now - known.looked < FORGET_S
+        }
+        for row in self._scaling.deployed.values():
+            lora, known = row.spec.lora, self._known.get(row.name)
+            if lora is None or row.name in self._looking:
+                continue
+            if known is None or known.lora != lora or time.monotonic() - known.looked >= lora.refresh:
+                yield row
+
+    async def _look(self, row: Deployed) -> None:
+        """A listing that fails, or that has become empty, removes nothing."""
+        lora = row.spec.lora
+        assert lora
+        try:
+            found = await self._ask(lora, row.spec.env, row.placement)
+        except LLMRunError as error:
+            log.warning("the adapters of %s: %s", row.name, error)
+            known = self._known.get(row.name)
+            if known and known.lora == lora:
+                known.looked = time.monotonic()
+                return
+            self._scaling.set_adapters(row.name, None, str(error))
+            await asyncio.sleep(lora.refresh / 4)
+            return
+        known = self._known.get(row.name)
+        if known and known.lora == lora and known.adapters and not found:
+            log.warning("the adapters of %s: %s is empty now; those that were there stay", row.name, lora)
+            known.looked = time.monotonic()
+            return
+        self._take(row.name, lora, found)
+        self._tell(row.name)
+
+    def _take(self, model: str, lora: LoRA, found: dict[str, Adapter]) -> None:
+        known = self._known.get(model)
+        before = known.before if known and known.adapters == found else known.adapters if known else {}
+        self._known[model] = Catalogue(lora, found, before, time.monotonic())
+
+    def tell(self, model: str) -> None:
+        """Say which adapters a model that has just been put in force has, as far as that is known."""
+        known, row = self._known.get(model), self._scaling.deployed[model]
+        if known and known.lora == row.spec.lora:
+            self._tell(model)
+
+    def _tell(self, model: str) -> None:
+        found = {name: adapter.pin.id for name, adapter in sorted(self._known[model].adapters.items())}
+        self._scaling.set_adapters(model, found)
+
+    async def _ask(self, lora: LoRA, env: Mapping[str, Secret | str], placement: Placement) -> dict[str, Adapter]:
+        """All adapters there are now. Raises LLMRunError."""
+        if lora.path:
+            return {adapter.name: adapter for adapter in await self._stock.adapters(lora.path, env, placement)}
+        one = [self._one(name, where, env, placement) for name, where in lora.adapters.items()]
+        return {adapter.name: adapter for adapter in await asyncio.gather(*one)}
+
+    async def _one(self, name: str, where: Weights, env: Mapping[str, Secret | str], placement: Placement) -> Adapter:
+        found = await self._stock.adapters(where, env, placement)
+        if len(found) != 1:
+            what = f"has {len(found)} adapters" if found else "has no adapter (adapter_config.json and its weights)"
+            raise WeightsError(f"lora={name!r}: {where} {what}: name the folder of one")
+        return found[0].model_copy(update={"name": name})

@@ -1,0 +1,142 @@
+"""An engine's adapters: loads one when a request needs it, unloads the least recently used, never one in use.
+
+In the engine's process; how an adapter gets into the engine is its kind's business (`Loader`). Standard library only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+log = logging.getLogger("llmrun.adapters")
+
+
+class AdapterError(Exception):
+    """An adapter that cannot be used; `status` is HTTP's."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class Loader(Protocol):
+    """How one kind of engine takes adapters."""
+
+    async def load(self, name: str, folder: Path) -> Any:
+        """Put an adapter into the engine; what `unload` and `using` want. Raises AdapterError; nothing is left then."""
+        ...
+
+    async def unload(self, adapter: Any) -> None:
+        """Take it out again."""
+        ...
+
+    def using(self, adapter: Any) -> contextlib.AbstractContextManager[None]:
+        """The requests that this task makes of the engine meanwhile are for that adapter."""
+        ...
+
+
+@dataclass(eq=False)
+class Slot:
+    """One adapter in the engine, or on its way there."""
+
+    name: str
+    pin: str
+    ready: asyncio.Future[Any]
+    users: int = 0
+    leaving: bool = False
+
+    @property
+    def adapter(self) -> Any:
+        """What was loaded; None while it is under way, or if it failed."""
+        return self.ready.result() if self.ready.done() and not self.ready.exception() else None
+
+
+class Adapters:
+    """At most `most` at once. `bring`: from a name and a pin to a folder; raises AdapterError."""
+
+    def __init__(self, loader: Loader, most: int, bring: Callable[[str, str], Awaitable[Path]]) -> None:
+        self._loader = loader
+        self._most = most
+        self._bring = bring
+        self._slots: dict[str, Slot] = {}
+        """By pin, the least recently used first."""
+        self._changed = asyncio.Condition()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def loaded(self) -> list[str]:
+        """The pins of those that can be used at once."""
+        return [pin for pin, slot in self._slots.items() if slot.adapter and not slot.leaving]
+
+    @contextlib.asynccontextmanager
+    async def using(self, name: str, pin: str) -> AsyncIterator[None]:
+        """Have that adapter in the engine meanwhile, for the requests of this task. Raises AdapterError."""
+        slot = await self._take(name, pin)
+        try:
+            adapter = await asyncio.shield(slot.ready)
+            with self._loader.using(adapter):
+                yield
+        finally:
+            slot.users -= 1
+            async with self._changed:
+                self._changed.notify_all()
+
+    async def _take(self, name: str, pin: str) -> Slot:
+        """The adapter's slot, with one user more.
+
+        1. One that is there, or on its way, is shared.
+        2. Where there is room, it is loaded.
+        3. Else the least recently used that nobody uses makes room; while all are in use, and until it has, wait.
+        """
+        loop = asyncio.get_running_loop()
+        async with self._changed:
+            while True:
+                slot = self._slots.get(pin)
+                # 1.
+                if slot and not slot.leaving:
+                    self._slots[pin] = self._slots.pop(pin)
+                    slot.users += 1
+                    return slot
+                # 2.
+                if slot is None and len(self._slots) < self._most:
+                    self._slots[pin] = slot = Slot(name, pin, loop.create_future(), users=1)
+                    self._start(self._load(slot))
+                    return slot
+                # 3.
+                if not any(other.leaving for other in self._slots.values()):
+                    idle = next((other for other in self._slots.values() if other.adapter and not other.users), None)
+                    if idle:
+                        idle.leaving = True
+                        self._start(self._unload(idle))
+                await self._changed.wait()
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        """In a task of its own: it goes on if whoever asked has left, for others may wait for it."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _load(self, slot: Slot) -> None:
+        try:
+            adapter = await self._loader.load(slot.name, await self._bring(slot.name, slot.pin))
+        except Exception as error:  # noqa: BLE001 - it is raised in those who wait
+            del self._slots[slot.pin]
+            slot.ready.set_exception(error)
+            slot.ready.exception()  # perhaps nobody waits any more
+        else:
+            slot.ready.set_result(adapter)
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _unload(self, slot: Slot) -> None:
+        try:
+            await self._loader.unload(slot.adapter)
+        except Exception:
+            log.exception("the adapter %s could not be unloaded", slot.name)
+        del self._slots[slot.pin]
+        async with self._changed:
+            self._changed.notify_all()

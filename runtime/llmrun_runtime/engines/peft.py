@@ -1,0 +1,72 @@
+"""What an adapter in PEFT's format says of itself, and whether it fits a base model. Reads headers, no weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from llmrun_runtime.engines.adapters import AdapterError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+A, B = ".lora_A.weight", ".lora_B.weight"
+# https://github.com/huggingface/safetensors#format
+LENGTH_BYTES, MOST_HEADER_BYTES = 8, 100 * 2**20
+Shapes = dict[str, tuple[int, ...]]
+
+
+def check_adapter(folder: Path, base: Mapping[str, tuple[int, ...]], max_rank: int) -> None:
+    """Raises AdapterError for one that is damaged, of too high a rank, or for another model.
+
+    `base`: the shapes of the base model's tensors; modules that are not among them (packed, quantized) are the engine's
+    to judge: vLLM copies what is too small into a part of its slot and says nothing.
+    """
+    try:
+        rank = int(json.loads((folder / CONFIG).read_text())["r"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise AdapterError(f"its {CONFIG} cannot be read ({type(error).__name__}: {error})", 400) from None
+    if rank > max_rank:
+        text = f"its rank is {rank}, and {max_rank} is the most: lora=LoRA(…, max_rank={rank}) would take it"
+        raise AdapterError(text, 400)
+    if not (folder / WEIGHTS).exists():
+        return
+    try:
+        shapes = read_shapes(folder / WEIGHTS)
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"its {WEIGHTS} is damaged ({error})", 400) from None
+    for name, shape in shapes.items():
+        for end, side in ((A, 1), (B, 0)):
+            module = name.removeprefix(PREFIX).removesuffix(end)
+            wanted = base.get(f"{module}.weight")
+            if name.endswith(end) and wanted and len(shape) == 2 == len(wanted) and shape[side] != wanted[side]:
+                what = "takes" if end == A else "gives"
+                text = f"it is for another base model: its {module} {what} {shape[side]} values, here {wanted[side]}"
+                raise AdapterError(text, 400)
+
+
+def read_base(folder: Path) -> Shapes:
+    """The shapes of a model's tensors, by name; none where there are no safetensors."""
+    found: Shapes = {}
+    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        found |= read_shapes(file)
+    return found
+
+
+def read_shapes(file: Path) -> Shapes:
+    """The shapes of a safetensors file's tensors. Raises OSError; ValueError if the file is none, or is not whole."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(LENGTH_BYTES), "little")
+        if not 0 < length <= min(MOST_HEADER_BYTES, size - LENGTH_BYTES):
+            raise ValueError("it has no header of safetensors")
+        header = json.loads(opened.read(length))
+    try:
+        header.pop("__metadata__", None)
+        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        shapes = {name: tuple(tensor["shape"]) for name, tensor in header.items()}
+    except (AttributeError, LookupError, TypeError):
+        raise ValueError("its header is none of safetensors") from None
+    if LENGTH_BYTES + length + end != size:
+        raise ValueError(f"it has {size} bytes where its header says {LENGTH_BYTES + length + end}")
+    return shapes

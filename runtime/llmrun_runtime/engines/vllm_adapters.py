@@ -1,0 +1,91 @@
+"""How vLLM takes adapters: through its engine client, past its own names.
+
+vLLM finds an adapter by the name in a request's body, in a dict of its server's. That dict is replaced by one that
+knows the adapter of the request that the task works on: so a name never means another adapter than the one that was
+admitted, and loading, unloading and ids are ours alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Iterator
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from vllm.lora.request import LoRARequest
+
+from llmrun_runtime.engines.adapters import AdapterError
+from llmrun_runtime.engines.peft import Shapes, check_adapter, read_base
+
+_current: ContextVar[LoRARequest | None] = ContextVar("llmrun_adapter", default=None)
+
+
+class _Current(dict[str, LoRARequest]):
+    """Whatever the name: the adapter of the request that this task works on."""
+
+    def __contains__(self, name: object) -> bool:
+        return _current.get() is not None
+
+    def __getitem__(self, name: str) -> LoRARequest:
+        found = _current.get()
+        if found is None:
+            raise KeyError(name)
+        return found
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As `dict.get`."""
+        return _current.get() or default
+
+
+class VLLMAdapters:
+    """See `Loader`. `app` is the server's."""
+
+    def __init__(self, app: Any, max_rank: int) -> None:
+        models = app.state.openai_serving_models
+        models.lora_requests = _Current()
+        self._engine = models.engine_client
+        self._model = models.base_model_paths[0].name
+        self._max_rank = max_rank
+        self._ids = itertools.count(1)
+        self._names: set[str] = set()
+        self._weights = Path(self._engine.model_config.model)
+        self._base: Shapes | None = None
+
+    async def load(self, name: str, folder: Path) -> LoRARequest:
+        """See `Loader`."""
+        await asyncio.to_thread(self._check, folder)
+        number, called = next(self._ids), f"{self._model}:{name}"
+        # vLLM compares by name in places: two of one name, before and after a change, must not be taken for one.
+        called += f"@{number}" if called in self._names else ""
+        request = LoRARequest(called, number, str(folder))
+        try:
+            await self._engine.add_lora(request)
+        except Exception as error:  # noqa: BLE001 - whatever the engine's core raised comes as one of many
+            with contextlib.suppress(Exception):  # what there is of it
+                await self._engine.remove_lora(number)
+            lines = str(error).strip().splitlines()
+            raise AdapterError(f"vLLM cannot load it: {lines[-1] if lines else type(error).__name__}", 400) from None
+        self._names.add(called)
+        return request
+
+    def _check(self, folder: Path) -> None:
+        if self._base is None:
+            self._base = read_base(self._weights)
+        check_adapter(folder, self._base, self._max_rank)
+
+    async def unload(self, adapter: LoRARequest) -> None:
+        """See `Loader`."""
+        await self._engine.remove_lora(adapter.lora_int_id)
+        self._names.discard(adapter.lora_name)
+
+    @contextlib.contextmanager
+    def using(self, adapter: LoRARequest) -> Iterator[None]:
+        """See `Loader`."""
+        token = _current.set(adapter)
+        try:
+            yield
+        finally:
+            _current.reset(token)

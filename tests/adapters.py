@@ -1,0 +1,32 @@
+"""Adapters for tests: PEFT's format, random, strong enough that each answers in its own way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+# Of the tiny Llama that `conftest.make_tiny_weights` makes: what goes into a layer's module, and what comes out.
+TINY = {"q_proj": (128, 128), "v_proj": (128, 64), "o_proj": (128, 128)}
+LAYERS = 2
+
+
+def make_adapter(
+    folder: Path, seed: int, rank: int = 8, scale: float = 1.0, shapes: dict[str, tuple[int, int]] = TINY
+) -> Path:
+    """An adapter in that folder; `scale` is how strong it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dice = np.random.default_rng(seed)
+    tensors = {}
+    for layer in range(LAYERS):
+        for name, (width, height) in shapes.items():
+            key = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            tensors[f"{key}.lora_A.weight"] = dice.normal(0, 1, (rank, width)).astype(np.float32)
+            tensors[f"{key}.lora_B.weight"] = dice.normal(0, scale / rank, (height, rank)).astype(np.float32)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "bias": "none"}
+    config |= {"target_modules": list(shapes), "base_model_name_or_path": "tiny"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder

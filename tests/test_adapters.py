@@ -1,0 +1,245 @@
+"""Adapters: how they are written, found at a source, asked for, routed, loaded and unloaded; and vLLM's CPU kernels."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrun import LoRA, SpecError, Weights
+from llmrun.lora import as_lora
+from llmrun_runtime.engines.adapters import AdapterError, Adapters
+from llmrun_runtime.engines.base import ADAPTER_HEADER
+from llmrun_runtime.ingress.admission import Refusal, find_target
+from llmrun_runtime.ingress.routing import AFFINITY_SLACK, choose
+from llmrun_runtime.table import ReplicaRoute, Table, by_names
+from llmrun_runtime.weights.adapters import find_adapters
+from llmrun_runtime.weights.objects import ObjectStore
+from llmrun_runtime.weights.pin import File, Pin
+from tests.adapters import make_adapter
+from tests.ingress import Bench, Engine, route
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "say where adapters lie"),
+        ({"path": "s3://a/b", "adapters": {"x": "s3://c"}}, "say where adapters lie"),
+        ({"adapters": {"a:b": "s3://c"}}, "an adapter's name has letters"),
+        ({"path": "s3://a/b", "max_loaded": 0}, "max_loaded=0: a number of adapters, 1 or more"),
+        ({"path": "s3://a/b", "max_rank": 12}, "max_rank=12: one of 1, 8, 16"),
+        ({"path": "s3://a/b", "refresh": 0}, "refresh=0: seconds, 1 or more"),
+        ({"path": ""}, "name the weights"),
+    ],
+)
+def test_what_is_written_wrong_is_said(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(SpecError, match=said):
+        LoRA(**given)
+
+
+def test_the_ways_of_writing_it_are_one() -> None:
+    assert as_lora("s3://a/b") == LoRA("s3://a/b") == as_lora({"path": "s3://a/b"})
+    found = as_lora({"legal": "acme/legal@v3", "sql": Weights("s3://acme/sql", anonymous=True)})
+    assert found == LoRA(adapters={"legal": "acme/legal@v3", "sql": Weights("s3://acme/sql", anonymous=True)})
+    assert LoRA.model_validate(found.model_dump(mode="json")) == found and as_lora(None) is None
+    with pytest.raises(SpecError, match="lora=7: write a place"):
+        as_lora(7)
+
+
+def files(*names: str) -> tuple[File, ...]:
+    """Files of a listing."""
+    return tuple(File(name=name, size=1, version=f"v of {name}") for name in names)
+
+
+def test_adapters_are_found_folder_by_folder() -> None:
+    both = ("adapter_config.json", "adapter_model.safetensors")
+    names = [f"{folder}/{name}" for folder in ("one", "two") for name in both]
+    more = [
+        "one/adapter_model.bin",
+        "one/README.md",
+        "half/adapter_config.json",
+        *(f"bad name/{name}" for name in both),
+    ]
+    listed = Pin(weights=Weights("s3://acme/all"), files=files(*names, *more))
+    found = find_adapters(listed)
+    assert found.keys() == {"one", "two"}
+    pin = found["one"].pin
+    assert pin.weights.source == "s3://acme/all/one" and [file.name for file in pin.files] == list(both)
+    assert pin.id != found["two"].pin.id
+    hub = find_adapters(Pin(weights=Weights("acme/all@v1"), revision="c" * 40, files=files(*names)))
+    assert (hub["two"].folder, hub["two"].pin.revision) == ("two", "c" * 40)
+    assert [file.name for file in hub["two"].pin.files] == [f"two/{name}" for name in both]
+    alone = find_adapters(Pin(weights=Weights("acme/legal@v3"), revision="c" * 40, files=files(*both, "README.md")))
+    assert alone.keys() == {"legal"} and alone["legal"].folder == ""
+
+
+def test_a_folder_on_disk_is_a_source_of_adapters_too(tmp_path: Path) -> None:
+    make_adapter(tmp_path / "one", seed=1)
+    first = find_adapters(ObjectStore(Weights(str(tmp_path)), 1).listed())
+    assert first.keys() == {"one"} and first["one"].pin.weights.path == str(tmp_path / "one")
+    make_adapter(tmp_path / "one", seed=2)
+    assert find_adapters(ObjectStore(Weights(str(tmp_path)), 1).listed())["one"].pin.id != first["one"].pin.id
+
+
+def table(**more: Any) -> Table:
+    """One model with adapters, one without."""
+    facts: dict[str, Any] = {"lora": True, "adapters": {"legal": "pin-1", "sql": "pin-2"}} | more
+    models = {"one": route(1, **facts), "two": route(2, name="two", names=("two",))}
+    return Table("e", 1, models, by_names(models))
+
+
+def test_names_of_adapters() -> None:
+    found = find_target(table(), "org/one:legal")
+    assert (found.model.name, found.name, found.adapter, found.pin) == ("one", "org/one", "legal", "pin-1")
+    assert find_target(table(), "one").adapter == ""
+    for name, status, said in (
+        ("one:legl", 404, "one has no adapter 'legl': did you mean one:legal?"),
+        ("one:xyz", 404, "it has 2, which GET /v1/models lists"),
+        ("two:legal", 404, "two has no adapters"),
+        ("three:legal", 404, "the model 'three:legal' does not exist"),
+    ):
+        with pytest.raises(Refusal) as refused:
+            find_target(table(), name)
+        assert refused.value.status == status and said in refused.value.text
+    with pytest.raises(Refusal) as refused:
+        find_target(table(adapters=None, adapters_trouble="access denied"), "one:legal")
+    assert refused.value.status == 503 and "access denied" in refused.value.text and refused.value.retry_after
+
+
+def test_replicas_that_have_the_adapter_come_first_while_they_are_not_overloaded() -> None:
+    has = {"a": "", "b": "x", "c": "x"}
+    replicas = tuple(ReplicaRoute(name, "h", 1, "t", frozenset(pins)) for name, pins in has.items())
+    model = route(replicas=replicas, max_ongoing=100)
+
+    def chosen(**flying: int) -> str:
+        found = choose(model, flying, adapter="x")
+        assert found
+        return found.id
+
+    assert chosen() == "b" and chosen(b=1) == "c"
+    assert chosen(b=AFFINITY_SLACK + 1, c=AFFINITY_SLACK) == "c"
+    assert chosen(b=AFFINITY_SLACK + 1, c=AFFINITY_SLACK + 1) == "a"
+
+
+async def test_the_engine_hears_which_adapter_was_admitted(bench: Bench, engine: Engine) -> None:
+    bench.table(route(engine.port, lora=True, adapters={"legal": "pin-1"}))
+    assert (await bench.ask({"model": "one:legal"}, headers={ADAPTER_HEADER: "other pin-9"}))[0] == 200
+    assert (await bench.ask(headers={ADAPTER_HEADER: "other pin-9"}))[0] == 200
+    adapted, plain = engine.asked
+    assert adapted.headers.getlist(ADAPTER_HEADER) == ["legal pin-1"] and ADAPTER_HEADER not in plain.headers
+    async with bench.session.get(bench.url + "/v1/models/one:legal") as answer:
+        listed = await answer.json()
+    assert (listed["id"], listed["parent"]) == ("one:legal", "one")
+
+
+class Fake:
+    """A loader that says what was done; adapters called `bad…` fail."""
+
+    def __init__(self) -> None:
+        self.inside: list[str] = []
+        self.most = 0
+        self.loads: list[str] = []
+        self.used: list[str] = []
+
+    async def load(self, name: str, folder: Path) -> str:
+        """Takes a moment."""
+        self.loads.append(name)
+        await asyncio.sleep(random.uniform(0, 0.005))
+        if name.startswith("bad"):
+            raise AdapterError("damaged", 400)
+        self.inside.append(name)
+        self.most = max(self.most, len(self.inside))
+        return name
+
+    async def unload(self, adapter: str) -> None:
+        """Never one in use."""
+        assert adapter not in self.used
+        await asyncio.sleep(random.uniform(0, 0.002))
+        self.inside.remove(adapter)
+
+    @contextlib.contextmanager
+    def using(self, adapter: str) -> Iterator[None]:
+        """Count it as in use."""
+        assert adapter in self.inside
+        self.used.append(adapter)
+        try:
+            yield
+        finally:
+            self.used.remove(adapter)
+
+
+async def bring(name: str, pin: str) -> Path:
+    """At once."""
+    if name == "badly-brought":
+        raise AdapterError("the store is away", 503)
+    return Path(pin)
+
+
+async def test_the_least_recently_used_goes_and_one_in_use_stays() -> None:
+    fake = Fake()
+    adapters = Adapters(fake, 2, bring)
+
+    async def use(name: str) -> None:
+        async with adapters.using(name, name):
+            pass
+
+    for name in ("a", "b", "a", "c"):
+        await use(name)
+    assert adapters.loaded() == ["a", "c"] and fake.loads == ["a", "b", "c"]
+    async with adapters.using("a", "a"):
+        await use("d")
+        assert sorted(adapters.loaded()) == ["a", "d"]
+        async with adapters.using("d", "d"):
+            waiting = asyncio.create_task(use("e"))
+            await asyncio.sleep(0.05)
+            assert not waiting.done() and sorted(adapters.loaded()) == ["a", "d"]
+        await asyncio.wait_for(waiting, 1)
+    assert sorted(adapters.loaded()) == ["a", "e"]
+
+
+async def test_one_load_for_all_who_ask_and_none_is_spoilt_by_one_who_leaves() -> None:
+    fake = Fake()
+    adapters = Adapters(fake, 2, bring)
+
+    async def use(name: str) -> None:
+        async with adapters.using(name, name):
+            await asyncio.sleep(0)
+
+    tasks = [asyncio.create_task(use("a")) for _ in range(10)]
+    await asyncio.sleep(0)
+    tasks[0].cancel()
+    await asyncio.gather(*tasks[1:])
+    assert fake.loads == ["a"]
+    for name, status in (("bad", 400), ("badly-brought", 503)):
+        with pytest.raises(AdapterError) as failed:
+            await use(name)
+        assert failed.value.status == status
+    assert adapters.loaded() == ["a"]
+    await asyncio.gather(use("b"), use("a"))
+    assert sorted(adapters.loaded()) == ["a", "b"]
+
+
+async def test_whatever_comes_and_goes_there_are_never_too_many_nor_one_used_that_is_gone() -> None:
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    dice = random.Random(seed)
+    fake = Fake()
+    adapters = Adapters(fake, 3, bring)
+
+    async def caller() -> None:
+        for _ in range(40):
+            name = dice.choice(["a", "b", "c", "d", "e", "f", "bad", "badly-brought"])
+            with contextlib.suppress(AdapterError, TimeoutError):
+                async with asyncio.timeout(dice.choice([0.001, 0.01, 5])), adapters.using(name, name):
+                    await asyncio.sleep(dice.uniform(0, 0.003))
+
+    async with asyncio.timeout(60):
+        await asyncio.gather(*(caller() for _ in range(20)))
+        while adapters._tasks:
+            await asyncio.sleep(0.01)
+    assert fake.most <= 3 and not fake.used and sorted(fake.inside) == sorted(adapters.loaded())

@@ -1,0 +1,142 @@
+"""Adapters of a tiny model, through the command line, a real vLLM and a folder that changes meanwhile."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.adapters import TINY, make_adapter
+from tests.conftest import ENGINE_START_S, Home, make_tiny_weights, until, write_app
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+ADAPTERS, LOADED = 12, 4
+PROMPTS = [f"Number {number}: once upon a time" for number in range(10)]
+# Between the two likeliest first tokens, in log-probability: batches change the last digits only.
+MARGIN = 0.5
+
+
+@pytest.fixture(scope="module")
+def folder(cluster: Home, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of `based`'s adapters a0 to a11, at most four of which are loaded at once."""
+    weights = make_tiny_weights(tmp_path_factory.mktemp("sure") / "tiny-llama", spread=0.5)
+    place = tmp_path_factory.mktemp("adapters")
+    for number in range(ADAPTERS):
+        make_adapter(place / f"a{number}", seed=number, rank=(4, 8, 16)[number % 3])
+    lora = f"LoRA({str(place)!r}, max_loaded={LOADED}, max_rank=16, refresh=1)"
+    text = f"@llm({str(weights)!r}, lora={lora}, cpus=0.2, idle_timeout=600)\nclass Based: ...\n"
+    app = write_app(tmp_path_factory.mktemp("based") / "based" / "app.py", text)
+    cluster.ok("deploy", app)
+    yield place
+    cluster.ok("delete", "based", "--yes")
+
+
+def ask(cluster: Home, model: str, prompt: str = PROMPTS[0], **more: Any) -> httpx.Response:
+    """A greedy completion."""
+    body = {"model": model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 2} | more
+    return httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=ENGINE_START_S)
+
+
+def first_token(answer: httpx.Response) -> tuple[str, float]:
+    """The first token, and how far the next one is behind it."""
+    assert answer.status_code == 200, answer.text
+    choice = answer.json()["choices"][0]
+    best, second = sorted(choice["logprobs"]["top_logprobs"][0].values(), reverse=True)[:2]
+    return choice["text"], best - second
+
+
+def listed(cluster: Home) -> dict[str, Any]:
+    """The models that the ingress lists."""
+    return {model["id"]: model for model in httpx.get(f"{cluster.url}/v1/models").json()["data"]}
+
+
+def message(answer: httpx.Response) -> str:
+    """What an error says."""
+    text: str = answer.json()["error"]["message"]
+    return text
+
+
+def test_adapters_are_listed_and_answer(cluster: Home, folder: Path) -> None:
+    known = listed(cluster)
+    assert known["based:a3"]["parent"] == "based" and len(known) == 1 + ADAPTERS
+    answer = ask(cluster, "based:a3", max_tokens=8)
+    assert answer.status_code == 200 and answer.json()["model"] == "based:a3"
+    assert answer.json()["choices"][0]["text"] != ask(cluster, "based", max_tokens=8).json()["choices"][0]["text"]
+    missing = ask(cluster, "based:a33")
+    assert missing.status_code == 404 and "did you mean based:a3" in message(missing)
+
+
+def test_under_load_every_adapter_answers_as_it_does_alone(cluster: Home, folder: Path) -> None:
+    names = ["based", *(f"based:a{number}" for number in range(ADAPTERS))]
+    alone = {(name, prompt): first_token(ask(cluster, name, prompt)) for name in names for prompt in PROMPTS}
+    sure = [(pair, token) for pair, (token, margin) in alone.items() if margin > MARGIN]
+    assert {name for (name, _), _ in sure} == set(names), "each has an answer that it is sure of"
+    assert len({token for _, token in sure}) > ADAPTERS / 2
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    asked = random.Random(seed).choices(sure, k=1500)
+
+    def wrong(item: tuple[tuple[str, str], str]) -> str:
+        (name, prompt), expected = item
+        token, _ = first_token(ask(cluster, name, prompt))
+        return "" if token == expected else f"{name} {prompt!r}: {token!r} instead of {expected!r}"
+
+    with ThreadPoolExecutor(32) as pool:
+        assert [found for found in pool.map(wrong, asked) if found] == []
+
+
+def test_adapters_come_change_and_go_without_a_restart(cluster: Home, folder: Path) -> None:
+    (engine,) = cluster.engines("based")
+    make_adapter(folder / "new", seed=100)
+    until(lambda: "based:new" in listed(cluster), 20, "the new one is there")
+    before = [ask(cluster, "based:new", prompt, max_tokens=8).json()["choices"][0]["text"] for prompt in PROMPTS]
+    make_adapter(folder / "new", seed=101)
+
+    def changed() -> bool:
+        answers = [ask(cluster, "based:new", prompt, max_tokens=8) for prompt in PROMPTS]
+        return [answer.json()["choices"][0]["text"] for answer in answers if answer.status_code == 200] != before
+
+    until(changed, 20, "it has changed")
+    shutil.rmtree(folder / "new")
+    until(lambda: ask(cluster, "based:new").status_code == 404, 20, "it is gone")
+    assert "based:new" not in listed(cluster)
+    assert cluster.engines("based")[0].pid == engine.pid
+
+
+def test_adapters_that_cannot_be_used_harm_nobody(cluster: Home, folder: Path) -> None:
+    make_adapter(folder / "large", seed=1, rank=64)
+    make_adapter(folder / "other", seed=1, shapes={name: (96, height) for name, (_, height) in TINY.items()})
+    damaged = make_adapter(folder / "damaged", seed=1) / "adapter_model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    make_adapter(folder / "unknown", seed=1, shapes={"no_proj": (128, 128)})
+    (make_adapter(folder / "words", seed=1) / "adapter_config.json").write_text("no JSON")
+    names = {f"based:{name}" for name in ("large", "other", "damaged", "words", "unknown")}
+    until(lambda: names <= listed(cluster).keys(), 20, "they are listed")
+    for name, said in {
+        "large": "its rank is 64, and 16 is the most",
+        "other": "it is for another base model: its model.layers.0.self_attn.o_proj takes 96 values, here 128",
+        "damaged": "is damaged (it has",
+        "unknown": "vLLM cannot load it",
+        "words": "its adapter_config.json cannot be read",
+    }.items():
+        answer = ask(cluster, f"based:{name}")
+        assert answer.status_code == 400 and said in message(answer), answer.text
+        assert ask(cluster, "based:a1").status_code == 200 == ask(cluster, "based").status_code
+        shutil.rmtree(folder / name)
+
+
+def test_usage_is_by_adapter(cluster: Home, folder: Path) -> None:
+    ask(cluster, "based:a5")
+
+    def used() -> bool:
+        rows = json.loads(cluster.ok("usage", "--by", "adapter", "--json"))
+        return "based:a5" in {row["adapter"] for row in rows}
+
+    until(used, 10, "its use is counted")
