@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 
 from tests.adapters import TINY, make_adapter
 from tests.conftest import ENGINE_START_S, Home, make_tiny_weights, until, write_app
+from tests.servers import AWS, s3_server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 ADAPTERS, LOADED = 12, 4
@@ -55,6 +57,12 @@ def first_token(answer: httpx.Response) -> tuple[str, float]:
 def listed(cluster: Home) -> dict[str, Any]:
     """The models that the ingress lists."""
     return {model["id"]: model for model in httpx.get(f"{cluster.url}/v1/models").json()["data"]}
+
+
+def adapters(cluster: Home) -> list[dict[str, Any]]:
+    """Those of `stored`."""
+    rows: list[dict[str, Any]] = json.loads(cluster.ok("adapter", "list", "stored", "--json"))
+    return rows
 
 
 def message(answer: httpx.Response) -> str:
@@ -130,6 +138,38 @@ def test_adapters_that_cannot_be_used_harm_nobody(cluster: Home, folder: Path) -
         assert answer.status_code == 400 and said in message(answer), answer.text
         assert ask(cluster, "based:a1").status_code == 200 == ask(cluster, "based").status_code
         shutil.rmtree(folder / name)
+
+
+def test_from_s3_and_when_the_store_goes_away(cluster: Home, tmp_path: Path, tiny_weights: Path) -> None:
+    for number in range(3):
+        make_adapter(tmp_path / "buckets" / "acme" / "adapters" / f"b{number}", seed=number)
+    with s3_server(tmp_path / "buckets") as server:
+        lora = f"LoRA(Weights('s3://acme/adapters', endpoint_url={server.url!r}), max_loaded=2, refresh=1)"
+        more = f"cpus=0.2, idle_timeout=600, env={AWS!r}"
+        text = f"from llmrun import Weights\n\n@llm({str(tiny_weights)!r}, lora={lora}, {more})\nclass Stored: ...\n"
+        cluster.ok("deploy", write_app(tmp_path / "stored" / "app.py", text))
+        assert ask(cluster, "stored:b0").status_code == 200
+        rows = until(lambda: (rows := adapters(cluster)) and rows[0]["loaded_on"] and rows, 5, "it is told")
+        assert [(row["name"], bool(row["loaded_on"])) for row in rows] == [("b0", True), ("b1", False), ("b2", False)]
+        assert "s3://acme/adapters/b1" in cluster.ok("adapter", "list", "stored")
+    time.sleep(3)  # listings fail meanwhile
+    assert ask(cluster, "stored:b0").status_code == 200 and "stored:b2" in listed(cluster)
+    away = ask(cluster, "stored:b1")
+    assert away.status_code == 503 and away.headers["retry-after"] and "stored" in message(away)
+    assert ask(cluster, "stored:b0").status_code == 200
+    cluster.ok("delete", "stored", "--yes")
+    assert "there is no model 'stored'" in cluster.fails("adapter", "list", "stored")
+
+
+def test_what_is_wrong_with_lora_is_said_at_the_deploy(cluster: Home, tmp_path: Path, tiny_weights: Path) -> None:
+    for lora, said in (
+        ("'./nowhere'", "nowhere: there is no such folder"),
+        (f"{{'sql': {str(tiny_weights)!r}}}", "lora='sql': " + str(tiny_weights) + " has no adapter"),
+        ("LoRA('./x', max_rank=7)", "max_rank=7: one of 1, 8"),
+        ("7", "lora=7: write a place"),
+    ):
+        text = f"@llm({str(tiny_weights)!r}, lora={lora}, cpus=0.2)\nclass Wrong: ...\n"
+        assert said in cluster.fails("deploy", write_app(tmp_path / "wrong" / "app.py", text))
 
 
 def test_usage_is_by_adapter(cluster: Home, folder: Path) -> None:

@@ -13,6 +13,7 @@ from llmrun.errors import ControlError, Refused, Unreachable
 from llmrun.settings import Settings
 from llmrun.wire import (
     CONTROL_ROOT,
+    AdapterRow,
     ColdStart,
     DeployRequest,
     Event,
@@ -98,6 +99,10 @@ class Client:
     def starts(self, model: str) -> list[ColdStart]:
         """A model's last cold starts, the newest first."""
         return [ColdStart.model_validate(row) for row in self._call("GET", f"/starts/{quote(model)}")]
+
+    def adapters(self, model: str) -> list[AdapterRow]:
+        """The adapters of a model."""
+        return [AdapterRow.model_validate(row) for row in self._call("GET", f"/adapters/{quote(model)}")]
 
     def keys(self) -> list[KeyFacts]:
         """The API keys that there are."""

@@ -9,7 +9,7 @@ import typer
 
 import llmrun
 from llmrun.errors import AppError, LLMRunError
-from llmrun_cli import cluster, deploy, key, model, weights
+from llmrun_cli import adapter, cluster, deploy, key, model, weights
 from llmrun_cli.terminal import error_line
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command()(model.unload)
 app.command()(model.logs)
 app.command()(model.delete)
 app.add_typer(weights.weights, name="weights")
+app.add_typer(adapter.adapter, name="adapter")
 app.add_typer(key.key, name="key")
 app.command()(key.usage)
 app.command()(cluster.up)

@@ -66,6 +66,18 @@ class Event(Message):
     total: int = 0
 
 
+class AdapterRow(Message):
+    """One adapter of a model."""
+
+    name: str
+    source: str
+    short: str
+    """What its address means now: a commit, or the hash of its files' names, sizes and checksums."""
+    bytes: int
+    loaded_on: tuple[str, ...] = ()
+    """Replicas that have it in their engines."""
+
+
 class WeightsRow(Message):
     """Weights that lie on a node."""
 

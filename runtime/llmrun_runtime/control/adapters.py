@@ -9,12 +9,14 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from llmrun.errors import LLMRunError, WeightsError
+from llmrun.errors import LLMRunError, Refused, WeightsError
 from llmrun.lora import LoRA
 from llmrun.spec import ModelSpec, Secret
 from llmrun.weights import Weights
+from llmrun.wire import AdapterRow
 from llmrun_runtime.control.database import Deployed
 from llmrun_runtime.control.placing import Placement
+from llmrun_runtime.control.registry import Registry
 from llmrun_runtime.control.scaling import Scaling
 from llmrun_runtime.control.stock import Stock
 from llmrun_runtime.weights.adapters import Adapter
@@ -56,6 +58,23 @@ class Adapters:
             if name in adapters and adapters[name].pin.id == pin_id:
                 return adapters[name]
         raise WeightsError(f"the adapter {name} of {model} has just been changed or removed: ask again")
+
+    def rows(self, model: str, registry: Registry) -> list[AdapterRow]:
+        """A model's adapters, by name. Raises Refused if it is not made for any."""
+        row, known = self._scaling.deployed.get(model), self._known.get(model)
+        if not row or not row.spec.lora:
+            raise Refused(f"{model} has no adapters: lora= of its @llm says where they lie", 409)
+        found = sorted(known.adapters.items()) if known and known.lora == row.spec.lora else []
+        return [
+            AdapterRow(
+                name=name,
+                source=str(adapter.pin.weights),
+                short=adapter.pin.short,
+                bytes=adapter.pin.total,
+                loaded_on=tuple(r.id[:12] for r in registry.of(model) if adapter.pin.id in r.adapters),
+            )
+            for name, adapter in found
+        ]
 
     async def run(self) -> None:
         """Look again, for ever."""

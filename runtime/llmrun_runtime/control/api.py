@@ -20,6 +20,7 @@ from llmrun.errors import LLMRunError, Refused
 from llmrun.wire import (
     CONTROL_ROOT,
     MAX_PACKAGE_BYTES,
+    AdapterRow,
     ColdStart,
     DeployRequest,
     KeyFacts,
@@ -152,6 +153,10 @@ def make_api(parts: ControlParts) -> App:
     @api.get(f"{root}/starts/{{name:path}}")
     async def starts(name: str) -> list[ColdStart]:
         return parts.starts.of(_known(parts, name))
+
+    @api.get(f"{root}/adapters/{{name:path}}")
+    async def adapters(name: str) -> list[AdapterRow]:
+        return parts.adapters.rows(_known(parts, name), parts.registry)
 
     @api.get(f"{root}/keys")
     async def keys() -> list[KeyFacts]:

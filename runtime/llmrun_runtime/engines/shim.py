@@ -32,6 +32,8 @@ from llmrun_runtime.engines.hooks import Hooks
 from llmrun_runtime.engines.loaders import get_loader
 from llmrun_runtime.link.server import listen
 
+# Then callers hear that it takes long; bringing goes on, and whoever asks again finds it, or waits for the same.
+BRING_S = 30
 RETRY_AFTER_S = b"5"
 UNCOUNTED = ("/health", "/metrics", "/ping", "/load", "/version")
 
@@ -171,7 +173,11 @@ class Shim:
 
 async def _bring(name: str, pin: str) -> Path:
     """The adapter's folder on this node, which the replica brings. Raises AdapterError."""
-    said = await asyncio.wrap_future(lease.ask(adapter=name, pin=pin))
+    try:
+        async with asyncio.timeout(BRING_S):
+            said = await asyncio.wrap_future(lease.ask(adapter=name, pin=pin))
+    except TimeoutError:
+        raise AdapterError(f"it is not here after {BRING_S} s: its store is slow, or away", 503) from None
     if "error" in said:
         raise AdapterError(said["error"], 503)
     return Path(said["path"])
