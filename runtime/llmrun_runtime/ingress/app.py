@@ -175,7 +175,7 @@ class Ingress:
         try:
             with self._limiter.entered(limits, time.time()):
                 request.headers = self._limiter.headers(limits, time.time())
-                work = self._ask(scope, early, patience, body, request, caller, target)
+                work = self._ask(scope, early, patience, _asked_as(scope, request, caller, target), body, request)
                 await _unless_gone(self._in_time(work), receive)
         except Refusal as refusal:
             request.headers = self._limiter.headers(limits, time.time())
@@ -203,16 +203,11 @@ class Ingress:
         scope: Scope,
         send: EarlyStream,
         patience: Patience,
+        headers: list[tuple[str, str]],
         body: bytes,
         request: Request,
-        caller: Caller,
-        target: Target,
     ) -> None:
         """Wait for a replica and relay; go to another one if it is gone before its first byte."""
-        more = [("x-request-id", request.id), (KEY_HEADER, caller.key)]
-        more += [(PROBE_HEADER, "1")] if caller.probe else []
-        more += [(ADAPTER_HEADER, f"{target.adapter} {target.pin}")] if target.adapter else []
-        headers = [*forwarded_headers(scope, PRIVATE), *more]
         answer_headers = [(b"x-request-id", request.id.encode("latin-1")), *request.headers]
         failed: list[str] = []
         for attempt in itertools.count():
@@ -241,6 +236,14 @@ class Ingress:
         if self._session is None:
             self._session = new_session()
         return self._session
+
+
+def _asked_as(scope: Scope, request: Request, caller: Caller, target: Target) -> list[tuple[str, str]]:
+    """The headers that an engine gets: the client's, and what it must know beside."""
+    more = [("x-request-id", request.id), (KEY_HEADER, caller.key)]
+    more += [(PROBE_HEADER, "1")] if caller.probe else []
+    more += [(ADAPTER_HEADER, f"{target.adapter} {target.pin}")] if target.adapter else []
+    return [*forwarded_headers(scope, PRIVATE), *more]
 
 
 async def _unless_gone(work: Any, receive: Receive) -> None:
