@@ -16,6 +16,7 @@ import pytest
 
 from llmrun.errors import EngineError, HookError
 from llmrun_runtime.engines import vllm
+from llmrun_runtime.engines.adapters import Loader
 from llmrun_runtime.engines.base import Launch, Member, ShimConfig, to_flags
 from llmrun_runtime.engines.hooks import Hooks
 from llmrun_runtime.engines.kinds import get_engine
@@ -236,6 +237,10 @@ class Script:
 
     def environment(self, env: Mapping[str, str], cache: Path | None) -> dict[str, str]:
         return dict(os.environ)
+
+    def loader(self, app: Any, max_rank: int) -> Loader:
+        """It takes no adapters."""
+        raise EngineError("no adapters")
 
     def root_cause(self, log: str) -> str:
         return VLLM.root_cause(log)

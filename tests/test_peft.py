@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from llmrun.lora import ADAPTER_WEIGHTS
 from llmrun_runtime.engines import vllm_fixes
 from llmrun_runtime.engines.adapters import AdapterError
-from llmrun_runtime.engines.peft import WEIGHTS, check_adapter, read_base
+from llmrun_runtime.engines.peft import check_adapter, read_base
 from tests.adapters import make_adapter
 
 
@@ -51,7 +52,7 @@ def test_what_does_not_fit_says_why(base: dict[str, tuple[int, ...]], tmp_path: 
         (2).to_bytes(8, "little") + b"[]",
         (2).to_bytes(8, "little") + b"{}x",
     ):
-        (make_adapter(tmp_path / "damaged", 1) / WEIGHTS).write_bytes(data)
+        (make_adapter(tmp_path / "damaged", 1) / ADAPTER_WEIGHTS).write_bytes(data)
         assert "is damaged" in said(tmp_path / "damaged")
     for text in ("no JSON", "[]", "{}", '{"r": "x"}'):
         (make_adapter(tmp_path / "config", 1) / "adapter_config.json").write_text(text)

@@ -18,7 +18,9 @@ from typing import Any
 import psutil
 import pytest
 
+from llmrun.errors import EngineError
 from llmrun_runtime.engines import headstart
+from llmrun_runtime.engines.adapters import Loader
 from llmrun_runtime.engines.base import Launch, Member
 from llmrun_runtime.engines.begin import begin
 from llmrun_runtime.engines.child import UNKNOWN_EXIT, Forked, NotForked, fork
@@ -84,6 +86,9 @@ class Thing:
 
     def environment(self, env: Mapping[str, str], cache: Path | None) -> dict[str, str]:
         return {}
+
+    def loader(self, app: Any, max_rank: int) -> Loader:
+        raise EngineError("no adapters")
 
     def root_cause(self, log: str) -> str:
         return next((line for line in log.splitlines() if line.startswith("ValueError")), "")

@@ -93,24 +93,23 @@ def _inspect(path: Path) -> dict[str, Any]:
                 "detail": "",
             }
         owners[spec.name] = cls.__name__
-        if spec.path and not spec.path.startswith("~"):
-            place = os.path.normpath(path.absolute().parent / spec.path)
-            spec = spec.model_copy(update={"model": Weights(place)})
-        if spec.lora:
-            spec = spec.model_copy(update={"lora": _absolute(spec.lora, path.absolute().parent)})
+        folder = path.absolute().parent
+        found = {"model": _absolute(spec.model, folder), "lora": spec.lora and _absolute_lora(spec.lora, folder)}
+        spec = spec.model_copy(update=found)
         models.append(Loaded(cls=cls.__qualname__, hooks=hooks_of(cls), spec=spec).model_dump(mode="json"))
     return {"models": models}
 
 
-def _absolute(lora: LoRA, folder: Path) -> LoRA:
-    """The same with paths from the app's folder on."""
+def _absolute(where: Weights, folder: Path) -> Weights:
+    """The same, a path from the app's folder on."""
+    if not where.path or where.path.startswith("~"):
+        return where
+    return Weights(os.path.normpath(folder / where.path))
 
-    def place(where: Weights) -> Weights:
-        relative = where.path and not where.path.startswith("~")
-        return Weights(os.path.normpath(folder / where.path)) if where.path and relative else where
 
-    found = {name: place(where) for name, where in lora.adapters.items()}
-    return lora.model_copy(update={"path": lora.path and place(lora.path), "adapters": found})
+def _absolute_lora(lora: LoRA, folder: Path) -> LoRA:
+    found = {name: _absolute(where, folder) for name, where in lora.adapters.items()}
+    return lora.model_copy(update={"path": lora.path and _absolute(lora.path, folder), "adapters": found})
 
 
 def _place(path: Path, error: BaseException) -> str:

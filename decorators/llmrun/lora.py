@@ -16,6 +16,8 @@ from llmrun.weights import Weights, as_weights
 
 # In a request it stands after `model:`, and `@revision` may follow; in stores it is a folder's name.
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,126}")
+# An adapter's files, PEFT's: https://huggingface.co/docs/peft/developer_guides/checkpoint
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What vLLM has kernels for: `vllm.config.lora.MaxLoRARanks`.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 

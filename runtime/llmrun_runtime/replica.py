@@ -12,9 +12,10 @@ import functools
 import logging
 import socket
 import time
+from collections.abc import Awaitable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
@@ -36,7 +37,9 @@ from llmrun_runtime.logs import log_path
 from llmrun_runtime.node import agent_on
 from llmrun_runtime.reports import REPORT_S, Registration
 from llmrun_runtime.weights.adapters import Adapter
+from llmrun_runtime.weights.pin import Pin
 
+T = TypeVar("T")
 log = logging.getLogger("ray.serve")
 # An engine that answers nothing for so long is taken for dead.
 SILENT_S = 120.0
@@ -183,24 +186,23 @@ class Replica:
             return folder
         self._say(f"bringing the weights {pin.weights} ({pin.short}, {pin.total:,} bytes)")
         started = time.monotonic()
-        try:
-            brought: str = await agent_on(self._node).bring.remote(pin, self._config.spec.env)
-        except ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, LLMRunError) else error) from None
+        brought = await _unwrapped(self._bring(pin))
         self._say(f"weights here after {time.monotonic() - started:.1f} s")
-        return Path(brought)
+        return brought
+
+    async def _bring(self, pin: Pin) -> Path:
+        """The folder of a pin, which the node agent brings."""
+        return Path(await agent_on(self._node).bring.remote(pin, self._config.spec.env))
 
     async def _bring_adapter(self, name: str, pin: str) -> Path:
         """The folder of an adapter, brought to this node. Raises LLMRunError."""
-        spec = self._config.spec
         try:
-            found: Adapter = await self._control.adapter.remote(spec.name, name, pin)
-            folder: str = await agent_on(self._node).bring.remote(found.pin, spec.env)
-        except ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, LLMRunError) else error) from None
+            found: Adapter = await _unwrapped(self._control.adapter.remote(self._config.spec.name, name, pin))
+            return await _unwrapped(self._bring(found.pin)) / found.folder
+        except ray.exceptions.RayTaskError:
+            raise  # a fault, not an absence
         except ray.exceptions.RayError as error:
             raise EngineError(f"control or the node agent is away ({type(error).__name__}): ask again") from None
-        return Path(folder) / found.folder
 
     async def _report_always(self) -> None:
         """Report every REPORT_S, from the start to the end; notice when the engine dies."""
@@ -281,3 +283,11 @@ class Replica:
                 file.write(f"[llmrun] {time.strftime('%H:%M:%S')} {text}\n")
         except OSError as error:  # a full disk must not end the replica
             log.warning("%s (its log cannot be written: %s)", text, error)
+
+
+async def _unwrapped(call: Awaitable[T]) -> T:
+    """An actor's answer. Raises its LLMRunError as it is, and RayError."""
+    try:
+        return await call
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, LLMRunError) else error) from None

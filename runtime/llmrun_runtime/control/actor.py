@@ -99,7 +99,7 @@ class Control:
     async def adapter(self, model: str, name: str, pin_id: str) -> Adapter:
         """See `Adapters.find`."""
         await self.start()
-        return await self._parts.adapters.find(model, name, pin_id)
+        return self._parts.adapters.find(model, name, pin_id)
 
     async def package(self, digest: str) -> bytes:
         """A code package. Raises KeyError."""

@@ -51,7 +51,7 @@ class Adapters:
         if spec.lora:
             self._take(spec.name, spec.lora, await self._ask(spec.lora, spec.env, placement))
 
-    async def find(self, model: str, name: str, pin_id: str) -> Adapter:
+    def find(self, model: str, name: str, pin_id: str) -> Adapter:
         """An adapter, as a request knows it. Raises WeightsError if it is not there any more."""
         known = self._known.get(model)
         for adapters in (known.adapters, known.before) if known else ():
@@ -99,7 +99,7 @@ class Adapters:
             lora, known = row.spec.lora, self._known.get(row.name)
             if lora is None or row.name in self._looking:
                 continue
-            if known is None or known.lora != lora or time.monotonic() - known.looked >= lora.refresh:
+            if known is None or known.lora != lora or now - known.looked >= lora.refresh:
                 yield row
 
     async def _look(self, row: Deployed) -> None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from llmrun.errors import EngineError
 from llmrun.spec import ModelSpec, Secret
@@ -29,6 +29,7 @@ from llmrun_runtime.weights.sync import Peer
 ERRAND_TIMEOUT_S = 24 * 3600
 PROGRESS_S = 0.5
 KEEP_PINS = 64
+T = TypeVar("T")
 COMMIT_LENGTH = 40
 
 
@@ -58,8 +59,11 @@ class Stock:
         if pin is None and old and old.pin and _same_commit(old.pin, weights):
             pin = old.pin
         if pin is None:
-            able = [node for node in nodes if could_run(placement, node)]
-            pin = await self._ask(weights, spec.env, able or nodes)
+            able = _able(placement, nodes)
+            asked: Pin = await _first_answer(
+                weights, able, lambda node: agent_on(node.id).pin.remote(weights, spec.env)
+            )
+            pin = asked
         while len(self._pins) >= KEEP_PINS:
             del self._pins[next(iter(self._pins))]
         self._pins[key] = pin
@@ -72,28 +76,12 @@ class Stock:
         newest = max((item for item in found if item), key=lambda item: item[0], default=None)
         return newest[1] if newest else None
 
-    async def _ask(self, weights: Weights, env: Mapping[str, Secret | str], nodes: Sequence[Node]) -> Pin:
-        """What the first of the nodes that answers says. Raises LLMRunError."""
-        for node in nodes:
-            found: list[Pin | None] = await answers(
-                [node], lambda node: agent_on(node.id).pin.remote(weights, env), None, PIN_TIMEOUT_S + ANSWER_S
-            )
-            if found[0]:
-                return found[0]
-        hosts = ", ".join(node.host for node in nodes)
-        raise EngineError(f"{weights}: no node answers that could ask for it ({hosts or 'none'}): deploy again")
-
     async def adapters(self, weights: Weights, env: Mapping[str, Secret | str], placement: Placement) -> list[Adapter]:
         """The adapters at a source now, asked as `pin` does. Raises LLMRunError."""
         nodes = await alive(real_nodes())
-        able = [node for node in nodes if could_run(placement, node)]
-        for node in able or nodes:
-            found: list[list[Adapter] | None] = await answers(
-                [node], lambda node: agent_on(node.id).adapters.remote(weights, env), None, PIN_TIMEOUT_S + ANSWER_S
-            )
-            if found[0] is not None:
-                return found[0]
-        raise EngineError(f"{weights}: no node answers that could ask for it: deploy again")
+        return await _first_answer(
+            weights, _able(placement, nodes), lambda node: agent_on(node.id).adapters.remote(weights, env)
+        )
 
     @contextlib.contextmanager
     def wanted(self, pin: Pin | None) -> Iterator[None]:
@@ -173,3 +161,18 @@ def _same_commit(pin: Pin, weights: Weights) -> bool:
     """Whether the pin is of the commit that the source names."""
     named = weights.kind == "hub" and len(weights.revision) == COMMIT_LENGTH
     return named and pin.weights == weights and pin.revision == weights.revision
+
+
+def _able(placement: Placement, nodes: Sequence[Node]) -> Sequence[Node]:
+    """Those that could run a model, whose credentials are the right ones; all, if none could."""
+    return [node for node in nodes if could_run(placement, node)] or nodes
+
+
+async def _first_answer(weights: Weights, nodes: Sequence[Node], call: Callable[[Node], Awaitable[T]]) -> T:
+    """What the first of the nodes that answers says of a source. Raises LLMRunError."""
+    for node in nodes:
+        found: list[T | None] = await answers([node], call, None, PIN_TIMEOUT_S + ANSWER_S)
+        if found[0] is not None:
+            return found[0]
+    hosts = ", ".join(node.host for node in nodes)
+    raise EngineError(f"{weights}: no node answers that could ask for it ({hosts or 'none'}): deploy again")

@@ -10,9 +10,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import JsonValue
+
+if TYPE_CHECKING:  # a process that only holds a lease needs no asyncio
+    from llmrun_runtime.engines.adapters import Loader
 
 # The engine's processes find these in their environment.
 LEASE_ENV = "LLMRUN_LEASE"  # host:port of the replica's lease
@@ -49,7 +52,7 @@ class ShimConfig:
     host: str = "127.0.0.1"
     """Where it listens for ingresses."""
     engine: str = ""
-    """The engine's kind, where it has adapters; its `adapters` module loads them."""
+    """The engine's kind, where it has adapters."""
     max_loaded: int = 0
     """Adapters that the engine holds at once; 0: it has none."""
     max_rank: int = 0
@@ -111,6 +114,10 @@ class Engine(Protocol):
 
     def environment(self, env: Mapping[str, str], cache: Path | None) -> dict[str, str]:
         """Variables for this engine, over `env`; `cache` is None for a warm parent."""
+        ...
+
+    def loader(self, app: Any, max_rank: int) -> Loader:
+        """How it takes adapters, by its server's `app`, in whose process this is called. Raises EngineError if not."""
         ...
 
     def root_cause(self, log: str) -> str:

@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from llmrun.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llmrun_runtime.engines.adapters import AdapterError
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 A, B = ".lora_A.weight", ".lora_B.weight"
 # https://github.com/huggingface/safetensors#format
@@ -23,18 +23,18 @@ def check_adapter(folder: Path, base: Mapping[str, tuple[int, ...]], max_rank: i
     to judge: vLLM copies what is too small into a part of its slot and says nothing.
     """
     try:
-        rank = int(json.loads((folder / CONFIG).read_text())["r"])
+        rank = int(json.loads((folder / ADAPTER_CONFIG).read_text())["r"])
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise AdapterError(f"its {CONFIG} cannot be read ({type(error).__name__}: {error})", 400) from None
+        raise AdapterError(f"its {ADAPTER_CONFIG} cannot be read ({type(error).__name__}: {error})", 400) from None
     if rank > max_rank:
         text = f"its rank is {rank}, and {max_rank} is the most: lora=LoRA(…, max_rank={rank}) would take it"
         raise AdapterError(text, 400)
-    if not (folder / WEIGHTS).exists():
+    if not (folder / ADAPTER_WEIGHTS).exists():
         return
     try:
-        shapes = read_shapes(folder / WEIGHTS)
+        shapes = read_shapes(folder / ADAPTER_WEIGHTS)
     except (OSError, ValueError) as error:
-        raise AdapterError(f"its {WEIGHTS} is damaged ({error})", 400) from None
+        raise AdapterError(f"its {ADAPTER_WEIGHTS} is damaged ({error})", 400) from None
     for name, shape in shapes.items():
         for end, side in ((A, 1), (B, 0)):
             module = name.removeprefix(PREFIX).removesuffix(end)

@@ -29,7 +29,7 @@ from llmrun_runtime.engines.base import (
     ShimConfig,
 )
 from llmrun_runtime.engines.hooks import Hooks
-from llmrun_runtime.engines.loaders import get_loader
+from llmrun_runtime.engines.kinds import get_engine
 from llmrun_runtime.link.server import listen
 
 # Then callers hear that it takes long; bringing goes on, and whoever asks again finds it, or waits for the same.
@@ -100,7 +100,7 @@ class Shim:
                     if self._hooks:
                         await self._hooks.start()
                     if self._config.max_loaded:
-                        loader = get_loader(self._config.engine, scope["app"], self._config.max_rank)
+                        loader = get_engine(self._config.engine).loader(scope["app"], self._config.max_rank)
                         self._adapters = Adapters(loader, self._config.max_loaded, _bring)
                 except HookError as error:
                     lease.tell(failed=str(error))

@@ -6,9 +6,11 @@ import importlib.util
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from llmrun_runtime.engines.adapters import Loader
 from llmrun_runtime.engines.base import Launch, ShimConfig, to_flags
 
 # "(EngineCore pid=12) ERROR 11-22 15:50:00 [core.py:1] " in front of a line of vLLM's log.
@@ -125,6 +127,12 @@ class VLLM:
         if "VLLM_PLUGINS" in env:  # a list of those allowed; without it all are
             ours["VLLM_PLUGINS"] = f"{env['VLLM_PLUGINS']},llmrun_lease,llmrun_fixes".lstrip(",")
         return ours
+
+    def loader(self, app: Any, max_rank: int) -> Loader:
+        """Through its engine client."""
+        from llmrun_runtime.engines.vllm_adapters import VLLMAdapters  # noqa: PLC0415 - imports vLLM
+
+        return VLLMAdapters(app, max_rank)
 
     def root_cause(self, log: str) -> str:
         """The last exception that is not the echo of another process's, or what argparse refused."""

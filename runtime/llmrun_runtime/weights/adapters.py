@@ -7,13 +7,12 @@ from collections.abc import Iterable
 
 from pydantic import BaseModel, ConfigDict
 
-from llmrun.lora import ADAPTER_NAME
+from llmrun.lora import ADAPTER_CONFIG, ADAPTER_NAME, ADAPTER_WEIGHTS
 from llmrun.weights import Weights
 from llmrun_runtime.weights.pin import File, Pin, check_name
 
-# PEFT's format: https://huggingface.co/docs/peft/developer_guides/checkpoint
-CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+# The first that is there is taken.
+WEIGHTS = (ADAPTER_WEIGHTS, "adapter_model.bin")
 
 
 class Adapter(BaseModel):
@@ -49,7 +48,7 @@ def find_adapters(listed: Pin) -> dict[str, Adapter]:
 def _taken(files: dict[str, File]) -> list[File]:
     """What an engine needs of a folder; nothing if it is no whole adapter."""
     best = next((files[name] for name in WEIGHTS if name in files), None)
-    return [files[CONFIG], best] if CONFIG in files and best else []
+    return [files[ADAPTER_CONFIG], best] if ADAPTER_CONFIG in files and best else []
 
 
 def _pinned(listed: Pin, folder: str, files: Iterable[File]) -> dict[str, object]:

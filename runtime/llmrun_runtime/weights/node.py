@@ -43,20 +43,21 @@ class NodeWeights:
 
     async def pin(self, weights: Weights, env: Mapping[str, str]) -> Pin:
         """What the source means now, asked with this node's credentials. Raises WeightsError."""
-        try:
-            async with asyncio.timeout(PIN_TIMEOUT_S):
-                return Pin.model_validate(await self._send(Errand(do="pin", weights=weights), env))
-        except TimeoutError:
-            raise WeightsError(f"{weights}: it was not listed within {PIN_TIMEOUT_S} s: is the store slow?") from None
+        return Pin.model_validate(await self._list(Errand(do="pin", weights=weights), env))
 
     async def adapters(self, weights: Weights, env: Mapping[str, str]) -> list[Adapter]:
         """The adapters that lie at a source now. Raises WeightsError."""
+        found = await self._list(Errand(do="adapters", weights=weights), env)
+        return [Adapter.model_validate(item) for item in found]
+
+    async def _list(self, errand: Errand, env: Mapping[str, str]) -> Any:
+        """Ask a source what it has. Raises WeightsError."""
         try:
             async with asyncio.timeout(PIN_TIMEOUT_S):
-                found = await self._send(Errand(do="adapters", weights=weights), env)
+                return await self._send(errand, env)
         except TimeoutError:
-            raise WeightsError(f"{weights}: it was not listed within {PIN_TIMEOUT_S} s: is the store slow?") from None
-        return [Adapter.model_validate(item) for item in found]
+            text = f"{errand.weights}: it was not listed within {PIN_TIMEOUT_S} s: is the store slow?"
+            raise WeightsError(text) from None
 
     def imported(self, weights: Weights) -> tuple[float, Pin] | None:
         """What was imported here last under that name, and when (Unix time); None if nothing was."""
