@@ -82,6 +82,10 @@ bench-forked: setup _smollm2
 bench-ingress *args: setup _smollm2
     python -m tests.bench_ingress {{args}}
 
+# 5,000 requests of 64 callers over 12 adapters, four of which are loaded at once: each answers as it does alone
+soak-lora: setup
+    LLMRUN_TEST_REQUESTS=5000 pytest tests/test_e2e_lora.py -k under_load
+
 # a hundred times from zero and back under random requests, and kills in every phase of a wake (25 minutes)
 soak: setup _smollm2
     LLMRUN_TEST_CYCLES=100 pytest tests/test_e2e_cold.py -k "cycles or killed"

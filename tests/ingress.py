@@ -14,6 +14,7 @@ import pytest
 from starlette.requests import Request
 
 from llmrun.settings import Settings
+from llmrun.wire import KeyFacts
 from llmrun_runtime import asgi, http
 from llmrun_runtime.asgi import Receive, Scope, Send
 from llmrun_runtime.ingress.app import Ingress
@@ -22,7 +23,7 @@ from llmrun_runtime.ingress.limits import Limiter
 from llmrun_runtime.ingress.metrics import Metrics
 from llmrun_runtime.ingress.waiting import Waiting
 from llmrun_runtime.link.server import Server
-from llmrun_runtime.table import ModelRoute, ReplicaRoute, Table, by_names
+from llmrun_runtime.table import ModelRoute, ReplicaRoute, Table, by_names, digest_of
 
 CHAT = "/v1/chat/completions"
 PIECES = [b"data: {}\n\n", b"data: \xff not json\n\n", b"data: [DONE]\n\n"]
@@ -154,6 +155,16 @@ async def bench() -> AsyncIterator[Bench]:
 async def engine() -> AsyncIterator[Engine]:
     async with Engine().running() as engine:
         yield engine
+
+
+def keys(*routes: KeyFacts) -> dict[str, KeyFacts]:
+    """For a table: the key of each is its name."""
+    return {digest_of(key.name): key for key in routes}
+
+
+def bearer(key: str) -> dict[str, Any]:
+    """What a client sends."""
+    return {"headers": {"authorization": f"Bearer {key}"}}
 
 
 def route(*ports: int, **more: Any) -> ModelRoute:

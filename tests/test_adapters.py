@@ -5,24 +5,34 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from llmrun import LoRA, SpecError, Weights
+from llmrun.errors import WeightsError
 from llmrun.lora import as_lora
+from llmrun.spec import ModelSpec
+from llmrun.wire import KeyFacts
+from llmrun_runtime.control.adapters import Adapters as Catalogues
+from llmrun_runtime.control.database import Database, Deployed
+from llmrun_runtime.control.placing import Placement
 from llmrun_runtime.engines.adapters import AdapterError, Adapters
 from llmrun_runtime.engines.base import ADAPTER_HEADER
 from llmrun_runtime.ingress.admission import Refusal, find_target
+from llmrun_runtime.ingress.gate import check_seen, may_see
 from llmrun_runtime.ingress.routing import AFFINITY_SLACK, choose
 from llmrun_runtime.table import ReplicaRoute, Table, by_names
-from llmrun_runtime.weights.adapters import find_adapters
+from llmrun_runtime.weights.adapters import Adapter, find_adapters
 from llmrun_runtime.weights.objects import ObjectStore
 from llmrun_runtime.weights.pin import File, Pin
 from tests.adapters import make_adapter
-from tests.ingress import Bench, Engine, route
+from tests.ingress import Bench, Engine, bearer, keys, route
 
 
 @pytest.mark.parametrize(
@@ -111,6 +121,14 @@ def test_names_of_adapters() -> None:
     assert refused.value.status == 503 and "access denied" in refused.value.text and refused.value.retry_after
 
 
+def test_a_wrong_name_among_ten_thousand_costs_milliseconds() -> None:
+    many = table(adapters={f"customer-{number:05d}-legal": "pin" for number in range(10_000)})
+    started = time.perf_counter()
+    with pytest.raises(Refusal, match="did you mean one:customer-01234-legal"):
+        find_target(many, "one:customer-1234-legal")
+    assert time.perf_counter() - started < 0.05
+
+
 def test_replicas_that_have_the_adapter_come_first_while_they_are_not_overloaded() -> None:
     has = {"a": "", "b": "x", "c": "x"}
     replicas = tuple(ReplicaRoute(name, "h", 1, "t", frozenset(pins)) for name, pins in has.items())
@@ -124,6 +142,105 @@ def test_replicas_that_have_the_adapter_come_first_while_they_are_not_overloaded
     assert chosen() == "b" and chosen(b=1) == "c"
     assert chosen(b=AFFINITY_SLACK + 1, c=AFFINITY_SLACK) == "c"
     assert chosen(b=AFFINITY_SLACK + 1, c=AFFINITY_SLACK + 1) == "a"
+
+
+@pytest.mark.parametrize("models", [("org/one:legal",), ("one:legal", "two")])
+def test_a_key_may_be_for_one_adapter(models: tuple[str, ...]) -> None:
+    key, model = KeyFacts(name="few", models=models), table().models["one"]
+    assert may_see(key, model, "legal") and not may_see(key, model, "sql") and not may_see(key, model)
+    with pytest.raises(Refusal) as refused:
+        check_seen(key, model, "sql")
+    assert refused.value.status == 403 and "not for one:sql: it is for" in refused.value.text
+    with pytest.raises(Refusal) as refused:
+        find_target(table(), "one:sq", partial(may_see, key))
+    assert "sql" not in refused.value.text and "it has 1," in refused.value.text
+    whole = KeyFacts(name="all", models=("one",))
+    assert may_see(whole, model) and may_see(whole, model, "sql")
+
+
+async def test_models_are_listed_as_far_as_the_key_sees_them(bench: Bench) -> None:
+    known = keys(KeyFacts(name="few", models=("one:legal",)))
+    bench.table(route(1, lora=True, adapters={"legal": "pin-1", "sql": "pin-2"}), keys=known)
+    async with bench.session.get(bench.url + "/v1/models", **bearer("few")) as answer:
+        assert [model["id"] for model in (await answer.json())["data"]] == ["one:legal"]
+    for name, status in (("one:legal", 200), ("one:sql", 403), ("one", 403)):
+        async with bench.session.get(f"{bench.url}/v1/models/{name}", **bearer("few")) as answer:
+            assert answer.status == status, name
+
+
+class Source:
+    """What a model's address has: adapters, or a reason why it cannot be asked. Stands for control's stock."""
+
+    def __init__(self, *names: str) -> None:
+        self.trouble = ""
+        self.hold(*names)
+
+    def hold(self, *names: str) -> None:
+        """Have those and no others."""
+        files = ("adapter_config.json", "adapter_model.safetensors")
+        listed = tuple(File(name=f"{name}/{file}", size=1, version="1") for name in names for file in files)
+        self.adapters_there = list(find_adapters(Pin(weights=Weights("s3://acme/all"), files=listed)).values())
+
+    async def adapters(self, *_: Any) -> list[Adapter]:
+        """They, or WeightsError."""
+        if self.trouble:
+            raise WeightsError(self.trouble)
+        return self.adapters_there
+
+
+@contextlib.asynccontextmanager
+async def catalogue(source: Source, database: Database) -> AsyncIterator[tuple[Catalogues, dict[str, Any]]]:
+    """Control's adapters of one model, looked at all the time; and what ingresses would be told."""
+    told: dict[str, Any] = {}
+    spec = ModelSpec(name="one", model="org/one", lora=LoRA("s3://acme/all", refresh=1))
+    row = Deployed("app", 1, 1, spec, Placement(1, 0), proven=True)
+
+    def tell(model: str, found: dict[str, str] | None, trouble: str = "") -> None:
+        told[model] = (found, trouble)
+
+    scaling: Any = SimpleNamespace(deployed={"one": row}, set_adapters=tell)
+    stock: Any = source
+    made = Catalogues(scaling, stock, database)
+    made.load()
+    running = asyncio.create_task(made.run())
+    try:
+        yield made, told
+    finally:
+        running.cancel()
+        await asyncio.gather(running, *made._looking.values(), return_exceptions=True)
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    """Wait until it is so."""
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+async def test_a_listing_that_fails_or_is_empty_removes_nothing_and_control_may_restart(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/control.db")
+    source = Source("legal", "sql")
+    async with catalogue(source, database) as (made, told):
+        await eventually(lambda: "one" in told)
+        known = told["one"]
+        assert known[0].keys() == {"legal", "sql"} and made.has("one", "sql") and not made.has("one", "law")
+        for source.trouble, names in (("away", ["legal", "sql"]), ("", [])):
+            source.hold(*names)
+            before = made._known["one"].looked
+            await eventually(lambda before=before: made._known["one"].looked > before)  # type: ignore[misc]
+            assert told["one"] == known
+    source.trouble = "away"
+    async with catalogue(source, database) as (made, told):
+        assert told["one"] == known
+        assert made.find("one", "sql", known[0]["sql"]).name == "sql"
+        source.trouble = ""
+        source.hold("legal", "law")
+        await eventually(lambda: told["one"][0].keys() == {"legal", "law"})
+        assert made.find("one", "sql", known[0]["sql"]).name == "sql", "for requests that were let in before"
+    database.remove(["one"])
+    async with catalogue(Source("new"), database) as (_, told):
+        assert told == {}
+    database.close()
 
 
 async def test_the_engine_hears_which_adapter_was_admitted(bench: Bench, engine: Engine) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import time
@@ -20,6 +21,7 @@ from tests.servers import AWS, s3_server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 ADAPTERS, LOADED = 12, 4
+CALLERS, REQUESTS = 64, int(os.environ.get("LLMRUN_TEST_REQUESTS", "1500"))
 PROMPTS = [f"Number {number}: once upon a time" for number in range(10)]
 # Between the two likeliest first tokens, in log-probability: batches change the last digits only.
 MARGIN = 0.5
@@ -89,14 +91,14 @@ def test_under_load_every_adapter_answers_as_it_does_alone(cluster: Home, folder
     assert len({token for _, token in sure}) > ADAPTERS / 2
     seed = random.randrange(2**32)
     print(f"seed {seed}")
-    asked = random.Random(seed).choices(sure, k=1500)
+    asked = random.Random(seed).choices(sure, k=REQUESTS)
 
     def wrong(item: tuple[tuple[str, str], str]) -> str:
         (name, prompt), expected = item
         token, _ = first_token(ask(cluster, name, prompt))
         return "" if token == expected else f"{name} {prompt!r}: {token!r} instead of {expected!r}"
 
-    with ThreadPoolExecutor(32) as pool:
+    with ThreadPoolExecutor(CALLERS) as pool:
         assert [found for found in pool.map(wrong, asked) if found] == []
 
 
@@ -170,6 +172,26 @@ def test_what_is_wrong_with_lora_is_said_at_the_deploy(cluster: Home, tmp_path: 
     ):
         text = f"@llm({str(tiny_weights)!r}, lora={lora}, cpus=0.2)\nclass Wrong: ...\n"
         assert said in cluster.fails("deploy", write_app(tmp_path / "wrong" / "app.py", text))
+
+
+def test_a_key_may_be_for_one_adapter(cluster: Home, folder: Path) -> None:
+    assert "based has no such adapter" in cluster.fails("key", "create", "few", "--model", "based:a77")
+    key = cluster.ok("key", "create", "few", "--model", "based:a1").split()[-1]
+    headers = {"authorization": f"Bearer {key}"}
+    body = {"prompt": PROMPTS[0], "max_tokens": 1}
+
+    def status(model: str) -> int:
+        asked = {"model": model} | body
+        return httpx.post(f"{cluster.url}/v1/completions", json=asked, headers=headers, timeout=60).status_code
+
+    try:
+        until(lambda: status("based:a1") == 200, 10, "the key is known")
+        assert status("based:a2") == 403 == status("based")
+        seen = httpx.get(f"{cluster.url}/v1/models", headers=headers).json()["data"]
+        assert [model["id"] for model in seen] == ["based:a1"]
+    finally:
+        cluster.ok("key", "revoke", "few")
+    until(lambda: ask(cluster, "based").status_code == 200, 10, "everybody may ask again")
 
 
 def test_usage_is_by_adapter(cluster: Home, folder: Path) -> None:

@@ -20,19 +20,9 @@ from llmrun_runtime.ingress.waiting import Caller, Waiting
 from llmrun_runtime.reports import Elsewhere, Spent
 from llmrun_runtime.table import Table, digest_of
 from llmrun_runtime.window import Window
-from tests.ingress import CHAT, Bench, Engine, an_ingress, route
+from tests.ingress import CHAT, Bench, Engine, an_ingress, bearer, keys, route
 
 TRANSCRIPTIONS = "/v1/audio/transcriptions"
-
-
-def keys(*routes: KeyFacts) -> dict[str, KeyFacts]:
-    """For a table: the key of each is its name."""
-    return {digest_of(key.name): key for key in routes}
-
-
-def bearer(key: str) -> dict[str, Any]:
-    """What a client sends."""
-    return {"headers": {"authorization": f"Bearer {key}"}}
 
 
 async def test_without_keys_everybody_comes_in_and_with_one_only_who_has_it(bench: Bench, engine: Engine) -> None:

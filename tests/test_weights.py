@@ -22,11 +22,13 @@ import pytest
 from llmrun.errors import WeightsError
 from llmrun.settings import Settings
 from llmrun.weights import Weights
+from llmrun_runtime.weights.adapters import Adapter
 from llmrun_runtime.weights.cache import Cache
 from llmrun_runtime.weights.node import NodeWeights
 from llmrun_runtime.weights.pin import MANIFEST, File, Pin, choose
 from llmrun_runtime.weights.transfer import PART_BYTES, Job, Transfer
 from llmrun_runtime.weights.worker import Errand
+from tests.adapters import make_adapter
 from tests.conftest import until
 from tests.servers import AWS, S3, Fault, Hub, Proxy, gcs_server, hub_server, proxy_to, s3_server
 
@@ -314,6 +316,31 @@ def test_from_the_hub(node: Node, hub: Hub, tmp_path: Path) -> None:
     assert hub.sent - before == small.total - len("{}" * 1000)
     assert node.pin(Weights(f"acme/model@{pin.revision}")).id == pin.id
     assert hub.leaked == []
+
+
+def test_adapters_of_every_store(node: Node, hub: Hub, buckets: Path, s3: S3, tmp_path: Path) -> None:
+    places = {name: make_adapter(buckets / "acme" / "adapters" / name, seed=seed) for seed, name in enumerate("ab")}
+    s3.restart()
+    hub.repos["acme/adapters"] = buckets / "acme" / "adapters"
+    hub.repos["acme/legal"] = places["b"]
+    node.env |= {"HF_ENDPOINT": hub.url}
+
+    def found(weights: Weights) -> dict[str, tuple[str, dict[str, bytes]]]:
+        """What is listed there, brought here: each one's pin, and its files."""
+        listed = [Adapter.model_validate(item) for item in node.do("adapters", weights=weights)]
+        return {adapter.name: (adapter.pin.id, taken(node.bring(adapter.pin) / adapter.folder)) for adapter in listed}
+
+    wanted = {name: taken(place) for name, place in places.items()}
+    with gcs_server(buckets) as url:
+        sources = [on_s3(s3, "acme/adapters"), Weights("gs://anonymous@acme/adapters", endpoint_url=url)]
+        sources += [Weights("acme/adapters"), Weights(str(buckets / "acme" / "adapters"))]
+        ids = set()
+        for weights in sources:
+            here = found(weights)
+            assert {name: files for name, (_, files) in here.items()} == wanted, weights
+            ids |= {pin for pin, _ in here.values()}
+    assert len(ids) == len(sources) * len(wanted), "no two places share a pin"
+    assert found(Weights("acme/legal")).keys() == {"legal"}
 
 
 def test_what_the_hub_refuses_is_said_with_what_to_do(node: Node, hub: Hub, tmp_path: Path) -> None:

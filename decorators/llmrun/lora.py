@@ -72,6 +72,14 @@ class LoRA(BaseModel):
         )
 
     def __str__(self) -> str:
+        fields = LoRA.model_fields
+        said = {name: getattr(self, name) for name in ("max_loaded", "max_rank", "refresh")}
+        options = [f"{name}={value:g}" for name, value in said.items() if value != fields[name].default]
+        return f"{self.places} ({', '.join(options)})" if options else self.places
+
+    @property
+    def places(self) -> str:
+        """Where its adapters lie, for a person."""
         return str(self.path) if self.path else ", ".join(f"{name}: {where}" for name, where in self.adapters.items())
 
 

@@ -1,4 +1,7 @@
-"""Which adapters there are, by model: asked of their sources at the deploy, and again every `refresh` seconds."""
+"""Which adapters there are, by model: asked of their sources at the deploy, and again every `refresh` seconds.
+
+What was last heard is stored, so that a control that comes back knows it while a store is away.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,25 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from pydantic import TypeAdapter
+
 from llmrun.errors import LLMRunError, Refused, WeightsError
 from llmrun.lora import LoRA
 from llmrun.spec import ModelSpec, Secret
 from llmrun.weights import Weights
 from llmrun.wire import AdapterRow
-from llmrun_runtime.control.database import Deployed
+from llmrun_runtime.control.database import Database, Deployed
 from llmrun_runtime.control.placing import Placement
 from llmrun_runtime.control.registry import Registry
 from llmrun_runtime.control.scaling import Scaling
 from llmrun_runtime.control.stock import Stock
+from llmrun_runtime.control.tables import AdaptersRow
 from llmrun_runtime.weights.adapters import Adapter
 
 log = logging.getLogger("llmrun.control")
 TICK_S = 0.5
 FORGET_S = 3600
+MANY = TypeAdapter(dict[str, Adapter])
 
 
 @dataclass
@@ -40,16 +47,32 @@ class Catalogue:
 class Adapters:
     """The adapters of all models in force."""
 
-    def __init__(self, scaling: Scaling, stock: Stock) -> None:
+    def __init__(self, scaling: Scaling, stock: Stock, database: Database) -> None:
+        self._database = database
         self._scaling = scaling
         self._stock = stock
         self._known: dict[str, Catalogue] = {}
         self._looking: dict[str, asyncio.Task[None]] = {}
 
+    def load(self) -> None:
+        """Take up what is stored of the models in force; all of them are asked for again at once."""
+        with self._database.session() as session:
+            for model in self._scaling.deployed:
+                row = session.get(AdaptersRow, model)
+                if row:
+                    lora = LoRA.model_validate_json(row.lora)
+                    self._known[model] = Catalogue(lora, MANY.validate_json(row.adapters), looked=-lora.refresh)
+                    self.tell(model)
+
+    def has(self, model: str, name: str) -> bool:
+        """Whether the model has an adapter of that name."""
+        known = self._known.get(model)
+        return known is not None and name in known.adapters
+
     async def check(self, spec: ModelSpec, placement: Placement) -> None:
         """Ask the sources of a model that is to be deployed. Raises LLMRunError if one cannot be asked."""
         if spec.lora:
-            self._take(spec.name, spec.lora, await self._ask(spec.lora, spec.env, placement))
+            await self._take(spec.name, spec.lora, await self._ask(spec.lora, spec.env, placement))
 
     def find(self, model: str, name: str, pin_id: str) -> Adapter:
         """An adapter, as a request knows it. Raises WeightsError if it is not there any more."""
@@ -119,16 +142,25 @@ class Adapters:
             return
         known = self._known.get(row.name)
         if known and known.lora == lora and known.adapters and not found:
-            log.warning("the adapters of %s: %s is empty now; those that were there stay", row.name, lora)
+            log.warning("the adapters of %s: %s is empty now; those that were there stay", row.name, lora.places)
             known.looked = time.monotonic()
             return
-        self._take(row.name, lora, found)
+        await self._take(row.name, lora, found)
         self._tell(row.name)
 
-    def _take(self, model: str, lora: LoRA, found: dict[str, Adapter]) -> None:
+    async def _take(self, model: str, lora: LoRA, found: dict[str, Adapter]) -> None:
         known = self._known.get(model)
-        before = known.before if known and known.adapters == found else known.adapters if known else {}
+        same = known is not None and known.adapters == found
+        before = known.before if known and same else known.adapters if known else {}
         self._known[model] = Catalogue(lora, found, before, time.monotonic())
+        if not same or (known and known.lora != lora):
+            await asyncio.to_thread(self._store, model, lora, found)
+
+    def _store(self, model: str, lora: LoRA, found: dict[str, Adapter]) -> None:
+        with self._database.session() as session, session.begin():
+            session.merge(
+                AdaptersRow(model=model, lora=lora.model_dump_json(), adapters=MANY.dump_json(found).decode())
+            )
 
     def tell(self, model: str) -> None:
         """Say which adapters a model that has just been put in force has, as far as that is known."""

@@ -164,10 +164,16 @@ def make_api(parts: ControlParts) -> App:
 
     @api.post(f"{root}/keys")
     async def create_key(facts: KeyFacts) -> NewKey:
-        known = [name for row in parts.scaling.deployed.values() for name in row.spec.served_names]
-        if missing := [name for name in facts.models if name not in known]:
+        known = {name: row.name for row in parts.scaling.deployed.values() for name in row.spec.served_names}
+        for name in facts.models:
+            base, _, adapter = name.partition(":")
+            if name in known or (adapter and base in known and parts.adapters.has(known[base], adapter)):
+                continue
+            if adapter and base in known:
+                text = f"{base} has no such adapter: see `llmrun adapter list {base}`"
+                raise Refused(f"--model {name}: {text}", 404)
             there = ", ".join(sorted(known)) or "none"
-            raise Refused(f"--model {missing[0]}: there is no such model; there are: {there}", 404)
+            raise Refused(f"--model {name}: there is no such model; there are: {there}", 404)
         return parts.keys.create(facts)
 
     @api.delete(f"{root}/keys/{{name}}")

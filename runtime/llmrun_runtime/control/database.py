@@ -17,6 +17,7 @@ from llmrun.spec import ModelSpec
 from llmrun.wire import ColdStart
 from llmrun_runtime.control.placing import Placement
 from llmrun_runtime.control.tables import (
+    AdaptersRow,
     AppRow,
     Base,
     ModelRow,
@@ -132,6 +133,7 @@ class Database:
                 session.execute(delete(ModelRow).where(ModelRow.name == name))
                 session.execute(delete(VersionRow).where(VersionRow.model == name))
                 session.execute(delete(PinRow).where(PinRow.model == name))
+                session.execute(delete(AdaptersRow).where(AdaptersRow.model == name))
                 session.execute(delete(StartRow).where(StartRow.model == name))
             session.execute(delete(AppRow).where(AppRow.name.not_in(select(ModelRow.app))))
             specs = (json.loads(spec) for spec in session.scalars(select(VersionRow.spec)))

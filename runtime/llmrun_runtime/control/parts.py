@@ -56,7 +56,7 @@ class ControlParts:
         self.scaling = Scaling(self.serving, self.registry, self.starts, self.keys, address, admin)
         self.jobs = Jobs()
         self.stock = Stock(self.scaling)
-        self.adapters = Adapters(self.scaling, self.stock)
+        self.adapters = Adapters(self.scaling, self.stock, self.database)
         self.errands = Errands(self.stock, self.jobs)
         self.deployer = Deployer(
             settings, self.database, self.registry, self.scaling, self.serving, self.stock, self.adapters, self.jobs
@@ -78,6 +78,7 @@ class ControlParts:
         rows, self.deployer.sources = self.database.load()
         for row in rows.values():
             self.scaling.put(row)
+        self.adapters.load()
         in_force = {(row.name, row.engine_version) for row in rows.values()}
         for model, version in await self.serving.load():
             if (model, version) not in in_force:

@@ -52,6 +52,15 @@ class PinRow(Base):
     pin: Mapped[str] = mapped_column(Text(2**24))
 
 
+class AdaptersRow(Base):
+    """A model's adapters as they were last listed, and of which `lora=`."""
+
+    __tablename__ = "adapters"
+    model: Mapped[str] = mapped_column(NAME, primary_key=True)
+    lora: Mapped[str] = mapped_column(Text)
+    adapters: Mapped[str] = mapped_column(Text(2**24))
+
+
 class NumberRow(Base):
     """The last version number of a model, deleted ones too: a number names an application, and is not used again."""
 

@@ -133,18 +133,19 @@ class Ingress:
     async def _models(self, scope: Scope, path: str, send: Send) -> None:
         key, table = self._key(scope), self._waiting.table
         if path == MODELS:
-            models = [model for model in table.models.values() if may_see(key, model)]
-            data = [_describe(model, model.name) for model in models]
+            data = [_describe(model, model.name) for model in table.models.values() if may_see(key, model)]
             data += [
-                _describe(model, f"{model.name}:{adapter}") for model in models for adapter in model.adapters or ()
+                _describe(model, f"{model.name}:{adapter}")
+                for model in table.models.values()
+                for adapter in model.adapters or ()
+                if may_see(key, model, adapter)
             ]
             await answer(send, 200, {"object": "list", "data": data})
         else:
             name = path.removeprefix(MODELS + "/")
             target = find_target(table, name, partial(may_see, key))
-            model = target.model
-            check_seen(key, model)
-            await answer(send, 200, _describe(model, name))
+            check_seen(key, target.model, target.adapter)
+            await answer(send, 200, _describe(target.model, name))
 
     async def _control(self, scope: Scope, receive: Receive, send: Send) -> None:
         host, port = self._waiting.table.control
@@ -164,7 +165,7 @@ class Ingress:
         limit = read_max_wait(scope)
         target = find_target(self._waiting.table, asked.model, partial(may_see, key))
         model = target.model
-        check_seen(key, model)
+        check_seen(key, model, target.adapter)
         check_path(model, scope["path"])
         check_awake(key, model)
         request.model = model.name

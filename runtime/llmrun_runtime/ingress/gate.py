@@ -40,15 +40,18 @@ def find_key(table: Table, scope: Scope, now: float, *, required: bool) -> KeyFa
     return key
 
 
-def may_see(key: KeyFacts | None, model: ModelRoute) -> bool:
-    """Whether that key reaches that model at all."""
-    return key is None or not key.models or any(name in key.models for name in model.names)
+def may_see(key: KeyFacts | None, model: ModelRoute, adapter: str = "") -> bool:
+    """Whether that key reaches that model, or that adapter of it: a key for a model is for all its adapters."""
+    if key is None or not key.models:
+        return True
+    return any(name in key.models or (adapter and f"{name}:{adapter}" in key.models) for name in model.names)
 
 
-def check_seen(key: KeyFacts | None, model: ModelRoute) -> None:
-    """Raises Refusal if the key does not reach the model."""
-    if key and not may_see(key, model):
-        text = f"the key {key.name} is not for {model.name}: it is for {', '.join(key.models)}"
+def check_seen(key: KeyFacts | None, model: ModelRoute, adapter: str = "") -> None:
+    """Raises Refusal if the key does not reach the model, or the adapter."""
+    if key and not may_see(key, model, adapter):
+        asked = f"{model.name}:{adapter}" if adapter else model.name
+        text = f"the key {key.name} is not for {asked}: it is for {', '.join(key.models)}"
         raise Refusal(403, text, "model_not_allowed", "permission_error", param="model")
 
 
