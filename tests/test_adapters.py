@@ -341,6 +341,24 @@ async def test_one_load_for_all_who_ask_and_none_is_spoilt_by_one_who_leaves() -
     assert sorted(adapters.loaded()) == ["a", "b"]
 
 
+async def test_different_adapters_are_brought_side_by_side() -> None:
+    both = asyncio.Barrier(2)
+
+    async def meet(name: str, pin: str) -> Path:
+        await both.wait()  # until the other one is being brought, too
+        return Path(pin)
+
+    adapters = Adapters(Fake(), 2, meet)
+
+    async def use(name: str) -> None:
+        async with adapters.using(name, name):
+            pass
+
+    async with asyncio.timeout(5):
+        await asyncio.gather(use("a"), use("b"))
+    assert sorted(adapters.loaded()) == ["a", "b"]
+
+
 async def test_whatever_comes_and_goes_there_are_never_too_many_nor_one_used_that_is_gone() -> None:
     seed = random.randrange(2**32)
     print(f"seed {seed}")

@@ -153,6 +153,8 @@ def test_from_s3_and_when_the_store_goes_away(cluster: Home, tmp_path: Path, tin
         assert ask(cluster, "stored:b0").status_code == 200
         rows = until(lambda: (rows := adapters(cluster)) and rows[0]["loaded_on"] and rows, 5, "it is told")
         assert [(row["name"], bool(row["loaded_on"])) for row in rows] == [("b0", True), ("b1", False), ("b2", False)]
+        until(lambda: time.time() - adapters(cluster)[0]["last_used"] < 60, 10, "its use is noted")
+        assert adapters(cluster)[1]["last_used"] == 0
         assert "s3://acme/adapters/b1" in cluster.ok("adapter", "list", "stored")
     time.sleep(3)  # listings fail meanwhile
     assert ask(cluster, "stored:b0").status_code == 200 and "stored:b2" in listed(cluster)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Annotated
 
 import typer
@@ -35,8 +36,10 @@ def list_(
         out.print(f"{model} has no adapters at its lora= address now")
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("NAME", "SOURCE", "REVISION", "SIZE", "LOADED ON"):
+    for column in ("NAME", "SOURCE", "REVISION", "SIZE", "LAST USED", "LOADED ON"):
         table.add_column(column, no_wrap=True)
     for row in rows:
-        table.add_row(f"{model}:{row.name}", row.source, row.short, decimal(row.bytes), ", ".join(row.loaded_on) or "-")
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(row.last_used)) if row.last_used else "-"
+        where = ", ".join(row.loaded_on) or "-"
+        table.add_row(f"{model}:{row.name}", row.source, row.short, decimal(row.bytes), used, where)
     print_whole(table)

@@ -76,6 +76,8 @@ class AdapterRow(Message):
     bytes: int
     loaded_on: tuple[str, ...] = ()
     """Replicas that have it in their engines."""
+    last_used: float = 0
+    """Unix time; 0: not since control started."""
 
 
 class WeightsRow(Message):

@@ -51,6 +51,7 @@ class Control:
         await self.start()
         changed = self._parts.registry.report(report, time.monotonic())
         self._parts.usage.report(report, time.time())
+        self._parts.adapters.report(report, time.time())
         self._parts.deployer.heard(report)
         if changed:
             if report.state == "ready":

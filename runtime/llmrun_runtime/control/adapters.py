@@ -25,6 +25,7 @@ from llmrun_runtime.control.registry import Registry
 from llmrun_runtime.control.scaling import Scaling
 from llmrun_runtime.control.stock import Stock
 from llmrun_runtime.control.tables import AdaptersRow
+from llmrun_runtime.reports import Registration
 from llmrun_runtime.weights.adapters import Adapter
 
 log = logging.getLogger("llmrun.control")
@@ -53,6 +54,8 @@ class Adapters:
         self._stock = stock
         self._known: dict[str, Catalogue] = {}
         self._looking: dict[str, asyncio.Task[None]] = {}
+        self._used: dict[str, dict[str, float]] = {}
+        """By model and name, when (Unix time)."""
 
     def load(self) -> None:
         """Take up what is stored of the models in force; all of them are asked for again at once."""
@@ -63,6 +66,12 @@ class Adapters:
                     lora = LoRA.model_validate_json(row.lora)
                     self._known[model] = Catalogue(lora, MANY.validate_json(row.adapters), looked=-lora.refresh)
                     self.tell(model)
+
+    def report(self, report: Registration, now: float) -> None:
+        """Note which adapters a replica has served since its last report."""
+        for _, adapter, *_ in report.usage:
+            if name := adapter.partition(":")[2].partition("@")[0]:
+                self._used.setdefault(report.model, {})[name] = now
 
     def has(self, model: str, name: str) -> bool:
         """Whether the model has an adapter of that name."""
@@ -95,6 +104,7 @@ class Adapters:
                 short=adapter.pin.short,
                 bytes=adapter.pin.total,
                 loaded_on=tuple(r.id[:12] for r in registry.of(model) if adapter.pin.id in r.adapters),
+                last_used=self._used.get(model, {}).get(name, 0),
             )
             for name, adapter in found
         ]
@@ -115,6 +125,7 @@ class Adapters:
 
     def _due(self) -> Iterator[Deployed]:
         now, deployed = time.monotonic(), self._scaling.deployed
+        self._used = {model: used for model, used in self._used.items() if model in deployed}
         self._known = {  # of a model that is being deployed some are known already
             name: known for name, known in self._known.items() if name in deployed or now - known.looked < FORGET_S
         }
