@@ -70,7 +70,7 @@ class Adapters:
     def report(self, report: Registration, now: float) -> None:
         """Note which adapters a replica has served since its last report."""
         for _, adapter, *_ in report.usage:
-            if name := adapter.partition(":")[2].partition("@")[0]:
+            if name := adapter.partition(":")[2]:
                 self._used.setdefault(report.model, {})[name] = now
 
     def has(self, model: str, name: str) -> bool:

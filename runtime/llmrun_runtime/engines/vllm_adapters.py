@@ -20,6 +20,8 @@ from vllm.lora.request import LoRARequest
 from llmrun_runtime.engines.adapters import AdapterError
 from llmrun_runtime.engines.peft import Shapes, check_adapter, read_base
 
+# Before the number of an adapter that has its name while an older one has it, too; in no adapter's name.
+AGAIN = "@"
 _current: ContextVar[LoRARequest | None] = ContextVar("llmrun_adapter", default=None)
 
 
@@ -59,7 +61,7 @@ class VLLMAdapters:
         await asyncio.to_thread(self._check, folder)
         number, called = next(self._ids), f"{self._model}:{name}"
         # vLLM compares by name in places: two of one name, before and after a change, must not be taken for one.
-        called += f"@{number}" if called in self._names else ""
+        called += f"{AGAIN}{number}" if called in self._names else ""
         request = LoRARequest(called, number, str(folder))
         try:
             await self._engine.add_lora(request)

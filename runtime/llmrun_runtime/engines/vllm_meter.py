@@ -12,6 +12,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from llmrun_runtime.engines import meter
+from llmrun_runtime.engines.vllm_adapters import AGAIN
 
 
 def meter_vllm() -> None:
@@ -29,7 +30,7 @@ def _metered(original: Any) -> Any:
         asked = signature.bind(self, *args, **more).arguments
         request, lora = meter.current(), asked.get("lora_request")
         params = asked.get("sampling_params")
-        adapter = lora.lora_name if lora else ""
+        adapter = lora.lora_name.partition(AGAIN)[0] if lora else ""
         # Of an answer comes either all so far, or what is new.
         whole = getattr(params, "output_kind", None) == RequestOutputKind.CUMULATIVE
         first, seen = True, 0
