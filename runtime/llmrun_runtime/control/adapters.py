@@ -62,10 +62,9 @@ class Adapters:
         with self._database.session() as session:
             for model in self._scaling.deployed:
                 row = session.get(AdaptersRow, model)
-                if row:
-                    lora = LoRA.model_validate_json(row.lora)
+                if row and (lora := LoRA.model_validate_json(row.lora)) == self._scaling.deployed[model].spec.lora:
                     self._known[model] = Catalogue(lora, MANY.validate_json(row.adapters), looked=-lora.refresh)
-                    self.tell(model)
+                    self._tell(model)
 
     def report(self, report: Registration, now: float) -> None:
         """Note which adapters a replica has served since its last report."""
@@ -81,7 +80,7 @@ class Adapters:
     async def check(self, spec: ModelSpec, placement: Placement) -> None:
         """Ask the sources of a model that is to be deployed. Raises LLMRunError if one cannot be asked."""
         if spec.lora:
-            await self._take(spec.name, spec.lora, await self._ask(spec.lora, spec.env, placement))
+            self._take(spec.name, spec.lora, await self._ask(spec.lora, spec.env, placement))
 
     def find(self, model: str, name: str, pin_id: str) -> Adapter:
         """An adapter, as a request knows it. Raises WeightsError if it is not there any more."""
@@ -156,27 +155,28 @@ class Adapters:
             log.warning("the adapters of %s: %s is empty now; those that were there stay", row.name, lora.places)
             known.looked = time.monotonic()
             return
-        await self._take(row.name, lora, found)
+        self._take(row.name, lora, found)
+        changed = known is None or (known.lora, known.adapters) != (lora, found)
+        if changed and row.name in self._scaling.deployed:
+            await asyncio.to_thread(self._store, row.name, self._known[row.name])
         self._tell(row.name)
 
-    async def _take(self, model: str, lora: LoRA, found: dict[str, Adapter]) -> None:
+    def _take(self, model: str, lora: LoRA, found: dict[str, Adapter]) -> None:
         known = self._known.get(model)
         same = known is not None and known.adapters == found
         before = known.before if known and same else known.adapters if known else {}
         self._known[model] = Catalogue(lora, found, before, time.monotonic())
-        if not same or (known and known.lora != lora):
-            await asyncio.to_thread(self._store, model, lora, found)
 
-    def _store(self, model: str, lora: LoRA, found: dict[str, Adapter]) -> None:
+    def _store(self, model: str, known: Catalogue) -> None:
+        lora, adapters = known.lora.model_dump_json(), MANY.dump_json(known.adapters).decode()
         with self._database.session() as session, session.begin():
-            session.merge(
-                AdaptersRow(model=model, lora=lora.model_dump_json(), adapters=MANY.dump_json(found).decode())
-            )
+            session.merge(AdaptersRow(model=model, lora=lora, adapters=adapters))
 
     def tell(self, model: str) -> None:
         """Say which adapters a model that has just been put in force has, as far as that is known."""
         known, row = self._known.get(model), self._scaling.deployed[model]
         if known and known.lora == row.spec.lora:
+            self._store(model, known)
             self._tell(model)
 
     def _tell(self, model: str) -> None:
