@@ -23,6 +23,7 @@ from llmrun_runtime.ingress.limits import Limiter
 from llmrun_runtime.ingress.metrics import Metrics
 from llmrun_runtime.ingress.waiting import Waiting
 from llmrun_runtime.link.server import Server
+from llmrun_runtime.reports import Revision
 from llmrun_runtime.table import ModelRoute, ReplicaRoute, Table, by_names, digest_of
 
 CHAT = "/v1/chat/completions"
@@ -108,7 +109,9 @@ class Engine:
 
 
 class Bench:
-    """An ingress with a table that the test writes."""
+    """An ingress with a table that the test writes; `revisions`: what control would say of `adapter@revision`."""
+
+    revisions: dict[str, Revision]
 
     def __init__(self, waiting: Waiting, limiter: Limiter, url: str, session: aiohttp.ClientSession) -> None:
         self.waiting, self.limiter, self.url, self.session = waiting, limiter, url, session
@@ -133,12 +136,19 @@ async def an_ingress(*, keys_only: bool = False, **settings: Any) -> AsyncIterat
     """One with these settings."""
     parsed = Settings(**{"max_body_bytes": 2**20, "wake_timeout": 1.5} | settings)
     waiting, limiter = Waiting(parsed.wake_timeout, lambda: None), Limiter()
-    ingress = Ingress(parsed, waiting, limiter, Metrics("ingress", waiting), keys_only=keys_only)
+    revisions: dict[str, Revision] = {}
+
+    async def revise(model: str, called: str) -> Revision:
+        return revisions[called]
+
+    ingress = Ingress(parsed, waiting, limiter, Metrics("ingress", waiting), revise, keys_only=keys_only)
     sock = http.bind("127.0.0.1", 0)
     app = with_cors(ingress, parsed.cors_origins) if parsed.cors_origins else ingress
     server = asyncio.create_task(http.serve(app, sock))
     async with aiohttp.ClientSession() as session:
-        yield Bench(waiting, limiter, f"http://127.0.0.1:{sock.getsockname()[1]}", session)
+        bench = Bench(waiting, limiter, f"http://127.0.0.1:{sock.getsockname()[1]}", session)
+        bench.revisions = revisions
+        yield bench
     await ingress.close()
     await waiting.close()
     server.cancel()

@@ -15,18 +15,21 @@ from typing import Any
 import pytest
 
 from llmrun import LoRA, SpecError, Weights
-from llmrun.errors import WeightsError
-from llmrun.lora import as_lora
+from llmrun.errors import NotThere, WeightsError
+from llmrun.lora import as_lora, read_rank
 from llmrun.spec import ModelSpec
 from llmrun.wire import KeyFacts
 from llmrun_runtime.control.adapters import Adapters as Catalogues
 from llmrun_runtime.control.database import Database, Deployed
 from llmrun_runtime.control.placing import Placement
 from llmrun_runtime.engines.adapters import AdapterError, Adapters
+from llmrun_runtime.control.revisions import Revisions
 from llmrun_runtime.engines.base import ADAPTER_HEADER
+from llmrun_runtime.engines.canary import Canary
 from llmrun_runtime.ingress.admission import Refusal, find_target
 from llmrun_runtime.ingress.gate import check_seen, may_see
 from llmrun_runtime.ingress.routing import AFFINITY_SLACK, choose
+from llmrun_runtime.reports import Revision
 from llmrun_runtime.table import ReplicaRoute, Table, by_names
 from llmrun_runtime.weights.adapters import Adapter, find_adapters
 from llmrun_runtime.weights.objects import ObjectStore
@@ -45,6 +48,7 @@ from tests.ingress import Bench, Engine, bearer, keys, route
         ({"path": "s3://a/b", "max_rank": 12}, "max_rank=12: one of 1, 8, 16"),
         ({"path": "s3://a/b", "refresh": 0}, "refresh=0: seconds, 1 or more"),
         ({"path": ""}, "name the weights"),
+        ({"path": "s3://a/b", "canary": "yes"}, "canary='yes': True or False"),
     ],
 )
 def test_what_is_written_wrong_is_said(given: dict[str, Any], said: str) -> None:
@@ -59,6 +63,19 @@ def test_the_ways_of_writing_it_are_one() -> None:
     assert LoRA.model_validate(found.model_dump(mode="json")) == found and as_lora(None) is None
     with pytest.raises(SpecError, match="lora=7: write a place"):
         as_lora(7)
+
+
+def test_the_rank_is_that_of_the_adapters() -> None:
+    lora = LoRA("s3://a/b")
+    assert [lora.settled(ranks, None).max_rank for ranks in ([], [0], [8, 4], [24, 0], [999])] == [64, 64, 16, 32, 512]
+    before = LoRA("s3://a/b", max_rank=128, max_loaded=2)
+    assert lora.settled([24], before).max_rank == 128, "a deploy does not restart for less"
+    assert lora.settled([200], before).max_rank == 256
+    assert lora.settled([24], LoRA("s3://other", max_rank=128)).max_rank == 32
+    assert LoRA("s3://a/b", max_rank=8).settled([24], before).max_rank == 8
+    for config in ("[]", "{}", '{"r": "x"}', "no", b"\xff"):
+        with pytest.raises(ValueError):  # noqa: PT011 - any
+            read_rank(config)
 
 
 def files(*names: str) -> tuple[File, ...]:
@@ -156,6 +173,7 @@ def test_a_key_may_be_for_one_adapter(models: tuple[str, ...]) -> None:
     assert "sql" not in refused.value.text and "it has 1," in refused.value.text
     whole = KeyFacts(name="all", models=("one",))
     assert may_see(whole, model) and may_see(whole, model, "sql")
+    assert may_see(key, model, "legal@v3") and not may_see(key, model, "sql@v3")
 
 
 async def test_models_are_listed_as_far_as_the_key_sees_them(bench: Bench) -> None:
@@ -254,6 +272,60 @@ async def test_the_engine_hears_which_adapter_was_admitted(bench: Bench, engine:
     assert (listed["id"], listed["parent"]) == ("one:legal", "one")
 
 
+async def test_a_revision_is_asked_of_control_and_is_not_listed(bench: Bench, engine: Engine) -> None:
+    bench.table(route(engine.port, lora=True, adapters={"legal": "pin-1", "legal@v2": "pin-2"}))
+    bench.revisions |= {
+        "legal@v1": Revision("pin-0"),
+        "legal@v9": Revision(trouble="acme/legal has no revision 'v9'", missing=True),
+        "legal@away": Revision(trouble="the Hub cannot be asked"),
+    }
+    for name, status, said in (
+        ("one:legal@v1", 200, ""),
+        ("one:legal@v2", 200, ""),
+        ("one:legal@v9", 404, "the model 'one:legal@v9' does not exist: acme/legal has no revision"),
+        ("one:legal@away", 503, "what one:legal@away means is not known: the Hub cannot be asked"),
+        ("one:lega@v1", 404, "did you mean one:legal?"),
+    ):
+        found, headers, answer = await bench.ask({"model": name})
+        assert found == status and said in str(answer) and ("Retry-After" in headers) == (status == 503)
+    assert [asked.headers[ADAPTER_HEADER] for asked in engine.asked] == ["legal@v1 pin-0", "legal@v2 pin-2"]
+    async with bench.session.get(bench.url + "/v1/models") as answer:
+        assert [model["id"] for model in (await answer.json())["data"]] == ["one", "one:legal"]
+    async with bench.session.get(bench.url + "/v1/models/one:legal@v9") as answer:
+        assert answer.status == 404
+
+
+async def test_a_commit_is_asked_for_once_and_a_branch_again() -> None:
+    asked: list[str] = []
+    trouble: list[WeightsError] = []
+    pin = Pin(weights=Weights("acme/legal@x"), revision="c" * 40, files=files("adapter_config.json"))
+
+    async def ask(model: str, name: str, revision: str) -> Adapter:
+        asked.append(revision)
+        await asyncio.sleep(0)
+        if trouble:
+            raise trouble[0]
+        return Adapter(name=name, pin=pin)
+
+    revisions = Revisions(ask)
+    commit, branch = f"legal@{'c' * 40}", "legal@main"
+    found = await asyncio.gather(*(revisions.find("one", called, 0) for called in (commit, branch) * 5))
+    assert {said.pin for said in found} == {pin.id} and len(asked) == 2
+    await revisions.find("one", commit, 0)
+    assert len(asked) == 2 and revisions.pins("one", 60).keys() == {commit, branch} and not revisions.pins("two", 60)
+    await revisions.find("one", branch, 0)
+    assert asked[2:] == ["main"] and revisions.pins("one", 0).keys() == {commit}
+    trouble.append(WeightsError("away"))
+    assert (await revisions.find("one", branch, 0)).pin == pin.id, "it goes on to mean what it did"
+    away = await revisions.find("one", "legal@v8", 60)
+    assert (away.pin, away.trouble, away.missing) == ("", "away", False)
+    trouble[:] = [NotThere("gone")]
+    assert (await revisions.find("one", branch, 0)).missing
+    assert (await revisions.find("one", "legal@v 8", 60)).missing and asked[-1] == "main"
+    before = len(asked)
+    assert (await revisions.find("one", branch, 0)).missing and len(asked) == before, "a wrong one is not asked again"
+
+
 class Fake:
     """A loader that says what was done; adapters called `bad…` fail."""
 
@@ -262,6 +334,7 @@ class Fake:
         self.most = 0
         self.loads: list[str] = []
         self.used: list[str] = []
+        self.answers: list[float] = []
 
     async def load(self, name: str, folder: Path) -> str:
         """Takes a moment."""
@@ -278,6 +351,10 @@ class Fake:
         assert adapter not in self.used
         await asyncio.sleep(random.uniform(0, 0.002))
         self.inside.remove(adapter)
+
+    async def probe(self, adapter: str) -> list[float]:
+        """Whatever the test wants."""
+        return self.answers
 
     @contextlib.contextmanager
     def using(self, adapter: str) -> Iterator[None]:
@@ -339,6 +416,25 @@ async def test_one_load_for_all_who_ask_and_none_is_spoilt_by_one_who_leaves() -
     assert adapters.loaded() == ["a"]
     await asyncio.gather(use("b"), use("a"))
     assert sorted(adapters.loaded()) == ["a", "b"]
+
+
+async def test_an_adapter_that_answers_otherwise_than_at_its_first_load_is_not_used(tmp_path: Path) -> None:
+    fake = Fake()
+    adapters = Adapters(fake, 1, bring, Canary(tmp_path / "canary").check)
+
+    async def use(name: str, *answers: float) -> None:
+        fake.answers = list(answers)
+        async with adapters.using(name, name):
+            pass
+
+    await use("a", -1.0, -2.0)
+    await use("b", -5.0, -7.0)
+    for answers, said in (((-1.0, -2.5), "0.25 apart"), ((-1.0,), "inf apart"), ((-1.0, float("nan")), "inf apart")):
+        with pytest.raises(AdapterError, match=f"otherwise than .*{said}") as failed:
+            await use("a", *answers)
+        assert failed.value.status == 503 and fake.inside == []
+    await use("a", -1.05, -1.95)
+    assert fake.inside == ["a"]
 
 
 async def test_different_adapters_are_brought_side_by_side() -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from tests.adapters import TINY, make_adapter
 from tests.conftest import ENGINE_START_S, Home, make_tiny_weights, until, write_app
-from tests.servers import AWS, s3_server
+from tests.servers import AWS, commit_of, hub_server, s3_server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 ADAPTERS, LOADED = 12, 4
@@ -34,7 +34,7 @@ def folder(cluster: Home, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     place = tmp_path_factory.mktemp("adapters")
     for number in range(ADAPTERS):
         make_adapter(place / f"a{number}", seed=number, rank=(4, 8, 16)[number % 3])
-    lora = f"LoRA({str(place)!r}, max_loaded={LOADED}, max_rank=16, refresh=1)"
+    lora = f"LoRA({str(place)!r}, max_loaded={LOADED}, refresh=1)"
     text = f"@llm({str(weights)!r}, lora={lora}, cpus=0.2, idle_timeout=600)\nclass Based: ...\n"
     app = write_app(tmp_path_factory.mktemp("based") / "based" / "app.py", text)
     cluster.ok("deploy", app)
@@ -130,7 +130,7 @@ def test_adapters_that_cannot_be_used_harm_nobody(cluster: Home, folder: Path) -
     names = {f"based:{name}" for name in ("large", "other", "damaged", "words", "unknown")}
     until(lambda: names <= listed(cluster).keys(), 20, "they are listed")
     for name, said in {
-        "large": "its rank is 64, and 16 is the most",
+        "large": "its rank is 64, and the engine was started for 16 at most",
         "other": "it is for another base model: its model.layers.0.self_attn.o_proj takes 96 values, here 128",
         "damaged": "is damaged (it has",
         "unknown": "vLLM cannot load it",
@@ -153,6 +153,11 @@ def test_from_s3_and_when_the_store_goes_away(cluster: Home, tmp_path: Path, tin
         assert ask(cluster, "stored:b0").status_code == 200
         rows = until(lambda: (rows := adapters(cluster)) and rows[0]["loaded_on"] and rows, 5, "it is told")
         assert [(row["name"], bool(row["loaded_on"])) for row in rows] == [("b0", True), ("b1", False), ("b2", False)]
+        assert [row["rank"] for row in rows] == [8, 8, 8]
+        new = make_adapter(tmp_path / "new", seed=9)
+        assert "stored:b3 answers (after" in cluster.ok("adapter", "push", new, "stored:b3")
+        assert {row["name"] for row in adapters(cluster)} == {"b0", "b1", "b2", "b3"}
+        assert ask(cluster, "stored:b0").status_code == 200, "at most two are loaded: b0 is one again"
         until(lambda: time.time() - adapters(cluster)[0]["last_used"] < 60, 10, "its use is noted")
         assert adapters(cluster)[1]["last_used"] == 0
         assert "s3://acme/adapters/b1" in cluster.ok("adapter", "list", "stored")
@@ -163,6 +168,63 @@ def test_from_s3_and_when_the_store_goes_away(cluster: Home, tmp_path: Path, tin
     assert ask(cluster, "stored:b0").status_code == 200
     cluster.ok("delete", "stored", "--yes")
     assert "there is no model 'stored'" in cluster.fails("adapter", "list", "stored")
+
+
+def test_an_adapter_is_pushed_and_answers(cluster: Home, folder: Path, tmp_path: Path) -> None:
+    new = make_adapter(tmp_path / "new", seed=50)
+    done = cluster.ok("adapter", "push", new, "based:pushed")
+    assert f"based:pushed is {folder}/pushed now" in done and "based:pushed answers (after" in done
+    first = [ask(cluster, "based:pushed", prompt, max_tokens=8).json()["choices"][0]["text"] for prompt in PROMPTS]
+    make_adapter(new, seed=51)
+    cluster.ok("adapter", "push", new, "based:pushed")
+    again = [ask(cluster, "based:pushed", prompt, max_tokens=8).json()["choices"][0]["text"] for prompt in PROMPTS]
+    assert again != first
+    assert sorted(path.name for path in (folder / "pushed").iterdir()) == sorted(path.name for path in new.iterdir())
+    assert not list((cluster.path / "pushes").iterdir())
+    make_adapter(tmp_path / "large", seed=1, rank=64)
+    other = make_adapter(tmp_path / "other", seed=1, shapes={name: (96, height) for name, (_, height) in TINY.items()})
+    (make_adapter(tmp_path / "words", seed=1) / "adapter_config.json").write_text("no JSON")
+    for place, name, said in (
+        (tmp_path, "based:x", "it has no adapter_config.json"),
+        (new, "based", "write MODEL:NAME"),
+        (new, "based:a b", "an adapter's name has letters"),
+        (new, "nobody:x", "there is no model 'nobody'"),
+        (tmp_path / "large", "based:x", "its rank is 64, and based was deployed for 16 at most"),
+        (tmp_path / "words", "based:x", "its adapter_config.json cannot be read"),
+        (other, "based:other", "it is for another base model"),
+    ):
+        assert said in cluster.fails("adapter", "push", place, name)
+    assert not (folder / "x").exists()
+    for name in ("pushed", "other"):
+        shutil.rmtree(folder / name)
+
+
+def test_revisions_and_a_canary(cluster: Home, tmp_path: Path, tiny_weights: Path) -> None:
+    old, new = (make_adapter(tmp_path / name, seed=seed) for seed, name in enumerate(("old", "new")))
+    with hub_server() as hub:
+        hub.repos["acme/legal"], hub.branches["acme/legal"] = new, {"v1": old}
+        lora = "LoRA(adapters={'legal': Weights('acme/legal', endpoint_url=%r)}, max_loaded=1, refresh=1, canary=True)"
+        text = f"@llm({str(tiny_weights)!r}, lora={lora % hub.url}, cpus=0.2, idle_timeout=600)\nclass Revised: ...\n"
+        cluster.ok("deploy", write_app(tmp_path / "revised" / "app.py", "from llmrun import Weights\n\n" + text))
+
+        def texts(model: str) -> list[str]:
+            answers = [ask(cluster, model, prompt, max_tokens=8) for prompt in PROMPTS]
+            return [answer.json()["choices"][0]["text"] for answer in answers]
+
+        now, before = texts("revised:legal"), texts("revised:legal@v1")
+        assert now != before == texts(f"revised:legal@{commit_of(old)}") and texts("revised:legal@main") == now
+        wrong = ask(cluster, "revised:legal@v9")
+        assert wrong.status_code == 404 and "has no revision 'v9'" in message(wrong)
+        assert [name for name in listed(cluster) if name.startswith("revised:")] == ["revised:legal"]
+        rows = json.loads(cluster.ok("usage", "--by", "adapter", "--json"))
+        assert not any("@" in row["adapter"] for row in rows)
+        for first in (cluster.path / "cache" / "engines" / "revised").glob("*/canary/*.json"):
+            kept = json.loads(first.read_text())
+            first.write_text(json.dumps([value - 1 for value in kept]))
+        damaged = ask(cluster, "revised:legal@v1")
+        assert damaged.status_code == 503 and "it answers otherwise than when the same files" in message(damaged)
+        assert ask(cluster, "revised").status_code == 200
+    cluster.ok("delete", "revised", "--yes")
 
 
 def test_what_is_wrong_with_lora_is_said_at_the_deploy(cluster: Home, tmp_path: Path, tiny_weights: Path) -> None:

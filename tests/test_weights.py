@@ -341,6 +341,11 @@ def test_adapters_of_every_store(node: Node, hub: Hub, buckets: Path, s3: S3, tm
             ids |= {pin for pin, _ in here.values()}
     assert len(ids) == len(sources) * len(wanted), "no two places share a pin"
     assert found(Weights("acme/legal")).keys() == {"legal"}
+    listed = [node.do("adapters", weights=weights) for weights in (*sources[:1], *sources[2:], Weights("acme/legal"))]
+    assert [[item["rank"] for item in items] for items in listed] == [[8, 8]] * 3 + [[8]]
+    ranks = {Adapter.model_validate(item).pin.id: 99 for item in listed[0]}
+    again = node.do("adapters", weights=sources[0], ranks=ranks)
+    assert [item["rank"] for item in again] == [99, 99], "what is known is not read again"
 
 
 def test_what_the_hub_refuses_is_said_with_what_to_do(node: Node, hub: Hub, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ class Client:
 
     def has_package(self, digest: str) -> bool:
         """Whether control has a code package."""
-        return self._send("HEAD", f"/packages/{digest}").status_code == 200
+        return self._send("HEAD", f"{CONTROL_ROOT}/packages/{digest}").status_code == 200
 
     def put_package(self, digest: str, data: bytes) -> None:
         """Upload a code package."""
@@ -104,6 +104,21 @@ class Client:
         """The adapters of a model."""
         return [AdapterRow.model_validate(row) for row in self._call("GET", f"/adapters/{quote(model)}")]
 
+    def push_adapter(self, name: str, tar: Iterator[bytes]) -> str:
+        """Upload the adapter `model:adapter`; the job's id."""
+        return str(self._call("PUT", f"/adapters/{quote(name)}", content=tar)["id"])
+
+    def listed(self, model: str) -> dict[str, Any]:
+        """A model, or an adapter, as OpenAI's API lists it."""
+        found: dict[str, Any] = self._ask("GET", f"/v1/models/{quote(model)}")
+        return found
+
+    def complete(self, model: str, timeout: float) -> None:
+        """Have a model answer with one token; seconds until it must."""
+        body = {"model": model, "prompt": "Hello", "max_tokens": 1}
+        headers = {"x-llmrun-max-wait": f"{timeout:g}"}
+        self._ask("POST", "/v1/completions", json=body, headers=headers, timeout=timeout + ANSWER_TIMEOUT_S)
+
     def keys(self) -> list[KeyFacts]:
         """The API keys that there are."""
         return [KeyFacts.model_validate(row) for row in self._call("GET", "/keys")]
@@ -127,6 +142,9 @@ class Client:
         yield from self._stream(f"/logs/{quote(model)}{query}")
 
     def _call(self, method: str, path: str, **content: Any) -> Any:
+        return self._ask(method, CONTROL_ROOT + path, **content)
+
+    def _ask(self, method: str, path: str, **content: Any) -> Any:
         answer = self._send(method, path, **content)
         if answer.is_error:
             raise Refused(error_message(answer), answer.status_code)
@@ -134,7 +152,7 @@ class Client:
 
     def _send(self, method: str, path: str, **content: Any) -> httpx.Response:
         try:
-            return self._http.request(method, CONTROL_ROOT + path, **content)
+            return self._http.request(method, path, **content)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise self._unreachable(error) from error
 

@@ -9,6 +9,7 @@ LLMRunError                what happened, why, what to type
 ├── DeployError            a model did not start; the message is the engine's own root cause
 ├── ClusterError           a cluster cannot be started, found or stopped
 ├── WeightsError           weights cannot be found, fetched, checked or kept; names the source and the node
+│   └── NotThere           the source answers, and has no such thing
 ├── EngineError            an engine did not start or died; the message is one line
 └── HookError              a hook raised, took too long or answered with no request; names it
 """
@@ -56,6 +57,10 @@ class ClusterError(LLMRunError):
 
 class WeightsError(LLMRunError):
     """Weights cannot be found, fetched, checked or kept."""
+
+
+class NotThere(WeightsError):
+    """The source answers, and has no such thing."""
 
 
 class EngineError(LLMRunError):

@@ -5,8 +5,9 @@ Knows how that is written; fetches nothing.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
@@ -20,6 +21,8 @@ ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,126}")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What vLLM has kernels for: `vllm.config.lora.MaxLoRARanks`.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# What an engine is made for where no rank is known, and at least: slots of a small rank cost little.
+USUAL_RANK, LEAST_RANK = 64, 16
 
 
 class LoRA(BaseModel):
@@ -29,8 +32,10 @@ class LoRA(BaseModel):
         path: a place with a folder for each adapter, or one adapter: any source that weights can come from.
         adapters: adapters by name, each with a source of its own.
         max_loaded: adapters that one replica holds at once (the engine keeps room for so many).
-        max_rank: the largest rank that an adapter may have.
+        max_rank: the largest rank that an adapter may have; None: that of those that are there at the deploy.
         refresh: seconds after which changes at the sources are seen.
+        canary: after each load a fixed prompt is run, and its log-probabilities are compared with those of the first
+            load of the same files: an adapter that answers otherwise is not used.
 
     Raises:
         SpecError: something is written wrong; the message says what.
@@ -40,8 +45,9 @@ class LoRA(BaseModel):
     path: Annotated[Weights | None, BeforeValidator(as_weights)] = None
     adapters: dict[str, Annotated[Weights, BeforeValidator(as_weights)]] = {}
     max_loaded: int = 16
-    max_rank: int = 64
+    max_rank: int | None = None
     refresh: float = 60
+    canary: bool = False
 
     def __init__(
         self,
@@ -49,8 +55,9 @@ class LoRA(BaseModel):
         *,
         adapters: Mapping[str, Weights | str] | None = None,
         max_loaded: int = 16,
-        max_rank: int = 64,
+        max_rank: int | None = None,
         refresh: float = 60,
+        canary: bool = False,
     ) -> None:
         if (path is None) == (not adapters):
             raise SpecError('lora: say where adapters lie, lora="s3://bucket/adapters", or which, lora={"legal": "…"}')
@@ -59,8 +66,10 @@ class LoRA(BaseModel):
                 raise SpecError(f"lora={name!r}: an adapter's name has letters, digits, '.', '_' and '-'")
         if type(max_loaded) is not int or max_loaded < 1:
             raise SpecError(f"lora: max_loaded={max_loaded!r}: a number of adapters, 1 or more")
-        if max_rank not in RANKS:
+        if max_rank is not None and max_rank not in RANKS:
             raise SpecError(f"lora: max_rank={max_rank!r}: one of {', '.join(map(str, RANKS))}")
+        if not isinstance(canary, bool):
+            raise SpecError(f"lora: canary={canary!r}: True or False")
         if not isinstance(refresh, int | float) or not 1 <= refresh < float("inf"):
             raise SpecError(f"lora: refresh={refresh!r}: seconds, 1 or more")
         super().__init__(
@@ -69,18 +78,46 @@ class LoRA(BaseModel):
             max_loaded=max_loaded,
             max_rank=max_rank,
             refresh=float(refresh),
+            canary=canary,
         )
 
     def __str__(self) -> str:
         fields = LoRA.model_fields
-        said = {name: getattr(self, name) for name in ("max_loaded", "max_rank", "refresh")}
-        options = [f"{name}={value:g}" for name, value in said.items() if value != fields[name].default]
+        said = {name: getattr(self, name) for name in ("max_loaded", "max_rank", "refresh", "canary")}
+        options = [f"{name}={_show(value)}" for name, value in said.items() if value != fields[name].default]
         return f"{self.places} ({', '.join(options)})" if options else self.places
 
     @property
     def places(self) -> str:
         """Where its adapters lie, for a person."""
         return str(self.path) if self.path else ", ".join(f"{name}: {where}" for name, where in self.adapters.items())
+
+    @property
+    def sources(self) -> tuple[Weights | None, dict[str, Weights]]:
+        """What says which adapters there are; the rest says how they are served."""
+        return self.path, self.adapters
+
+    def settled(self, ranks: Iterable[int], before: LoRA | None) -> LoRA:
+        """With a `max_rank`: that of `before` while it suffices for `ranks` (0: not known), else one that does."""
+        if self.max_rank:
+            return self
+        known = max(ranks, default=0)
+        if before and before.max_rank and before.sources == self.sources and before.max_rank >= known:
+            return self.model_copy(update={"max_rank": before.max_rank})
+        wanted = max(known, LEAST_RANK) if known else USUAL_RANK
+        return self.model_copy(update={"max_rank": next((rank for rank in RANKS if rank >= wanted), RANKS[-1])})
+
+
+def read_rank(config: str | bytes) -> int:
+    """The rank that an adapter's configuration says. Raises ValueError if it says none."""
+    try:
+        return int(json.loads(config)["r"])
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+
+
+def _show(value: float) -> str:
+    return str(value) if isinstance(value, bool) else f"{value:g}"
 
 
 def as_lora(value: Any) -> Any:

@@ -10,6 +10,7 @@ from llmrun.spec import ModelSpec
 from llmrun.weights import AnyWeights
 
 CONTROL_ROOT = "/llmrun/v1"
+MAX_ADAPTER_BYTES = 8 * 2**30
 MAX_PACKAGE_BYTES = 100 * 2**20
 State = Literal["cold", "waking", "hot", "draining", "failed"]
 ReplicaState = Literal["starting", "ready", "draining"]
@@ -74,6 +75,8 @@ class AdapterRow(Message):
     short: str
     """What its address means now: a commit, or the hash of its files' names, sizes and checksums."""
     bytes: int
+    rank: int = 0
+    """0: not known."""
     loaded_on: tuple[str, ...] = ()
     """Replicas that have it in their engines."""
     last_used: float = 0

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from llmrun.errors import EngineError
+from llmrun.lora import USUAL_RANK
 from llmrun.settings import Settings
 from llmrun.spec import ModelSpec
 from llmrun_runtime.engines.base import Launch, Member, ShimConfig
@@ -79,8 +80,11 @@ def make_launch(
     """
     spec = config.spec
     shim = ShimConfig(model=spec.name, hook_timeout=config.hook_timeout, host=member.host)
-    if spec.lora:
-        shim = replace(shim, engine=spec.engine, max_loaded=spec.lora.max_loaded, max_rank=spec.lora.max_rank)
+    cache = engine_cache(Settings().root, spec.name, config.version)
+    if lora := spec.lora:
+        canary = str(cache / "canary") if lora.canary else ""
+        rank = lora.max_rank or USUAL_RANK
+        shim = replace(shim, engine=spec.engine, max_loaded=lora.max_loaded, max_rank=rank, canary=canary)
     if spec.code and code:
         shim = replace(shim, file=str(code / spec.code.file), cls=spec.code.cls, hooks=spec.code.hooks)
     return Launch(
@@ -92,7 +96,7 @@ def make_launch(
         env=engine_environment(spec, site, where),
         shim=shim,
         log=log,
-        cache=engine_cache(Settings().root, spec.name, config.version),
+        cache=cache,
         fast_start=spec.cold_start == "fast",
         warm=warm,
     )

@@ -109,9 +109,9 @@ class NodeAgent:
         """What a source means now."""
         return await self._weights.pin(weights, self._environment(env))
 
-    async def adapters(self, weights: Weights, env: Mapping[str, Secret | str]) -> list[Adapter]:
-        """The adapters that lie at a source now."""
-        return await self._weights.adapters(weights, self._environment(env))
+    async def adapters(self, weights: Weights, env: Mapping[str, Secret | str], ranks: dict[str, int]) -> list[Adapter]:
+        """See `NodeWeights.adapters`."""
+        return await self._weights.adapters(weights, self._environment(env), ranks)
 
     async def imported(self, weights: Weights) -> tuple[float, Pin] | None:
         """See `NodeWeights.imported`."""
@@ -148,6 +148,10 @@ class NodeAgent:
     async def mirror(self, pin: Pin, target: Weights) -> dict[str, int]:
         """Upload a pin that lies here."""
         return await self._weights.mirror(pin, target, self._environment({}))
+
+    async def push(self, folder: str, target: Weights, env: Mapping[str, Secret | str]) -> None:
+        """Copy an adapter from a folder of this node to a store, or to another folder."""
+        await self._weights.push(folder, target, self._environment(env))
 
     async def verify(self, pin_ids: list[str]) -> dict[str, list[str]]:
         """Hash the files of those pins that lie here again; what is wrong, by pin."""

@@ -1,4 +1,4 @@
-"""What replicas and ingresses tell control, twice a second."""
+"""What replicas and ingresses tell control, twice a second, and what they ask of it."""
 
 from __future__ import annotations
 
@@ -44,6 +44,16 @@ class Registration:
 
     def __repr__(self) -> str:  # the token stays out of logs
         return f"Registration({self.id[:12]} {self.model} v{self.version} {self.state} {self.host}:{self.port})"
+
+
+@dataclass(frozen=True)
+class Revision:
+    """What control answers an ingress that asks for an adapter's revision: a pin, or what is the trouble."""
+
+    pin: str = ""
+    trouble: str = ""
+    missing: bool = False
+    """There is none: asking again would not help."""
 
 
 @dataclass

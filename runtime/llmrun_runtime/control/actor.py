@@ -12,7 +12,7 @@ from llmrun_runtime import http
 from llmrun_runtime.control.api import make_api
 from llmrun_runtime.control.parts import ControlParts
 from llmrun_runtime.logs import log_to_file
-from llmrun_runtime.reports import Elsewhere, Registration, Spent, Subject, Traffic
+from llmrun_runtime.reports import Elsewhere, Registration, Revision, Spent, Subject, Traffic
 from llmrun_runtime.table import Table
 from llmrun_runtime.weights.adapters import Adapter
 from llmrun_runtime.weights.sync import Peer
@@ -101,6 +101,11 @@ class Control:
         """See `Adapters.find`."""
         await self.start()
         return self._parts.adapters.find(model, name, pin_id)
+
+    async def revision(self, model: str, called: str) -> Revision:
+        """See `Adapters.revision`."""
+        await self.start()
+        return await self._parts.adapters.revision(model, called)
 
     async def package(self, digest: str) -> bytes:
         """A code package. Raises KeyError."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from pydantic import TypeAdapter
 
-from llmrun.errors import LLMRunError, Refused, WeightsError
+from llmrun.errors import LLMRunError, NotThere, Refused, WeightsError
 from llmrun.lora import LoRA
 from llmrun.spec import ModelSpec, Secret
 from llmrun.weights import Weights
@@ -22,10 +22,11 @@ from llmrun.wire import AdapterRow
 from llmrun_runtime.control.database import Database, Deployed
 from llmrun_runtime.control.placing import Placement
 from llmrun_runtime.control.registry import Registry
+from llmrun_runtime.control.revisions import Revisions
 from llmrun_runtime.control.scaling import Scaling
 from llmrun_runtime.control.stock import Stock
 from llmrun_runtime.control.tables import AdaptersRow
-from llmrun_runtime.reports import Registration
+from llmrun_runtime.reports import Registration, Revision
 from llmrun_runtime.weights.adapters import Adapter
 
 log = logging.getLogger("llmrun.control")
@@ -39,10 +40,20 @@ class Catalogue:
     """One model's adapters by name; `before`: what they meant until the last change, for requests under way."""
 
     lora: LoRA
+    """Whose `sources` they are of."""
     adapters: dict[str, Adapter]
     before: dict[str, Adapter] = field(default_factory=dict)
     looked: float = 0
     """Of the monotonic clock."""
+
+    def is_of(self, lora: LoRA | None) -> bool:
+        """Whether these are the adapters that `lora` names."""
+        return lora is not None and self.lora.sources == lora.sources
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """By pin."""
+        return {adapter.pin.id: adapter.rank for adapter in self.adapters.values()}
 
 
 class Adapters:
@@ -53,6 +64,9 @@ class Adapters:
         self._scaling = scaling
         self._stock = stock
         self._known: dict[str, Catalogue] = {}
+        self._planned: dict[str, Catalogue] = {}
+        """Of models that are to be deployed."""
+        self._revisions = Revisions(self._at)
         self._looking: dict[str, asyncio.Task[None]] = {}
         self._used: dict[str, dict[str, float]] = {}
         """By model and name, when (Unix time)."""
@@ -62,7 +76,8 @@ class Adapters:
         with self._database.session() as session:
             for model in self._scaling.deployed:
                 row = session.get(AdaptersRow, model)
-                if row and (lora := LoRA.model_validate_json(row.lora)) == self._scaling.deployed[model].spec.lora:
+                lora = self._scaling.deployed[model].spec.lora
+                if row and lora and LoRA.model_validate_json(row.lora).sources == lora.sources:
                     self._known[model] = Catalogue(lora, MANY.validate_json(row.adapters), looked=-lora.refresh)
                     self._tell(model)
 
@@ -77,10 +92,48 @@ class Adapters:
         known = self._known.get(model)
         return known is not None and name in known.adapters
 
-    async def check(self, spec: ModelSpec, placement: Placement) -> None:
-        """Ask the sources of a model that is to be deployed. Raises LLMRunError if one cannot be asked."""
-        if spec.lora:
-            self._take(spec.name, spec.lora, await self._ask(spec.lora, spec.env, placement))
+    async def settle(self, spec: ModelSpec, placement: Placement, *, ask: bool) -> ModelSpec:
+        """A model that is to be deployed, with the rank that its adapters need.
+
+        `ask`: their sources are asked; else what they said at the last plan goes on. Raises LLMRunError.
+        """
+        name, lora = spec.name, spec.lora
+        if not lora:
+            return spec
+        known = next((c for c in (self._planned.get(name), self._known.get(name)) if c and c.is_of(lora)), None)
+        if ask or not known:
+            found = await self._ask(lora, spec.env, placement, known.ranks if known else {})
+            known = self._planned[name] = Catalogue(lora, found, looked=time.monotonic())
+        row = self._scaling.deployed.get(name)
+        settled = lora.settled(known.ranks.values(), row.spec.lora if row else None)
+        return spec.model_copy(update={"lora": settled})
+
+    async def revision(self, model: str, called: str) -> Revision:
+        """What `adapter@revision` of a model means; ingresses know it from now on."""
+        row, known = self._scaling.deployed.get(model), self._known.get(model)
+        if not row or not row.spec.lora or not known:
+            return Revision(trouble=f"{model} has no adapters", missing=True)
+        found = await self._revisions.find(model, called, row.spec.lora.refresh)
+        if found.pin and model in self._scaling.deployed:
+            self._tell(model)
+        return found
+
+    async def _at(self, model: str, name: str, revision: str) -> Adapter:
+        """An adapter as it was. Raises LLMRunError; NotThere if it was not."""
+        row, known = self._scaling.deployed[model], self._known[model]
+        lora = row.spec.lora
+        if not lora or name not in known.adapters:
+            raise NotThere(f"{model} has no adapter {name!r}")
+        source = lora.path or lora.adapters[name]
+        if source.kind != "hub":
+            raise NotThere(f"{source} keeps no revisions: only the Hub's repositories do")
+        source = source.model_copy(update={"source": f"{source.repo}@{revision}"})
+        found = await self._stock.adapters(source, row.spec.env, row.placement, known.ranks)
+        called = known.adapters[name].folder
+        for adapter in found:
+            if adapter.folder == called:
+                return adapter.model_copy(update={"name": name})
+        raise NotThere(f"{source} has no adapter {name!r}")
 
     def find(self, model: str, name: str, pin_id: str) -> Adapter:
         """An adapter, as a request knows it. Raises WeightsError if it is not there any more."""
@@ -88,6 +141,9 @@ class Adapters:
         for adapters in (known.adapters, known.before) if known else ():
             if name in adapters and adapters[name].pin.id == pin_id:
                 return adapters[name]
+        revised = self._revisions.adapter(model, name)
+        if revised and revised.pin.id == pin_id:
+            return revised
         raise WeightsError(f"the adapter {name} of {model} has just been changed or removed: ask again")
 
     def rows(self, model: str, registry: Registry) -> list[AdapterRow]:
@@ -95,13 +151,14 @@ class Adapters:
         row, known = self._scaling.deployed.get(model), self._known.get(model)
         if not row or not row.spec.lora:
             raise Refused(f"{model} has no adapters: lora= of its @llm says where they lie", 409)
-        found = sorted(known.adapters.items()) if known and known.lora == row.spec.lora else []
+        found = sorted(known.adapters.items()) if known and known.is_of(row.spec.lora) else []
         return [
             AdapterRow(
                 name=name,
                 source=str(adapter.pin.weights),
                 short=adapter.pin.short,
                 bytes=adapter.pin.total,
+                rank=adapter.rank,
                 loaded_on=tuple(r.id[:12] for r in registry.of(model) if adapter.pin.id in r.adapters),
                 last_used=self._used.get(model, {}).get(name, 0),
             )
@@ -112,10 +169,20 @@ class Adapters:
         """Look again, for ever."""
         while True:
             for row in self._due():
-                task = asyncio.get_running_loop().create_task(self._look(row))
-                self._looking[row.name] = task
-                task.add_done_callback(functools.partial(self._looked, row.name))
+                self._begin(row)
             await asyncio.sleep(TICK_S)
+
+    async def look(self, model: str) -> None:
+        """Look again now: return when what the sources have from here on is known, or could not be."""
+        while under_way := self._looking.get(model):
+            await asyncio.wait([under_way])
+        if row := self._scaling.deployed.get(model):
+            await asyncio.wait([self._begin(row)])
+
+    def _begin(self, row: Deployed) -> asyncio.Task[None]:
+        task = self._looking[row.name] = asyncio.get_running_loop().create_task(self._look(row))
+        task.add_done_callback(functools.partial(self._looked, row.name))
+        return task
 
     def _looked(self, model: str, task: asyncio.Task[None]) -> None:
         del self._looking[model]
@@ -125,38 +192,37 @@ class Adapters:
     def _due(self) -> Iterator[Deployed]:
         now, deployed = time.monotonic(), self._scaling.deployed
         self._used = {model: used for model, used in self._used.items() if model in deployed}
-        self._known = {  # of a model that is being deployed some are known already
-            name: known for name, known in self._known.items() if name in deployed or now - known.looked < FORGET_S
-        }
+        self._known = {name: known for name, known in self._known.items() if name in deployed}
+        self._planned = {name: plan for name, plan in self._planned.items() if now - plan.looked < FORGET_S}
         for row in self._scaling.deployed.values():
             lora, known = row.spec.lora, self._known.get(row.name)
             if lora is None or row.name in self._looking:
                 continue
-            if known is None or known.lora != lora or now - known.looked >= lora.refresh:
+            if known is None or not known.is_of(lora) or now - known.looked >= lora.refresh:
                 yield row
 
     async def _look(self, row: Deployed) -> None:
         """A listing that fails, or that has become empty, removes nothing."""
-        lora = row.spec.lora
+        lora, known = row.spec.lora, self._known.get(row.name)
         assert lora
         try:
-            found = await self._ask(lora, row.spec.env, row.placement)
+            found = await self._ask(lora, row.spec.env, row.placement, known.ranks if known else {})
         except LLMRunError as error:
             log.warning("the adapters of %s: %s", row.name, error)
             known = self._known.get(row.name)
-            if known and known.lora == lora:
+            if known and known.is_of(lora):
                 known.looked = time.monotonic()
                 return
             self._scaling.set_adapters(row.name, None, str(error))
             await asyncio.sleep(lora.refresh / 4)
             return
         known = self._known.get(row.name)
-        if known and known.lora == lora and known.adapters and not found:
+        if known and known.is_of(lora) and known.adapters and not found:
             log.warning("the adapters of %s: %s is empty now; those that were there stay", row.name, lora.places)
             known.looked = time.monotonic()
             return
+        changed = known is None or not known.is_of(lora) or known.adapters != found
         self._take(row.name, lora, found)
-        changed = known is None or (known.lora, known.adapters) != (lora, found)
         if changed and row.name in self._scaling.deployed:
             await asyncio.to_thread(self._store, row.name, self._known[row.name])
         self._tell(row.name)
@@ -174,24 +240,34 @@ class Adapters:
 
     def tell(self, model: str) -> None:
         """Say which adapters a model that has just been put in force has, as far as that is known."""
-        known, row = self._known.get(model), self._scaling.deployed[model]
-        if known and known.lora == row.spec.lora:
+        lora, known = self._scaling.deployed[model].spec.lora, self._known.get(model)
+        planned = self._planned.pop(model, None)
+        if lora is None or known is None or not known.is_of(lora):
+            self._revisions.forget(model)
+        if lora and planned and planned.is_of(lora) and (known is None or planned.looked > known.looked):
+            self._take(model, lora, planned.adapters)
+        if (known := self._known.get(model)) and known.is_of(lora):
             self._store(model, known)
             self._tell(model)
 
     def _tell(self, model: str) -> None:
-        found = {name: adapter.pin.id for name, adapter in sorted(self._known[model].adapters.items())}
-        self._scaling.set_adapters(model, found)
+        known = self._known[model]
+        found = {name: adapter.pin.id for name, adapter in sorted(known.adapters.items())}
+        self._scaling.set_adapters(model, found | self._revisions.pins(model, known.lora.refresh))
 
-    async def _ask(self, lora: LoRA, env: Mapping[str, Secret | str], placement: Placement) -> dict[str, Adapter]:
-        """All adapters there are now. Raises LLMRunError."""
+    async def _ask(
+        self, lora: LoRA, env: Mapping[str, Secret | str], placement: Placement, ranks: dict[str, int]
+    ) -> dict[str, Adapter]:
+        """All adapters there are now; `ranks`: those known, by pin. Raises LLMRunError."""
         if lora.path:
-            return {adapter.name: adapter for adapter in await self._stock.adapters(lora.path, env, placement)}
-        one = [self._one(name, where, env, placement) for name, where in lora.adapters.items()]
+            return {adapter.name: adapter for adapter in await self._stock.adapters(lora.path, env, placement, ranks)}
+        one = [self._one(name, where, env, placement, ranks) for name, where in lora.adapters.items()]
         return {adapter.name: adapter for adapter in await asyncio.gather(*one)}
 
-    async def _one(self, name: str, where: Weights, env: Mapping[str, Secret | str], placement: Placement) -> Adapter:
-        found = await self._stock.adapters(where, env, placement)
+    async def _one(
+        self, name: str, where: Weights, env: Mapping[str, Secret | str], placement: Placement, ranks: dict[str, int]
+    ) -> Adapter:
+        found = await self._stock.adapters(where, env, placement, ranks)
         if len(found) != 1:
             what = f"has {len(found)} adapters" if found else "has no adapter (adapter_config.json and its weights)"
             raise WeightsError(f"lora={name!r}: {where} {what}: name the folder of one")

@@ -158,6 +158,17 @@ def make_api(parts: ControlParts) -> App:
     async def adapters(name: str) -> list[AdapterRow]:
         return parts.adapters.rows(_known(parts, name), parts.registry)
 
+    @api.put(f"{root}/adapters/{{name:path}}")
+    async def push_adapter(name: str, request: Request) -> dict[str, str]:
+        base, _, adapter = name.partition(":")
+        tar = request.stream()
+        try:
+            return {"id": (await parts.pushes.start(_known(parts, base), adapter, tar)).id}
+        except Refused:
+            async for _ in tar:  # who still sends would take an answer for a broken connection
+                pass
+            raise
+
     @api.get(f"{root}/keys")
     async def keys() -> list[KeyFacts]:
         return parts.keys.rows()

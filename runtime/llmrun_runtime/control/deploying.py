@@ -85,12 +85,12 @@ class Deployer:
         found = await asyncio.gather(
             *(self._stock.pin(spec, placements[spec.name], deployed.get(spec.name), ask=ask) for spec in request.specs)
         )
-        if ask:
-            await asyncio.gather(*(self._adapters.check(spec, placements[spec.name]) for spec in request.specs))
-        pins = {spec.name: pin for spec, pin in zip(request.specs, found, strict=True)}
+        settled = await asyncio.gather(
+            *(self._adapters.settle(spec, placements[spec.name], ask=ask) for spec in request.specs)
+        )
         rows = {
-            spec.name: Deployed(request.app, 0, 0, spec, placements[spec.name], proven=False, pin=pins[spec.name])
-            for spec in request.specs
+            spec.name: Deployed(request.app, 0, 0, spec, placements[spec.name], proven=False, pin=pin)
+            for spec, pin in zip(settled, found, strict=True)
         }
         return make_plan(request, deployed, rows), rows
 

@@ -17,6 +17,7 @@ from llmrun_runtime.control.deploying import Deployer
 from llmrun_runtime.control.errands import Errands
 from llmrun_runtime.control.events import Jobs
 from llmrun_runtime.control.keys import Keys
+from llmrun_runtime.control.pushes import Pushes
 from llmrun_runtime.control.registry import Registry
 from llmrun_runtime.control.scaling import Scaling
 from llmrun_runtime.control.serving import Serving, cluster_nodes
@@ -58,6 +59,7 @@ class ControlParts:
         self.stock = Stock(self.scaling)
         self.adapters = Adapters(self.scaling, self.stock, self.database)
         self.errands = Errands(self.stock, self.jobs)
+        self.pushes = Pushes(settings.root / "pushes", self.scaling, self.adapters, self.jobs)
         self.deployer = Deployer(
             settings, self.database, self.registry, self.scaling, self.serving, self.stock, self.adapters, self.jobs
         )

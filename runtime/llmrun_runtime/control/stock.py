@@ -76,11 +76,13 @@ class Stock:
         newest = max((item for item in found if item), key=lambda item: item[0], default=None)
         return newest[1] if newest else None
 
-    async def adapters(self, weights: Weights, env: Mapping[str, Secret | str], placement: Placement) -> list[Adapter]:
-        """The adapters at a source now, asked as `pin` does. Raises LLMRunError."""
+    async def adapters(
+        self, weights: Weights, env: Mapping[str, Secret | str], placement: Placement, ranks: dict[str, int]
+    ) -> list[Adapter]:
+        """The adapters at a source now, asked as `pin` does; see `NodeWeights.adapters`. Raises LLMRunError."""
         nodes = await alive(real_nodes())
         return await _first_answer(
-            weights, _able(placement, nodes), lambda node: agent_on(node.id).adapters.remote(weights, env)
+            weights, _able(placement, nodes), lambda node: agent_on(node.id).adapters.remote(weights, env, ranks)
         )
 
     @contextlib.contextmanager

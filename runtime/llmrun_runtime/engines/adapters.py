@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ class Loader(Protocol):
         """Take it out again."""
         ...
 
+    async def probe(self, adapter: Any) -> list[float]:
+        """The log-probabilities of a fixed prompt under it."""
+        ...
+
     def using(self, adapter: Any) -> contextlib.AbstractContextManager[None]:
         """The requests that this task makes of the engine meanwhile are for that adapter."""
         ...
@@ -56,13 +61,22 @@ class Slot:
         return self.ready.result() if self.ready.done() and not self.ready.exception() else None
 
 
-class Adapters:
-    """At most `most` at once. `bring`: from a name and a pin to a folder; raises AdapterError."""
+Bring = Callable[[str, str], Awaitable[Path]]
+Check = Callable[[str, str, list[float]], Awaitable[None]]
 
-    def __init__(self, loader: Loader, most: int, bring: Callable[[str, str], Awaitable[Path]]) -> None:
+
+class Adapters:
+    """At most `most` at once.
+
+    `bring`: from a name and a pin to a folder; raises AdapterError. `check`, if there is one, gets name, pin and what
+    was probed after each load, and raises AdapterError.
+    """
+
+    def __init__(self, loader: Loader, most: int, bring: Bring, check: Check | None = None) -> None:
         self._loader = loader
         self._most = most
         self._bring = bring
+        self._check = check
         self._slots: dict[str, Slot] = {}
         """By pin, the least recently used first."""
         self._changed = asyncio.Condition()
@@ -115,14 +129,18 @@ class Adapters:
                 await self._changed.wait()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        """In a task of its own: it goes on if whoever asked has left, for others may wait for it."""
-        task = asyncio.get_running_loop().create_task(work)
+        """In a task of its own: it goes on if whoever asked has left, for others may wait for it.
+
+        And in a context of its own, so that what it asks of the engine is nobody's request.
+        """
+        task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _load(self, slot: Slot) -> None:
         try:
             adapter = await self._loader.load(slot.name, await self._bring(slot.name, slot.pin))
+            await self._probe(slot, adapter)
         except Exception as error:  # noqa: BLE001 - it is raised in those who wait
             del self._slots[slot.pin]
             slot.ready.set_exception(error)
@@ -131,6 +149,16 @@ class Adapters:
             slot.ready.set_result(adapter)
         async with self._changed:
             self._changed.notify_all()
+
+    async def _probe(self, slot: Slot, adapter: Any) -> None:
+        """Raises AdapterError if it is not what it should be; it is not in the engine then."""
+        if not self._check:
+            return
+        try:
+            await self._check(slot.name, slot.pin, await self._loader.probe(adapter))
+        except BaseException:
+            await self._loader.unload(adapter)
+            raise
 
     async def _unload(self, slot: Slot) -> None:
         try:

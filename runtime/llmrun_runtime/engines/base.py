@@ -57,6 +57,8 @@ class ShimConfig:
     """Adapters that the engine holds at once; 0: it has none."""
     max_rank: int = 0
     """The largest rank that one of them may have."""
+    canary: str = ""
+    """Where the first answers of adapters are kept; "": they are not compared."""
 
     def to_json(self) -> str:
         """For the environment of the engine."""

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from llmrun.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from llmrun.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_rank
 from llmrun_runtime.engines.adapters import AdapterError
 
 PREFIX = "base_model.model."
@@ -23,11 +23,12 @@ def check_adapter(folder: Path, base: Mapping[str, tuple[int, ...]], max_rank: i
     to judge: vLLM copies what is too small into a part of its slot and says nothing.
     """
     try:
-        rank = int(json.loads((folder / ADAPTER_CONFIG).read_text())["r"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise AdapterError(f"its {ADAPTER_CONFIG} cannot be read ({type(error).__name__}: {error})", 400) from None
+        rank = read_rank((folder / ADAPTER_CONFIG).read_bytes())
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"its {ADAPTER_CONFIG} cannot be read ({error})", 400) from None
     if rank > max_rank:
-        text = f"its rank is {rank}, and {max_rank} is the most: lora=LoRA(…, max_rank={rank}) would take it"
+        text = f"its rank is {rank}, and the engine was started for {max_rank} at most: deploy again"
+        text += " (lora=LoRA(…, max_rank=) says otherwise, if it is written)"
         raise AdapterError(text, 400)
     if not (folder / ADAPTER_WEIGHTS).exists():
         return

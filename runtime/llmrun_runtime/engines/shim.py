@@ -28,6 +28,7 @@ from llmrun_runtime.engines.base import (
     TOKEN_HEADER,
     ShimConfig,
 )
+from llmrun_runtime.engines.canary import Canary
 from llmrun_runtime.engines.hooks import Hooks
 from llmrun_runtime.engines.kinds import get_engine
 from llmrun_runtime.link.server import listen
@@ -101,7 +102,8 @@ class Shim:
                         await self._hooks.start()
                     if self._config.max_loaded:
                         loader = get_engine(self._config.engine).loader(scope["app"], self._config.max_rank)
-                        self._adapters = Adapters(loader, self._config.max_loaded, _bring)
+                        canary = Canary(Path(self._config.canary)).check if self._config.canary else None
+                        self._adapters = Adapters(loader, self._config.max_loaded, _bring, canary)
                 except HookError as error:
                     lease.tell(failed=str(error))
                     await send({"type": "lifespan.startup.failed", "message": str(error)})

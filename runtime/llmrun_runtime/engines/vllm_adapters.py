@@ -10,18 +10,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import uuid
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
+from vllm.sampling_params import SamplingParams
 
 from llmrun_runtime.engines.adapters import AdapterError
 from llmrun_runtime.engines.peft import Shapes, check_adapter, read_base
 
 # Before the number of an adapter that has its name while an older one has it, too; in no adapter's name.
 AGAIN = "@"
+PROBE_TOKENS = 32
 _current: ContextVar[LoRARequest | None] = ContextVar("llmrun_adapter", default=None)
 
 
@@ -59,7 +63,8 @@ class VLLMAdapters:
     async def load(self, name: str, folder: Path) -> LoRARequest:
         """See `Loader`."""
         await asyncio.to_thread(self._check, folder)
-        number, called = next(self._ids), f"{self._model}:{name}"
+        # Usage and answers speak of the adapter, whatever its revision.
+        number, called = next(self._ids), f"{self._model}:{name.partition(AGAIN)[0]}"
         # vLLM compares by name in places: two of one name, before and after a change, must not be taken for one.
         called += f"{AGAIN}{number}" if called in self._names else ""
         request = LoRARequest(called, number, str(folder))
@@ -82,6 +87,18 @@ class VLLMAdapters:
         """See `Loader`."""
         await self._engine.remove_lora(adapter.lora_int_id)
         self._names.discard(adapter.lora_name)
+
+    async def probe(self, adapter: LoRARequest) -> list[float]:
+        """See `Loader`: of tokens spread over the vocabulary."""
+        config = self._engine.model_config
+        vocabulary, length = config.get_vocab_size(), min(PROBE_TOKENS, config.max_model_len - 1)
+        prompt = TokensPrompt(prompt_token_ids=[1 + number * vocabulary // (length + 1) for number in range(length)])
+        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
+        said: list[float] = []
+        async for output in self._engine.generate(prompt, params, f"canary-{uuid.uuid4()}", lora_request=adapter):
+            found = output.prompt_logprobs or said
+            said = [next(iter(place.values())).logprob for place in found if place] if found else said
+        return said
 
     @contextlib.contextmanager
     def using(self, adapter: LoRARequest) -> Iterator[None]:

@@ -24,12 +24,14 @@ from llmrun_runtime.ingress.limits import Limiter
 from llmrun_runtime.ingress.metrics import Metrics
 from llmrun_runtime.ingress.waiting import Waiting
 from llmrun_runtime.logs import log_to_file
+from llmrun_runtime.reports import Revision
 from llmrun_runtime.table import share_of
 
 log = logging.getLogger("llmrun.ingress")
 POLL_S = 10.0
 REPORT_S = 0.5
 CALL_TIMEOUT_S = 5.0
+REVISE_S = 30.0
 RETRY_S = 0.2
 
 
@@ -56,7 +58,8 @@ class IngressActor:
         self._keys_only = host not in http.LOOPBACK and not insecure
         loop = asyncio.get_running_loop()
         self._metrics = Metrics(name, self._waiting, self._metrics_of_others)
-        app: App = Ingress(parsed, self._waiting, self._limiter, self._metrics, keys_only=self._keys_only)
+        parts = (self._waiting, self._limiter, self._metrics, self._revise)
+        app: App = Ingress(parsed, *parts, keys_only=self._keys_only)
         if parsed.cors_origins:
             app = with_cors(app, parsed.cors_origins)
         self._first_table = asyncio.Event()
@@ -75,6 +78,16 @@ class IngressActor:
     async def metrics(self) -> str:
         """This ingress's own, for another one."""
         return self._metrics.own()
+
+    async def _revise(self, model: str, called: str) -> Revision:
+        """See `Control.revision`; control goes on to ask when this has waited long enough."""
+        try:
+            found: Revision = await asyncio.wait_for(self._control.revision.remote(model, called), REVISE_S)
+        except TimeoutError:
+            return Revision(trouble=f"its source has not answered within {REVISE_S:g} s")
+        except ray.exceptions.RayError as error:
+            return Revision(trouble=f"control is away ({type(error).__name__})")
+        return found
 
     def _metrics_of_others(self) -> dict[str, Awaitable[str]]:
         return {name: self._ask_for_metrics(name) for name in self._others}

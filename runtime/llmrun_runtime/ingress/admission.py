@@ -165,7 +165,7 @@ class Target:
     adapter: str = ""
     """The adapter's name; "" for the model itself."""
     pin: str = ""
-    """What that name means now."""
+    """What that name means now; "" of a revision (`adapter@revision`) that control has yet to be asked for."""
 
 
 def find_target(table: Table, name: str, seen: Seen = everything) -> Target:
@@ -173,7 +173,7 @@ def find_target(table: Table, name: str, seen: Seen = everything) -> Target:
 
     1. A model's own name.
     2. Else what is before the first `:` is a model's; it has adapters, and they are known.
-    3. The rest is one of them.
+    3. The rest is one of them, or a revision of one.
     """
     # 1.
     base, colon, adapter = name.partition(":")
@@ -191,8 +191,11 @@ def find_target(table: Table, name: str, seen: Seen = everything) -> Target:
     # 3.
     pin = model.adapters.get(adapter)
     if pin is None:
-        known = [other for other in model.adapters if seen(model, other)]
-        near = close_names(adapter, known, 3)
+        plain, at, _ = adapter.partition("@")
+        if at and plain in model.adapters:
+            return Target(model, base, adapter)
+        known = [other for other in model.adapters if "@" not in other and seen(model, other)]
+        near = close_names(plain, known, 3)
         some = ", ".join(f"{model.name}:{other}" for other in near)
         hint = f"did you mean {some}?" if near else f"it has {len(known)}, which GET /v1/models lists"
         text = f"{model.name} has no adapter {adapter!r}: {hint}"

@@ -7,7 +7,8 @@ import itertools
 import logging
 import time
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -38,6 +39,7 @@ from llmrun_runtime.ingress.proxy import WITH_BODY, new_session, pass_on
 from llmrun_runtime.ingress.relay import Deadlines, UpstreamGone, forwarded_headers, read_body, relay
 from llmrun_runtime.ingress.waiting import Caller, Claim, Waiting
 from llmrun_runtime.link.client import Links
+from llmrun_runtime.reports import Revision
 from llmrun_runtime.table import ModelRoute
 
 log = logging.getLogger("llmrun.ingress")
@@ -51,11 +53,22 @@ PRIVATE = frozenset(
 )
 
 
+Revise = Callable[[str, str], Awaitable[Revision]]
+"""Asks control for `adapter@revision` of a model."""
+
+
 class Ingress:
     """`Ingress(settings, …)` is an ASGI app; `close` it at the end. `keys_only`: no key, no way in."""
 
     def __init__(
-        self, settings: Settings, waiting: Waiting, limiter: Limiter, metrics: Metrics, *, keys_only: bool = False
+        self,
+        settings: Settings,
+        waiting: Waiting,
+        limiter: Limiter,
+        metrics: Metrics,
+        revise: Revise,
+        *,
+        keys_only: bool = False,
     ) -> None:
         self._settings = settings
         self._deadlines = Deadlines(settings.first_byte_timeout, settings.idle_stream_timeout)
@@ -63,6 +76,7 @@ class Ingress:
         self._limiter = limiter
         self._keys_only = keys_only
         self._metrics = metrics
+        self._revise = revise
         self._links = Links(settings.connect_timeout)
         self._session: aiohttp.ClientSession | None = None
 
@@ -138,13 +152,14 @@ class Ingress:
                 _describe(model, f"{model.name}:{adapter}")
                 for model in table.models.values()
                 for adapter in model.adapters or ()
-                if may_see(key, model, adapter)
+                if "@" not in adapter and may_see(key, model, adapter)
             ]
             await answer(send, 200, {"object": "list", "data": data})
         else:
             name = path.removeprefix(MODELS + "/")
             target = find_target(table, name, partial(may_see, key))
             check_seen(key, target.model, target.adapter)
+            await self._pinned(target)
             await answer(send, 200, _describe(target.model, name))
 
     async def _control(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -168,6 +183,7 @@ class Ingress:
         check_seen(key, model, target.adapter)
         check_path(model, scope["path"])
         check_awake(key, model)
+        target = await self._pinned(target)
         request.model = model.name
         limits = limits_of(key, model)
         early = EarlyStream(send, [(b"x-request-id", request.id.encode("latin-1"))])
@@ -185,6 +201,20 @@ class Ingress:
             if not early.started:
                 raise
             await early.refuse(refusal)
+
+    async def _pinned(self, target: Target) -> Target:
+        """The target with its pin: a revision that was not asked for lately is asked of control. Raises Refusal."""
+        if target.pin or not target.adapter:
+            return target
+        found = await self._revise(target.model.name, target.adapter)
+        called = f"{target.model.name}:{target.adapter}"
+        if found.missing:
+            text = f"the model {called!r} does not exist: {found.trouble}"
+            raise Refusal(404, text, "model_not_found", param="model")
+        if not found.pin:
+            text = f"what {called} means is not known: {found.trouble}"
+            raise Refusal(503, text, "adapters_unknown", "service_unavailable", param="model", retry_after=5)
+        return replace(target, pin=found.pin)
 
     async def _in_time(self, work: Coroutine[Any, Any, None]) -> None:
         """Raises Refusal if a request takes longer than any may."""

@@ -41,9 +41,13 @@ def find_key(table: Table, scope: Scope, now: float, *, required: bool) -> KeyFa
 
 
 def may_see(key: KeyFacts | None, model: ModelRoute, adapter: str = "") -> bool:
-    """Whether that key reaches that model, or that adapter of it: a key for a model is for all its adapters."""
+    """Whether that key reaches that model, or that adapter of it.
+
+    A key for a model is for all its adapters, and one for an adapter for all its revisions.
+    """
     if key is None or not key.models:
         return True
+    adapter = adapter.partition("@")[0]
     return any(name in key.models or (adapter and f"{name}:{adapter}" in key.models) for name in model.names)
 
 

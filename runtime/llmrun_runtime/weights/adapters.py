@@ -23,6 +23,8 @@ class Adapter(BaseModel):
     pin: Pin
     folder: str = ""
     """Below the pin's own folder."""
+    rank: int = 0
+    """As its configuration says; 0 if that could not be read."""
 
 
 def find_adapters(listed: Pin) -> dict[str, Adapter]:

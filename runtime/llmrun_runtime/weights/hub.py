@@ -21,7 +21,7 @@ from huggingface_hub import (
 )
 from huggingface_hub import errors as hub
 
-from llmrun.errors import WeightsError
+from llmrun.errors import NotThere, WeightsError
 from llmrun.weights import Weights
 from llmrun_runtime.weights.pin import File, Pin, choose
 from llmrun_runtime.weights.ranges import PASSING, HttpReader, Reader, Trouble
@@ -61,7 +61,7 @@ class HubStore:
                 f"{weights}: it is gated: accept its licence at {page}, {self._token_advice('of that account')}"
             ) from None
         except hub.RevisionNotFoundError:
-            raise WeightsError(f"{weights}: {weights.repo} has no revision {weights.revision!r}") from None
+            raise NotThere(f"{weights}: {weights.repo} has no revision {weights.revision!r}") from None
         except hub.RepositoryNotFoundError:
             raise WeightsError(
                 f"{weights}: {self._endpoint} has no such repository, or it is private: check the name, "

@@ -1,12 +1,16 @@
-"""Copies a pin from this node's cache to a store, with a file of its checksums."""
+"""Copies to stores: a pin from this node's cache, with a file of its checksums; an adapter from a folder."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from llmrun.errors import WeightsError
+from llmrun.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llmrun.weights import Weights
 from llmrun_runtime.weights.cache import Cache
 from llmrun_runtime.weights.objects import ObjectStore
@@ -50,6 +54,27 @@ def mirror(cache: Cache, pin: Pin, target: Weights, report: Callable[[int, int],
     content = {"source": pin.weights.canonical, "revision": pin.revision, "files": listed}
     store.write(MANIFEST, json.dumps(content, indent=1).encode())
     return {"sent": sent, "there": len(manifest.entries) - sent}
+
+
+def push(folder: Path, target: Weights) -> None:
+    """Copy an adapter's two files, its configuration last: a folder counts when it has both. Raises WeightsError."""
+    if target.path is None:
+        store = ObjectStore(target, 1)
+        for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+            store.put(folder / name, name)
+        return
+    place = Path(target.path).expanduser()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+            new = place / f".{name}.{os.getpid()}"
+            try:
+                shutil.copyfile(folder / name, new)
+                new.replace(place / name)
+            finally:
+                new.unlink(missing_ok=True)
+    except OSError as error:
+        raise WeightsError(f"{target}: it cannot be written there ({error})") from None
 
 
 def _there(store: ObjectStore) -> list[File]:

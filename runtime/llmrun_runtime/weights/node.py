@@ -45,9 +45,9 @@ class NodeWeights:
         """What the source means now, asked with this node's credentials. Raises WeightsError."""
         return Pin.model_validate(await self._list(Errand(do="pin", weights=weights), env))
 
-    async def adapters(self, weights: Weights, env: Mapping[str, str]) -> list[Adapter]:
-        """The adapters that lie at a source now. Raises WeightsError."""
-        found = await self._list(Errand(do="adapters", weights=weights), env)
+    async def adapters(self, weights: Weights, env: Mapping[str, str], ranks: dict[str, int]) -> list[Adapter]:
+        """The adapters that lie at a source now; `ranks`: those known already, by pin. Raises WeightsError."""
+        found = await self._list(Errand(do="adapters", weights=weights, ranks=ranks), env)
         return [Adapter.model_validate(item) for item in found]
 
     async def _list(self, errand: Errand, env: Mapping[str, str]) -> Any:
@@ -87,6 +87,10 @@ class NodeWeights:
         """Upload a complete pin; files sent, and files that were there. Raises WeightsError."""
         found: dict[str, int] = await self._once(pin.id, Errand(do="mirror", pin=pin, target=target), env)
         return found
+
+    async def push(self, folder: str, target: Weights, env: Mapping[str, str]) -> None:
+        """Copy an adapter's files to their place. Raises WeightsError."""
+        await self._once(folder, Errand(do="push", folder=folder, target=target), env)
 
     async def verify(self, pin_ids: Collection[str], env: Mapping[str, str]) -> dict[str, list[str]]:
         """Hash the files of those pins that are here again; what is wrong, by pin."""

@@ -2,8 +2,9 @@
 
 So credentials are plain environment variables, each model has its own, a crash or `kill -9` takes nothing along, and
 what the stores' packages need of memory goes back. Reads Errands from standard input, a line of JSON each; writes
-`{"here": …, "total": …}` lines while it works, one with `result` or `error`, and `{"free": true}` when it can take the
-next. Ends when standard input closes, in the middle of an errand too: with the node agent.
+`{"here": …, "total": …}` lines while it works, one with `result` or `error` (`missing`: it is a NotThere), and
+`{"free": true}` when it can take the next. Ends when standard input closes, in the middle of
+an errand too: with the node agent.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from llmrun.errors import LLMRunError, WeightsError
+from llmrun.errors import LLMRunError, NotThere, WeightsError
 from llmrun.settings import Settings
 from llmrun.weights import AnyWeights
-from llmrun_runtime.weights.adapters import find_adapters
 from llmrun_runtime.weights.cache import open_cache
 from llmrun_runtime.weights.importing import take_folder
 from llmrun_runtime.weights.pin import Pin
+from llmrun_runtime.weights.ranks import list_adapters
 from llmrun_runtime.weights.store import open_store
 from llmrun_runtime.weights.sync import Peer, Sync
 
@@ -35,15 +36,17 @@ REPORT_S = 0.25
 class Errand(BaseModel):
     """What to do."""
 
-    do: Literal["pin", "adapters", "bring", "import", "verify", "mirror"]
+    do: Literal["pin", "adapters", "bring", "import", "verify", "mirror", "push"]
     weights: AnyWeights | None = None
     pin: Pin | None = None
     peers: tuple[Peer, ...] = ()
     keep: tuple[str, ...] = ()
     folder: str = ""
-    """For `import`: where the files lie."""
+    """For `import` and `push`: where the files lie."""
     target: AnyWeights | None = None
-    """For `mirror`: where they go."""
+    """For `mirror` and `push`: where they go."""
+    ranks: dict[str, int] = {}
+    """For `adapters`: those known already, by pin."""
 
 
 class Progress:
@@ -71,8 +74,8 @@ def run(errand: Errand) -> object:
     if errand.do == "pin" and errand.weights:
         return open_store(errand.weights).pin().model_dump(mode="json")
     if errand.do == "adapters" and errand.weights:
-        listed = open_store(errand.weights).listed()
-        return [adapter.model_dump(mode="json") for adapter in find_adapters(listed).values()]
+        adapters = list_adapters(open_store(errand.weights), errand.ranks)
+        return [adapter.model_dump(mode="json") for adapter in adapters]
     if errand.do == "bring" and errand.pin:
         manifest = Sync(cache, errand.pin, errand.keep, errand.peers, progress).run()
         say({"result": str(cache.folder(errand.pin.id))})
@@ -87,9 +90,14 @@ def run(errand: Errand) -> object:
         found = cache.load(errand.pin.id)
         return cache.verify(found) if found else []
     if errand.do == "mirror" and errand.pin and errand.target:
-        from llmrun_runtime.weights.mirror import mirror  # noqa: PLC0415 - the only errand that writes to stores
+        from llmrun_runtime.weights.mirror import mirror  # noqa: PLC0415 - few errands write to stores
 
         return mirror(cache, errand.pin, errand.target, progress)
+    if errand.do == "push" and errand.target:
+        from llmrun_runtime.weights.mirror import push  # noqa: PLC0415
+
+        push(Path(errand.folder), errand.target)
+        return True
     raise WeightsError(f"the weights worker cannot {errand.do} that: is this llmrun as old as the cluster's?")
 
 
@@ -100,7 +108,7 @@ def main() -> None:
         try:
             result = run(Errand.model_validate_json(line))
         except LLMRunError as error:
-            say({"error": str(error)})
+            say({"error": str(error), "missing": isinstance(error, NotThere)})
         except OSError as error:
             say({"error": f"{type(error).__name__}: {error}"})
         else:

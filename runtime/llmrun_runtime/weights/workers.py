@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from llmrun.errors import WeightsError
+from llmrun.errors import NotThere, WeightsError
 from llmrun_runtime.weights.worker import Errand
 
 # A pin's worker is there for the transfer that follows a person's yes: half a second of imports less.
@@ -68,7 +68,8 @@ class Workers:
         async for line in process.stdout:
             message = json.loads(line)
             if "error" in message:
-                raise WeightsError(f"{message['error']} (on {self._where})")
+                kind = NotThere if message.get("missing") else WeightsError
+                raise kind(f"{message['error']} (on {self._where})")
             if "result" in message:
                 return message["result"]
             progress(message["here"], message["total"])
