@@ -22,8 +22,8 @@ from llmrun.wire import KeyFacts
 from llmrun_runtime.control.adapters import Adapters as Catalogues
 from llmrun_runtime.control.database import Database, Deployed
 from llmrun_runtime.control.placing import Placement
-from llmrun_runtime.engines.adapters import AdapterError, Adapters
 from llmrun_runtime.control.revisions import Revisions
+from llmrun_runtime.engines.adapters import AdapterError, Adapters
 from llmrun_runtime.engines.base import ADAPTER_HEADER
 from llmrun_runtime.engines.canary import Canary
 from llmrun_runtime.ingress.admission import Refusal, find_target
@@ -74,7 +74,7 @@ def test_the_rank_is_that_of_the_adapters() -> None:
     assert lora.settled([24], LoRA("s3://other", max_rank=128)).max_rank == 32
     assert LoRA("s3://a/b", max_rank=8).settled([24], before).max_rank == 8
     for config in ("[]", "{}", '{"r": "x"}', "no", b"\xff"):
-        with pytest.raises(ValueError):  # noqa: PT011 - any
+        with pytest.raises(ValueError):
             read_rank(config)
 
 

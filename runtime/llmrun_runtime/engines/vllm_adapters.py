@@ -94,11 +94,11 @@ class VLLMAdapters:
         vocabulary, length = config.get_vocab_size(), min(PROBE_TOKENS, config.max_model_len - 1)
         prompt = TokensPrompt(prompt_token_ids=[1 + number * vocabulary // (length + 1) for number in range(length)])
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
-        said: list[float] = []
+        places: list[Any] = []
         async for output in self._engine.generate(prompt, params, f"canary-{uuid.uuid4()}", lora_request=adapter):
-            found = output.prompt_logprobs or said
-            said = [next(iter(place.values())).logprob for place in found if place] if found else said
-        return said
+            places = output.prompt_logprobs or places
+        # The first token follows nothing, and has none.
+        return [next(iter(place.values())).logprob for place in places if place]
 
     @contextlib.contextmanager
     def using(self, adapter: LoRARequest) -> Iterator[None]:
