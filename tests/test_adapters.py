@@ -23,7 +23,7 @@ from llmrun_runtime.control.adapters import Adapters as Catalogues
 from llmrun_runtime.control.database import Database, Deployed
 from llmrun_runtime.control.placing import Placement
 from llmrun_runtime.control.revisions import Revisions
-from llmrun_runtime.engines.adapters import AdapterError, Adapters
+from llmrun_runtime.engines.adapters import AdapterError, Adapters, Likely
 from llmrun_runtime.engines.base import ADAPTER_HEADER
 from llmrun_runtime.engines.canary import Canary
 from llmrun_runtime.ingress.admission import Refusal, find_target
@@ -334,7 +334,7 @@ class Fake:
         self.most = 0
         self.loads: list[str] = []
         self.used: list[str] = []
-        self.answers: list[float] = []
+        self.answers: list[Likely] = []
 
     async def load(self, name: str, folder: Path) -> str:
         """Takes a moment."""
@@ -352,7 +352,7 @@ class Fake:
         await asyncio.sleep(random.uniform(0, 0.002))
         self.inside.remove(adapter)
 
-    async def probe(self, adapter: str) -> list[float]:
+    async def probe(self, adapter: str) -> list[Likely]:
         """Whatever the test wants."""
         return self.answers
 
@@ -423,13 +423,13 @@ async def test_an_adapter_that_answers_otherwise_than_at_its_first_load_is_not_u
     adapters = Adapters(fake, 1, bring, Canary(tmp_path / "canary").check)
 
     async def use(name: str, *answers: float) -> None:
-        fake.answers = list(answers)
+        fake.answers = [{"1": answer, "2": -9.0} for answer in answers]
         async with adapters.using(name, name):
             pass
 
     await use("a", -1.0, -2.0)
     await use("b", -5.0, -7.0)
-    for answers, said in (((-1.0, -2.5), "0.25 apart"), ((-1.0,), "inf apart"), ((-1.0, float("nan")), "inf apart")):
+    for answers, said in (((-1.0, -4.0), "0.5 apart"), ((-1.0,), "inf apart"), ((-1.0, float("nan")), "inf apart")):
         with pytest.raises(AdapterError, match=f"otherwise than .*{said}") as failed:
             await use("a", *answers)
         assert failed.value.status == 503 and fake.inside == []

@@ -34,7 +34,7 @@ def folder(cluster: Home, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     place = tmp_path_factory.mktemp("adapters")
     for number in range(ADAPTERS):
         make_adapter(place / f"a{number}", seed=number, rank=(4, 8, 16)[number % 3])
-    lora = f"LoRA({str(place)!r}, max_loaded={LOADED}, refresh=1)"
+    lora = f"LoRA({str(place)!r}, max_loaded={LOADED}, refresh=1, canary=True)"
     text = f"@llm({str(weights)!r}, lora={lora}, cpus=0.2, idle_timeout=600)\nclass Based: ...\n"
     app = write_app(tmp_path_factory.mktemp("based") / "based" / "app.py", text)
     cluster.ok("deploy", app)
@@ -171,14 +171,17 @@ def test_from_s3_and_when_the_store_goes_away(cluster: Home, tmp_path: Path, tin
 
 
 def test_an_adapter_is_pushed_and_answers(cluster: Home, folder: Path, tmp_path: Path) -> None:
+    long = [prompt + " ".join(PROMPTS * 3) for prompt in PROMPTS]  # whole blocks of the engine's cache
     new = make_adapter(tmp_path / "new", seed=50)
     done = cluster.ok("adapter", "push", new, "based:pushed")
     assert f"based:pushed is {folder}/pushed now" in done and "based:pushed answers (after" in done
-    first = [ask(cluster, "based:pushed", prompt, max_tokens=8).json()["choices"][0]["text"] for prompt in PROMPTS]
+    first = [ask(cluster, "based:pushed", prompt, max_tokens=8).json()["choices"][0]["text"] for prompt in long]
     make_adapter(new, seed=51)
     cluster.ok("adapter", "push", new, "based:pushed")
-    again = [ask(cluster, "based:pushed", prompt, max_tokens=8).json()["choices"][0]["text"] for prompt in PROMPTS]
-    assert again != first
+    cluster.ok("adapter", "push", new, "based:fresh")
+    again = [ask(cluster, "based:pushed", prompt, max_tokens=8).json()["choices"][0]["text"] for prompt in long]
+    fresh = [ask(cluster, "based:fresh", prompt, max_tokens=8).json()["choices"][0]["text"] for prompt in long]
+    assert first != again == fresh
     assert sorted(path.name for path in (folder / "pushed").iterdir()) == sorted(path.name for path in new.iterdir())
     assert not list((cluster.path / "pushes").iterdir())
     make_adapter(tmp_path / "large", seed=1, rank=64)
@@ -195,7 +198,7 @@ def test_an_adapter_is_pushed_and_answers(cluster: Home, folder: Path, tmp_path:
     ):
         assert said in cluster.fails("adapter", "push", place, name)
     assert not (folder / "x").exists()
-    for name in ("pushed", "other"):
+    for name in ("pushed", "other", "fresh"):
         shutil.rmtree(folder / name)
 
 
@@ -220,11 +223,24 @@ def test_revisions_and_a_canary(cluster: Home, tmp_path: Path, tiny_weights: Pat
         assert not any("@" in row["adapter"] for row in rows)
         for first in (cluster.path / "cache" / "engines" / "revised").glob("*/canary/*.json"):
             kept = json.loads(first.read_text())
-            first.write_text(json.dumps([value - 1 for value in kept]))
+            first.write_text(json.dumps([{token: value - 1 for token, value in place.items()} for place in kept]))
         damaged = ask(cluster, "revised:legal@v1")
         assert damaged.status_code == 503 and "it answers otherwise than when the same files" in message(damaged)
         assert ask(cluster, "revised").status_code == 200
     cluster.ok("delete", "revised", "--yes")
+
+
+def test_log_probabilities_of_prompts_beside_other_requests_harm_nobody(cluster: Home, folder: Path) -> None:
+    (engine,) = cluster.engines("based")
+
+    def status(number: int) -> int:
+        more: dict[str, Any] = {"prompt_logprobs": 1} if number % 4 == 0 else {"echo": True} if number % 4 == 1 else {}
+        model = ("based", "based:a1", "based:a2")[number % 3]
+        return ask(cluster, model, PROMPTS[number % 10], max_tokens=4, **more).status_code
+
+    with ThreadPoolExecutor(16) as pool:
+        assert set(pool.map(status, range(96))) == {200}
+    assert cluster.engines("based")[0].pid == engine.pid
 
 
 def test_what_is_wrong_with_lora_is_said_at_the_deploy(cluster: Home, tmp_path: Path, tiny_weights: Path) -> None:

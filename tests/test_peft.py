@@ -77,3 +77,5 @@ def test_rows_of_the_base_model_get_nothing_of_an_adapter() -> None:
         out = torch.ones(3, 5)
         kernel(rows, stacked, out, indices, *more)
         assert out[:, 0].tolist() == [1, 5, 9]
+        kernel(torch.ones(7, 4), stacked, rest := torch.ones(7, 5), indices, *more)
+        assert rest.tolist() == torch.ones(7, 5).tolist(), "rows whose adapter is not said"

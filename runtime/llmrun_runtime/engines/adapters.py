@@ -17,6 +17,10 @@ from typing import Any, Protocol
 log = logging.getLogger("llmrun.adapters")
 
 
+Likely = dict[str, float]
+"""Log-probabilities of the likeliest tokens at one place."""
+
+
 class AdapterError(Exception):
     """An adapter that cannot be used; `status` is HTTP's."""
 
@@ -36,8 +40,8 @@ class Loader(Protocol):
         """Take it out again."""
         ...
 
-    async def probe(self, adapter: Any) -> list[float]:
-        """The log-probabilities of a fixed prompt under it."""
+    async def probe(self, adapter: Any) -> list[Likely]:
+        """What comes under it after some fixed prompts."""
         ...
 
     def using(self, adapter: Any) -> contextlib.AbstractContextManager[None]:
@@ -62,7 +66,7 @@ class Slot:
 
 
 Bring = Callable[[str, str], Awaitable[Path]]
-Check = Callable[[str, str, list[float]], Awaitable[None]]
+Check = Callable[[str, str, list[Likely]], Awaitable[None]]
 
 
 class Adapters:

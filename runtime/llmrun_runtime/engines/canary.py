@@ -10,11 +10,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmrun_runtime.engines.adapters import AdapterError
+from llmrun_runtime.engines.adapters import AdapterError, Likely
 
 log = logging.getLogger("llmrun.adapters")
-# Of a token's log-probability, in the mean over the prompt: rounding, which differs with what else is in a batch, moves
-# it by hundredths (bfloat16), another adapter by whole ones.
+# Of a token's log-probability, in the mean: rounding, which differs with what else is in a batch, moves it by
+# hundredths (bfloat16), another adapter by whole ones.
 TOLERANCE = 0.1
 UNAVAILABLE = 503
 
@@ -25,8 +25,8 @@ class Canary:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    async def check(self, name: str, pin: str, said: Sequence[float]) -> None:
-        """Compare the log-probabilities with those of the first load; keep them if there were none.
+    async def check(self, name: str, pin: str, said: Sequence[Likely]) -> None:
+        """Compare what came with what came at the first load; keep them if there were none.
 
         Raises AdapterError if they differ.
         """
@@ -38,10 +38,10 @@ class Canary:
         log.error("the adapter %s (%s): %s; it is unloaded", name, pin, text)
         raise AdapterError(text, UNAVAILABLE)
 
-    def _first(self, pin: str, said: Sequence[float]) -> Sequence[float]:
+    def _first(self, pin: str, said: Sequence[Likely]) -> Sequence[Likely]:
         file = self._folder / f"{pin}.json"
         try:
-            first: list[float] = json.loads(file.read_bytes())
+            first: list[Likely] = json.loads(file.read_bytes())
         except FileNotFoundError:
             self._folder.mkdir(parents=True, exist_ok=True)
             new = file.with_suffix(f".{os.getpid()}")
@@ -51,8 +51,15 @@ class Canary:
         return first
 
 
-def difference(first: Sequence[float], said: Sequence[float]) -> float:
-    """The mean distance of two lists; infinite if they cannot be compared."""
-    if len(first) != len(said) or not all(map(math.isfinite, [*first, *said])):
+def difference(first: Sequence[Likely], said: Sequence[Likely]) -> float:
+    """The mean distance over the tokens that were the likeliest at first; infinite if they cannot be compared."""
+    values = [value for place in [*first, *said] for value in place.values()]
+    if len(first) != len(said) or not all(first) or not all(said) or not all(map(math.isfinite, values)):
         return math.inf
-    return sum(abs(one - other) for one, other in zip(first, said, strict=True)) / max(1, len(said))
+    apart = [
+        # Of one that is not among the likeliest any more that is the least distance.
+        abs(value - now.get(token, min(now.values())))
+        for then, now in zip(first, said, strict=True)
+        for token, value in then.items()
+    ]
+    return sum(apart) / len(apart) if apart else 0

@@ -20,12 +20,12 @@ from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 
-from llmrun_runtime.engines.adapters import AdapterError
+from llmrun_runtime.engines.adapters import AdapterError, Likely
 from llmrun_runtime.engines.peft import Shapes, check_adapter, read_base
 
 # Before the number of an adapter that has its name while an older one has it, too; in no adapter's name.
 AGAIN = "@"
-PROBE_TOKENS = 32
+PROBES, PROBE_TOKENS, PROBE_LIKELY = 8, 8, 20
 _current: ContextVar[LoRARequest | None] = ContextVar("llmrun_adapter", default=None)
 
 
@@ -88,17 +88,25 @@ class VLLMAdapters:
         await self._engine.remove_lora(adapter.lora_int_id)
         self._names.discard(adapter.lora_name)
 
-    async def probe(self, adapter: LoRARequest) -> list[float]:
-        """See `Loader`: of tokens spread over the vocabulary."""
+    async def probe(self, adapter: LoRARequest) -> list[Likely]:
+        """See `Loader`: short prompts of tokens from all over the vocabulary, a token after each.
+
+        Not by log-probabilities of prompts: with adapters in a batch vLLM 0.32 takes one row's for another's.
+        """
         config = self._engine.model_config
-        vocabulary, length = config.get_vocab_size(), min(PROBE_TOKENS, config.max_model_len - 1)
-        prompt = TokensPrompt(prompt_token_ids=[1 + number * vocabulary // (length + 1) for number in range(length)])
-        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
-        places: list[Any] = []
-        async for output in self._engine.generate(prompt, params, f"canary-{uuid.uuid4()}", lora_request=adapter):
-            places = output.prompt_logprobs or places
-        # The first token follows nothing, and has none.
-        return [next(iter(place.values())).logprob for place in places if place]
+        step = max(1, config.get_vocab_size() // (PROBES * PROBE_TOKENS))
+        tokens = range(0, PROBES * PROBE_TOKENS * step, step)
+        most = PROBE_LIKELY if config.max_logprobs < 0 else min(PROBE_LIKELY, config.max_logprobs)
+        params = SamplingParams(max_tokens=1, temperature=0, logprobs=most)
+
+        async def ask(prompt: TokensPrompt) -> Likely:
+            places: list[Any] = []
+            async for output in self._engine.generate(prompt, params, f"canary-{uuid.uuid4()}", lora_request=adapter):
+                places = output.outputs[0].logprobs or places
+            return {str(token): found.logprob for token, found in places[0].items()} if places else {}
+
+        prompts = [TokensPrompt(prompt_token_ids=list(tokens[at::PROBES])) for at in range(PROBES)]
+        return await asyncio.gather(*map(ask, prompts))
 
     @contextlib.contextmanager
     def using(self, adapter: LoRARequest) -> Iterator[None]:

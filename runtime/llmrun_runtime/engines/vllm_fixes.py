@@ -2,6 +2,8 @@
 
 On CPU its LoRA kernels index the stacked adapters with -1 for rows of the base model, which in Python is the last slot:
 in a batch of both, the base model's answers are an adapter's (vLLM 0.32, `vllm.lora.ops.torch_ops.lora_ops`).
+And a request for log-probabilities of its prompt (`prompt_logprobs`, `echo`) ends the engine, whose logits then have
+more rows than the batch has requests. Those rows get nothing of an adapter: only one that changes `lm_head` would give some.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ def apply() -> None:
 
 
 def mend_cpu_kernels() -> None:
-    """Rows without an adapter get nothing from any, whichever kernel; does nothing where that is so already."""
+    """Rows without an adapter, or whose adapter is not said, get nothing from any, whichever kernel.
+
+    Does nothing where that is so already.
+    """
     from vllm.lora.ops.torch_ops import lora_ops  # noqa: PLC0415 - vLLM is there in engines only
     from vllm.lora.punica_wrapper import punica_cpu  # noqa: PLC0415
 
@@ -46,6 +51,8 @@ def base_rows_are_changed(kernels: Any) -> bool:
 def _without_base_rows(kernel: Any) -> Any:
     @functools.wraps(kernel)
     def mended(inputs: Any, weights: Any, out: Any, indices: Any, *args: Any, **more: Any) -> None:
+        if len(indices) not in (1, len(inputs)):
+            return
         without = indices < 0
         if without.any():
             inputs = inputs.masked_fill(without.unsqueeze(-1), 0)
