@@ -82,6 +82,10 @@ bench-forked: setup _smollm2
 bench-ingress *args: setup _smollm2
     python -m tests.bench_ingress {{args}}
 
+# adapters that are loaded when they are asked for, beside Ray Serve LLM on the same bucket (10 minutes)
+bench-lora *args: setup _smollm2
+    python -m tests.bench_lora {{args}}
+
 # 5,000 requests of 64 callers over 12 adapters, four of which are loaded at once: each answers as it does alone
 soak-lora: setup
     LLMRUN_TEST_REQUESTS=5000 pytest tests/test_e2e_lora.py -k under_load

@@ -8,19 +8,23 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+Shapes = dict[str, tuple[int, int]]
 # Of the tiny Llama that `conftest.make_tiny_weights` makes: what goes into a layer's module, and what comes out.
-TINY = {"q_proj": (128, 128), "v_proj": (128, 64), "o_proj": (128, 128)}
+TINY: Shapes = {"q_proj": (128, 128), "v_proj": (128, 64), "o_proj": (128, 128)}
 LAYERS = 2
+# And of SmolLM2-135M.
+SMOL: Shapes = {"q_proj": (576, 576), "k_proj": (576, 192), "v_proj": (576, 192), "o_proj": (576, 576)}
+SMOL_LAYERS = 30
 
 
 def make_adapter(
-    folder: Path, seed: int, rank: int = 8, scale: float = 1.0, shapes: dict[str, tuple[int, int]] = TINY
+    folder: Path, seed: int, rank: int = 8, scale: float = 1.0, shapes: Shapes = TINY, layers: int = LAYERS
 ) -> Path:
     """An adapter in that folder; `scale` is how strong it is."""
     folder.mkdir(parents=True, exist_ok=True)
     dice = np.random.default_rng(seed)
     tensors = {}
-    for layer in range(LAYERS):
+    for layer in range(layers):
         for name, (width, height) in shapes.items():
             key = f"base_model.model.model.layers.{layer}.self_attn.{name}"
             tensors[f"{key}.lora_A.weight"] = dice.normal(0, 1, (rank, width)).astype(np.float32)

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -102,18 +103,20 @@ def by_llmrun(home: Home, model: str, *, drop: bool = False) -> Callable[[], flo
 
 
 @contextlib.contextmanager
-def ray_serve_llm_process(weights: Path, port: int, least: str) -> Iterator[subprocess.Popen[str]]:
-    """Ray Serve LLM with `least` replicas when nobody asks; it needs pyarrow, which nothing else here does."""
+def ray_serve_llm_process(
+    weights: Path, port: int, least: str, *more_args: str, **env: str
+) -> Iterator[subprocess.Popen[str]]:
+    """Ray Serve LLM with `least` replicas when nobody asks; it needs packages that nothing else here does."""
     with tempfile.TemporaryDirectory() as folder:
-        more = ["--no-deps", "--target", folder, "pyarrow"]
+        more = ["--no-deps", "--target", folder, "pyarrow", f"boto3=={version('botocore')}", "s3transfer"]
         subprocess.run(
             [*(str(BIN / "uv"), "pip", "install", "-q", "--python", sys.executable), *more],
             check=True,
         )
         path = os.pathsep.join([folder, str(REPO), os.environ.get("PYTHONPATH", "")])
         server = subprocess.Popen(
-            [sys.executable, "-m", "tests.ray_serve_llm", str(weights), str(port), least],
-            env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
+            [sys.executable, "-m", "tests.ray_serve_llm", str(weights), str(port), least, *more_args],
+            env={**os.environ, **env, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -1,13 +1,14 @@
-"""Ray Serve LLM with one model, a rival in benches: `python -m tests.ray_serve_llm WEIGHTS PORT LEAST`.
+"""Ray Serve LLM with one model, a rival in benches: `python -m tests.ray_serve_llm WEIGHTS PORT LEAST [LORA HELD]`.
 
-LEAST replicas stay when nobody asks. Says `ready`; each line on standard input is answered by `zero` once no replica
-is left.
+LEAST replicas stay when nobody asks. LORA: where adapters lie, of which it holds HELD. Says `ready`; each line on
+standard input is answered by `zero` once no replica is left.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from typing import Any
 
 import ray
 from ray import serve
@@ -16,13 +17,16 @@ from ray.serve.llm import LLMConfig, build_openai_app
 
 def main() -> None:
     """Serve until standard input ends."""
-    weights, port, least = sys.argv[1:]
+    weights, port, least, *lora = sys.argv[1:]
     ray.init(num_cpus=8, logging_level="ERROR", log_to_driver=False, include_dashboard=False)
     serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
     config = LLMConfig(
         model_loading_config={"model_id": "m", "model_source": weights},
         placement_group_config={"bundles": [{"CPU": 1}]},
-        engine_kwargs={"enforce_eager": True, "kv_cache_memory_bytes": 2**30},
+        engine_kwargs={"enforce_eager": True, "kv_cache_memory_bytes": 2**30} | engine_adapters(*lora),
+        lora_config={"dynamic_lora_loading_path": lora[0], "max_num_adapters_per_replica": int(lora[1])}
+        if lora
+        else None,
         deployment_config={
             "autoscaling_config": {
                 "min_replicas": int(least),
@@ -44,6 +48,12 @@ def main() -> None:
         print("zero", flush=True)
     serve.shutdown()
     ray.shutdown()
+
+
+def engine_adapters(path: str = "", held: str = "") -> dict[str, Any]:
+    """The engine's side of it: as many slots as adapters are held, as llmrun does."""
+    slots = {"max_loras": int(held), "max_cpu_loras": int(held), "max_lora_rank": 16} if path else {}
+    return {"enable_lora": True, **slots} if path else {}
 
 
 def deployments() -> list[tuple[str, serve.schema.DeploymentStatusOverview]]:

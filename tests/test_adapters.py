@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -270,6 +271,27 @@ async def test_the_engine_hears_which_adapter_was_admitted(bench: Bench, engine:
     async with bench.session.get(bench.url + "/v1/models/one:legal") as answer:
         listed = await answer.json()
     assert (listed["id"], listed["parent"]) == ("one:legal", "one")
+
+
+async def test_ten_thousand_adapters_are_listed_while_others_have_their_turn(bench: Bench) -> None:
+    many = {f"customer-{number:05d}": f"pin-{number}" for number in range(10_000)}
+    bench.table(route(1, lora=True, adapters=many))
+    pauses, ended = [], False
+
+    async def tick() -> None:
+        while not ended:
+            began = time.perf_counter()
+            await asyncio.sleep(0)
+            pauses.append(time.perf_counter() - began)
+
+    ticking = asyncio.create_task(tick())
+    async with bench.session.get(bench.url + "/v1/models") as answer:
+        raw = await answer.read()
+    ended = True
+    await ticking
+    listed = json.loads(raw)["data"]
+    assert len(listed) == 10_001 and listed[1]["id"] == "one:customer-00000" and listed[1]["parent"] == "one"
+    assert sorted(pauses)[-5] < 0.02, "the loop is never held for long (rare pauses are the machine's)"
 
 
 async def test_a_revision_is_asked_of_control_and_is_not_listed(bench: Bench, engine: Engine) -> None:

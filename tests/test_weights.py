@@ -35,6 +35,10 @@ from tests.servers import AWS, S3, Fault, Hub, Proxy, gcs_server, hub_server, pr
 MIB = 2**20
 
 
+# `LLMRUN_TEST_ADAPTERS=10000` is the size of docs/performance.md.
+MANY = int(os.environ.get("LLMRUN_TEST_ADAPTERS", "500"))
+
+
 @dataclass
 class Node:
     """A node without Ray: a home, and workers that are sent as its agent sends them."""
@@ -346,6 +350,25 @@ def test_adapters_of_every_store(node: Node, hub: Hub, buckets: Path, s3: S3, tm
     ranks = {Adapter.model_validate(item).pin.id: 99 for item in listed[0]}
     again = node.do("adapters", weights=sources[0], ranks=ranks)
     assert [item["rank"] for item in again] == [99, 99], "what is known is not read again"
+
+
+def test_many_adapters_of_one_bucket_are_one_listing_and_ranks_are_read_once(node: Node, buckets: Path) -> None:
+    place = make_adapter(buckets / "acme" / "adapters" / "a0", seed=0, layers=1)
+    for number in range(1, MANY):
+        (buckets / "acme" / "adapters" / f"a{number}").mkdir()
+        for file in place.iterdir():
+            (buckets / "acme" / "adapters" / f"a{number}" / file.name).hardlink_to(file)
+    node.env |= AWS
+    ranks: dict[str, int] = {}
+    with s3_server(buckets) as s3:
+        for _ in range(10):  # what is not read within READ_S is read at the next listing
+            began = time.monotonic()
+            listed = node.do("adapters", weights=on_s3(s3, "acme/adapters"), ranks=ranks)
+            ranks = {Adapter.model_validate(item).pin.id: item["rank"] for item in listed}
+            print(f"{len(listed)} adapters, {time.monotonic() - began:.1f} s, {sum(map(bool, ranks.values()))} ranks")
+            if all(ranks.values()):
+                break
+    assert len(ranks) == MANY and set(ranks.values()) == {8}
 
 
 def test_what_the_hub_refuses_is_said_with_what_to_do(node: Node, hub: Hub, tmp_path: Path) -> None:

@@ -221,17 +221,18 @@ class Adapters:
             log.warning("the adapters of %s: %s is empty now; those that were there stay", row.name, lora.places)
             known.looked = time.monotonic()
             return
-        changed = known is None or not known.is_of(lora) or known.adapters != found
-        self._take(row.name, lora, found)
-        if changed and row.name in self._scaling.deployed:
+        if self._take(row.name, lora, found) and row.name in self._scaling.deployed:
             await asyncio.to_thread(self._store, row.name, self._known[row.name])
         self._tell(row.name)
 
-    def _take(self, model: str, lora: LoRA, found: dict[str, Adapter]) -> None:
+    def _take(self, model: str, lora: LoRA, found: dict[str, Adapter]) -> bool:
+        """Know them from now on; whether that is something new."""
         known = self._known.get(model)
-        same = known is not None and known.adapters == found
-        before = known.before if known and same else known.adapters if known else {}
-        self._known[model] = Catalogue(lora, found, before, time.monotonic())
+        if known and known.is_of(lora) and known.adapters == found:
+            known.looked = time.monotonic()  # the same objects stay, whose pins have their ids
+            return False
+        self._known[model] = Catalogue(lora, found, known.adapters if known else {}, time.monotonic())
+        return True
 
     def _store(self, model: str, known: Catalogue) -> None:
         lora, adapters = known.lora.model_dump_json(), MANY.dump_json(known.adapters).decode()

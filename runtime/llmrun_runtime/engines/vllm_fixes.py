@@ -2,8 +2,8 @@
 
 On CPU its LoRA kernels index the stacked adapters with -1 for rows of the base model, which in Python is the last slot:
 in a batch of both, the base model's answers are an adapter's (vLLM 0.32, `vllm.lora.ops.torch_ops.lora_ops`).
-And a request for log-probabilities of its prompt (`prompt_logprobs`, `echo`) ends the engine, whose logits then have
-more rows than the batch has requests. Those rows get nothing of an adapter: only one that changes `lm_head` would give some.
+And a request for log-probabilities of its prompt (`prompt_logprobs`, `echo`) ends the engine: its logits have more rows
+than the batch has requests. Those rows get nothing of an adapter; only one that changes `lm_head` would give some.
 """
 
 from __future__ import annotations

@@ -32,6 +32,7 @@ from llmrun_runtime.ingress.admission import (
 from llmrun_runtime.ingress.early import EarlyStream
 from llmrun_runtime.ingress.gate import check_awake, check_seen, find_key, may_see
 from llmrun_runtime.ingress.limits import Limiter, limits_of
+from llmrun_runtime.ingress.listing import describe, list_models
 from llmrun_runtime.ingress.metrics import Metrics, Request
 from llmrun_runtime.ingress.openapi import openapi
 from llmrun_runtime.ingress.patience import Patience
@@ -40,7 +41,6 @@ from llmrun_runtime.ingress.relay import Deadlines, UpstreamGone, forwarded_head
 from llmrun_runtime.ingress.waiting import Caller, Claim, Waiting
 from llmrun_runtime.link.client import Links
 from llmrun_runtime.reports import Revision
-from llmrun_runtime.table import ModelRoute
 
 log = logging.getLogger("llmrun.ingress")
 MODELS = "/v1/models"
@@ -147,20 +147,14 @@ class Ingress:
     async def _models(self, scope: Scope, path: str, send: Send) -> None:
         key, table = self._key(scope), self._waiting.table
         if path == MODELS:
-            data = [_describe(model, model.name) for model in table.models.values() if may_see(key, model)]
-            data += [
-                _describe(model, f"{model.name}:{adapter}")
-                for model in table.models.values()
-                for adapter in model.adapters or ()
-                if "@" not in adapter and may_see(key, model, adapter)
-            ]
-            await answer(send, 200, {"object": "list", "data": data})
+            body = await list_models(table.models.values(), partial(may_see, key))
+            await answer_bytes(send, 200, body, "application/json")
         else:
             name = path.removeprefix(MODELS + "/")
             target = find_target(table, name, partial(may_see, key))
             check_seen(key, target.model, target.adapter)
             await self._pinned(target)
-            await answer(send, 200, _describe(target.model, name))
+            await answer(send, 200, describe(target.model, name))
 
     async def _control(self, scope: Scope, receive: Receive, send: Send) -> None:
         host, port = self._waiting.table.control
@@ -294,19 +288,3 @@ async def _unless_gone(work: Any, receive: Receive) -> None:
         for future in (task, gone):
             future.cancel()
         await asyncio.gather(task, gone, return_exceptions=True)
-
-
-def _describe(model: ModelRoute, name: str) -> dict[str, Any]:
-    """A model as OpenAI lists it, with what llmrun knows beside."""
-    more = {
-        "state": model.state,
-        "app": model.app,
-        "version": model.version,
-        "aliases": list(model.names[1:]),
-        "paths": sorted(model.paths),
-    }
-    if model.max_model_len:
-        more["max_model_len"] = model.max_model_len
-    parent = model.name if ":" in name else None
-    listed = {"id": name, "object": "model", "created": model.created, "owned_by": "llmrun", "llmrun": more}
-    return listed | ({"parent": parent} if parent else {})

@@ -6,6 +6,7 @@ S3 and GCS are read over HTTP from addresses that s3fs and gcsfs give (docs/perf
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import os
 import re
@@ -46,7 +47,7 @@ class ObjectStore:
         self.unnamed: set[str] = set()
         self._weights = weights
         try:
-            self.fs: Any = open_filesystem(weights)
+            self.fs: Any = open_filesystem(weights.protocol, weights.endpoint_url, anonymous=weights.anonymous)
         except ImportError as error:
             line = INSTALL.get(weights.protocol) or str(error).splitlines()[0]
             raise WeightsError(
@@ -178,6 +179,7 @@ class ObjectStore:
             return WeightsError(f"{self._weights}: there is nothing at that address")
         words = ("credential", "forbidden", "accesskey", "signature", "anonymous caller", "unauthorized", "403", "401")
         if isinstance(error, PermissionError) or any(word in text.lower() for word in words):
+            open_filesystem.cache_clear()  # credentials on the disk may be others by the next time
             return WeightsError(f"{self._weights}: access denied ({text}): {self._advice()}")
         return WeightsError(f"{self._weights}: the store cannot be asked ({text})")
 
@@ -186,29 +188,33 @@ class ObjectStore:
         return f"set {variables} (on the node, or with env=)"
 
 
-def open_filesystem(weights: Weights) -> Any:
-    """The fsspec filesystem of a source; credentials come from the environment. Raises ImportError and what it may."""
+@functools.cache
+def open_filesystem(protocol: str, endpoint_url: str, *, anonymous: bool) -> Any:
+    """The fsspec filesystem of a source; credentials come from the environment. Raises ImportError and what it may.
+
+    One for all sources of that kind in this process: making one takes as long as fetching an adapter.
+    """
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
-    if weights.protocol == "s3":
+    if protocol == "s3":
         region = os.environ.get("AWS_REGION")  # which botocore does not read
         if region:
             options["client_kwargs"] = {"region_name": region}
-        if weights.endpoint_url:
-            options["endpoint_url"] = weights.endpoint_url
+        if endpoint_url:
+            options["endpoint_url"] = endpoint_url
         else:
             options["cache_regions"] = True  # a signed address is only good in the bucket's own region
-        if weights.anonymous:
+        if anonymous:
             options["anon"] = True
         else:
             options["config_kwargs"] = {"signature_version": "s3v4"}
-    elif weights.protocol == "gs":
+    elif protocol == "gs":
         # Else gcsfs asks for each bucket's kind over gRPC: a minute, where only HTTP comes through.
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-        if weights.endpoint_url:
-            options["endpoint_url"] = weights.endpoint_url
-        if weights.anonymous:
+        if endpoint_url:
+            options["endpoint_url"] = endpoint_url
+        if anonymous:
             options["token"] = "anon"
-    return fsspec.filesystem(weights.protocol, **options)
+    return fsspec.filesystem(protocol, **options)
 
 
 def _file(name: str, info: dict[str, Any]) -> File:

@@ -12,8 +12,9 @@ from typing import Any
 from llmrun.errors import NotThere, WeightsError
 from llmrun_runtime.weights.worker import Errand
 
-# A pin's worker is there for the transfer that follows a person's yes: half a second of imports less.
-IDLE_S = 30
+# A pin's worker is there for the transfer that follows a person's yes, and one that lists adapters, once a minute, for
+# those that are asked for: half a second of imports less.
+IDLE_S = 75
 LINE_BYTES = 2**26
 
 

@@ -1,0 +1,56 @@
+"""`GET /v1/models`: models and their adapters as OpenAI lists them, from memory, however many there are."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from llmrun_runtime.ingress.admission import Seen
+from llmrun_runtime.table import ModelRoute
+
+# Between so many other requests have their turn: 1 ms.
+AT_ONCE = 500
+
+
+async def list_models(models: Iterable[ModelRoute], seen: Seen) -> bytes:
+    """The whole answer."""
+    models = list(models)
+    entries = _entries(models, seen)
+    pieces: list[str] = []
+    while some := list(islice(entries, AT_ONCE)):
+        pieces.append(json.dumps(some, ensure_ascii=False)[1:-1])
+        await asyncio.sleep(0)
+    return b'{"object": "list", "data": [' + ", ".join(pieces).encode() + b"]}"
+
+
+def _entries(models: list[ModelRoute], seen: Seen) -> Iterator[dict[str, Any]]:
+    """Models first; of adapters, of which there may be thousands, no more than OpenAI's fields and the parent."""
+    for model in models:
+        if seen(model):
+            yield describe(model, model.name)
+    for model in models:
+        for adapter in model.adapters or ():
+            if "@" not in adapter and seen(model, adapter):
+                yield _entry(model, f"{model.name}:{adapter}") | {"parent": model.name}
+
+
+def describe(model: ModelRoute, name: str) -> dict[str, Any]:
+    """A model, or one of its adapters, with what llmrun knows beside."""
+    more: dict[str, Any] = {
+        "state": model.state,
+        "app": model.app,
+        "version": model.version,
+        "aliases": list(model.names[1:]),
+        "paths": sorted(model.paths),
+    }
+    if model.max_model_len:
+        more["max_model_len"] = model.max_model_len
+    parent = {"parent": model.name} if ":" in name else {}
+    return _entry(model, name) | {"llmrun": more} | parent
+
+
+def _entry(model: ModelRoute, name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": model.created, "owned_by": "llmrun"}
