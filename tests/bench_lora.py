@@ -6,7 +6,8 @@ in an engine at once, both engines with as many slots. Both clusters are up all 
 1. First token of an adapter that no node has yet: from the S3 server.
 2. First token of one that the node has and the engine has not: it was loaded before, and others after it.
 3. First token of one that is loaded.
-4. Requests a second, CALLERS at once, over the adapters that are loaded, and of the base alone.
+4. Requests that fail, CALLERS at once, while all adapters have to be loaded and others unloaded; then requests a
+   second, over the adapters that are loaded, and of the base alone.
 5. Time between tokens of the base, four streams, while other adapters are asked for twice a second for one token each:
    ones that are loaded already, and ones that have to be loaded from the node.
 
@@ -74,19 +75,19 @@ def first(way: Way, adapter: str) -> float:
     return 1000 * first_token(f"http://127.0.0.1:{way.port}", f"{way.model}:{adapter}" if adapter else way.model)
 
 
-def rate(way: Way, names: list[str]) -> float:
-    """Requests a second."""
+def rate(way: Way, names: list[str]) -> tuple[float, int]:
+    """Requests a second, and how many failed."""
     url = f"http://127.0.0.1:{way.port}/v1/completions"
 
-    def one(name: str) -> None:
+    def one(name: str) -> bool:
         model = f"{way.model}:{name}" if name else way.model
         body = {"model": model, "prompt": "Once upon a time", "max_tokens": TOKENS, "temperature": 0}
-        httpx.post(url, json={**body, "ignore_eos": True}, timeout=300).raise_for_status()
+        return httpx.post(url, json={**body, "ignore_eos": True}, timeout=300).is_error
 
     begun = time.perf_counter()
     with ThreadPoolExecutor(CALLERS) as pool:
-        list(pool.map(one, itertools.islice(itertools.cycle(names), REQUESTS)))
-    return REQUESTS / (time.perf_counter() - begun)
+        failed = sum(pool.map(one, itertools.islice(itertools.cycle(names), REQUESTS)))
+    return REQUESTS / (time.perf_counter() - begun), failed
 
 
 def gaps(way: Way, names: list[str]) -> tuple[float, float]:
@@ -147,15 +148,17 @@ def main() -> None:
             first(way, held[0])  # pays for what a first adapter brings with it
         turns("first token of an adapter, from S3, ms", cold)
         turns("from the node, ms", cold[:HELD])
-        for way in ways.values():
-            rate(way, held)  # they are loaded now
+        for name, way in ways.items():
+            note(f"failed of {REQUESTS} requests while all have to be loaded", name, rate(way, held)[1])
+            for adapter in held:
+                first(way, adapter)
         turns("loaded, ms", held)
         turns("of the base, ms", [""] * HELD)
         for number in range(args.rounds):
             for name, way in sorted(ways.items(), reverse=bool(number % 2)):
                 time.sleep(REST_S)
-                note(f"requests/s over {HELD} adapters", name, rate(way, held))
-                note("requests/s of the base alone", name, rate(way, [""]))
+                note(f"requests/s over {HELD} adapters", name, rate(way, held)[0])
+                note("requests/s of the base alone", name, rate(way, [""])[0])
         for number in range(args.rounds):
             for name, way in sorted(ways.items(), reverse=bool(number % 2)):
                 time.sleep(REST_S)
@@ -163,11 +166,12 @@ def main() -> None:
                 slow, asked = gaps(way, cold)
                 note("p99 between tokens of the base, others being loaded, ms", name, slow)
                 note("loads meanwhile", name, asked)
-                rate(way, held)  # they are loaded again
+                for adapter in held:
+                    first(way, adapter)
     print("| | " + " | ".join(ways) + " |")
     print("| --- |" + " --- |" * len(ways))
     for what, found in rows.items():
-        print(f"| {what} | " + " | ".join(f"{statistics.median(values):.1f}" for values in found.values()) + " |")
+        print(f"| {what} | " + " | ".join(f"{statistics.median(found[name]):.1f}" for name in ways) + " |")
 
 
 def forget(names: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import sys
 from pathlib import Path
@@ -19,9 +20,11 @@ from llmrun.wire import Change, DeployRequest, Plan
 from llmrun_cli import cluster
 from llmrun_cli.client import Client
 from llmrun_cli.follow import follow
-from llmrun_cli.load import Loaded, load_app
+from llmrun_cli.load import Loaded, absolute, load_app
 from llmrun_cli.package import pack
 from llmrun_cli.terminal import err, note, out
+from llmrun_cli.yamlapp import SUFFIXES, read_yaml
+from llmrun_cli.yamlapp import schema as app_schema
 
 MARKS = {"add": ("+", "green"), "change": ("~", "yellow"), "tune": ("~", "yellow"), "remove": ("-", "red")}
 
@@ -81,21 +84,26 @@ def deploy(
     _follow(client, deploy_id)
 
 
+def schema() -> None:
+    """Print the JSON schema of an app file in YAML, for editors."""
+    print(json.dumps(app_schema(), indent=2))
+
+
 def _is_file(target: str) -> bool:
     """Whether it names an app file; else a model: `org/model`, or a folder of weights."""
     path = target.partition("::")[0]
     if "://" in path or Path(path).expanduser().is_dir():
         return False
-    return path.endswith(".py") or is_path(path) or Path(path).exists()
+    return path.endswith((".py", *SUFFIXES)) or is_path(path) or Path(path).exists()
 
 
 def _from_file(target: str, name: str) -> tuple[DeployRequest, dict[str, bytes]]:
     """The request for `PATH[::Name]`, and the code packages that it needs. Raises AppError."""
     text, colons, only = target.partition("::")
     path = Path(text).expanduser()
-    loaded = load_app(path)
+    loaded = _load(path)
     if colons:
-        chosen = [item for item in loaded if only in (item.cls, item.spec.name)]
+        chosen = [item for item in loaded if only in (item.cls, *item.spec.served_names)]
         if not chosen:
             names = ", ".join(f"{item.cls} ({item.spec.name})" for item in loaded)
             raise AppError(f"{path} has no model {only!r}: it has {names}")
@@ -114,6 +122,16 @@ def _from_file(target: str, name: str) -> tuple[DeployRequest, dict[str, bytes]]
         only=bool(colons),
     )
     return request, packages
+
+
+def _load(path: Path) -> list[Loaded]:
+    """The models of a file. Raises AppError."""
+    if path.suffix not in SUFFIXES:
+        return load_app(path)
+    specs, left_out = read_yaml(path)
+    for line in left_out:
+        note(f"! {line}", "yellow")
+    return [Loaded(cls=spec.name, hooks=(), spec=absolute(spec, path.absolute().parent)) for spec in specs]
 
 
 def _app_name(said: str, default: str) -> str:

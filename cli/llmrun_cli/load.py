@@ -93,11 +93,15 @@ def _inspect(path: Path) -> dict[str, Any]:
                 "detail": "",
             }
         owners[spec.name] = cls.__name__
-        folder = path.absolute().parent
-        found = {"model": _absolute(spec.model, folder), "lora": spec.lora and _absolute_lora(spec.lora, folder)}
-        spec = spec.model_copy(update=found)
+        spec = absolute(spec, path.absolute().parent)
         models.append(Loaded(cls=cls.__qualname__, hooks=hooks_of(cls), spec=spec).model_dump(mode="json"))
     return {"models": models}
+
+
+def absolute(spec: ModelSpec, folder: Path) -> ModelSpec:
+    """The same, paths in it from the app's folder on."""
+    lora = spec.lora and _absolute_lora(spec.lora, folder)
+    return spec.model_copy(update={"model": _absolute(spec.model, folder), "lora": lora})
 
 
 def _absolute(where: Weights, folder: Path) -> Weights:

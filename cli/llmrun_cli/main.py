@@ -21,6 +21,7 @@ app = typer.Typer(
     help="Deploy LLMs from a Python file, on machines that you own, behind one OpenAI-compatible endpoint.",
 )
 app.command()(deploy.deploy)
+app.command()(deploy.schema)
 app.command()(model.status)
 app.command()(model.chat)
 app.command()(model.warm)

@@ -44,6 +44,8 @@ def llm(
     tpm: int = 0,
     max_in_flight: int = 0,
     cold_start: str = "default",
+    task: str = "auto",
+    log_engine_metrics: bool = True,
     engine: str = "vllm",
     engine_args: Mapping[str, JsonValue] | Sequence[str] | str = "",
     env: Mapping[str, str | Secret] | None = None,
@@ -78,6 +80,8 @@ def llm(
         tpm: tokens a minute, of prompts and answers together.
         max_in_flight: requests that wait or are answered at once.
         cold_start: `"fast"` trims what a GPU engine prepares at its start (CUDA graphs), for some speed under load.
+        task: what the model is for: `"generate"`, `"embed"`, `"classify"` or `"score"`; by default what it is made for.
+        log_engine_metrics: whether the engines' own metrics are among those at `/metrics`.
         engine: the engine's name.
         engine_args: the engine's arguments: `{"max_model_len": 8192}`, or pasted flags, `"--max-model-len 8192"`.
         env: variables for the engine. `Secret("NAME")` is read on the node.
@@ -121,6 +125,8 @@ def llm(
             "tpm": tpm,
             "max_in_flight": max_in_flight,
             "cold_start": cold_start,
+            "task": task,
+            "log_engine_metrics": log_engine_metrics,
             "engine": engine,
             "engine_args": engine_args,
             "env": {} if env is None else env,

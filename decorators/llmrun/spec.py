@@ -59,7 +59,7 @@ SOFT_FIELDS = frozenset(
     {
         *("min_replicas", "max_replicas", "idle_timeout", "schedule", "min_uptime", "evictable"),
         *("target_ongoing_requests", "max_ongoing_requests", "max_queued"),
-        *("rpm", "tpm", "max_in_flight"),
+        *("rpm", "tpm", "max_in_flight", "log_engine_metrics"),
     }
 )
 
@@ -186,6 +186,8 @@ class ModelSpec(BaseModel):
     tpm: int = Field(default=0, ge=0)
     max_in_flight: int = Field(default=0, ge=0)
     cold_start: Literal["default", "fast"] = "default"
+    task: Literal["auto", "generate", "embed", "classify", "score"] = "auto"
+    log_engine_metrics: bool = True
     engine: str = "vllm"
     engine_args: dict[str, JsonValue] = Field(default_factory=dict)
     env: dict[str, Secret | str] = Field(default_factory=dict)

@@ -97,6 +97,7 @@ def make_launch(
         shim=shim,
         log=log,
         cache=cache,
+        task=spec.task,
         fast_start=spec.cold_start == "fast",
         warm=warm,
     )

@@ -53,6 +53,8 @@ class ModelRoute:
     """Requests that wait or are answered."""
     max_model_len: int = 0
     """Tokens of a prompt and its answer together; 0 before an engine has said it."""
+    log_engine_metrics: bool = True
+    """Whether its engines' own metrics are shown."""
     lora: bool = False
     """Whether it has adapters at all."""
     adapters: dict[str, str] | None = None

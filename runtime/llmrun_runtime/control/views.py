@@ -108,6 +108,7 @@ class View:
             tpm=row.spec.tpm,
             max_in_flight=row.spec.max_in_flight,
             max_model_len=self.facts.max_model_len,
+            log_engine_metrics=row.spec.log_engine_metrics,
             lora=row.spec.lora is not None,
             adapters=self.facts.adapters,
             adapters_trouble=self.facts.adapters_trouble,

@@ -85,6 +85,8 @@ class Launch:
     log: Path = Path("/dev/null")
     cache: Path | None = None
     """Where the engine keeps what it may find again at its next start; of this model's version alone."""
+    task: str = "auto"
+    """What the model is for (`llmrun.spec.ModelSpec.task`)."""
     fast_start: bool = False
     """Whether a quick start is worth some speed under load (`cold_start="fast"`)."""
     warm: Path | None = None

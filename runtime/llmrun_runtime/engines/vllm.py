@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from pydantic import JsonValue
 
 from llmrun_runtime.engines.adapters import Loader
 from llmrun_runtime.engines.base import Launch, ShimConfig, to_flags
@@ -42,6 +43,15 @@ FROM_DISKS = ("instanttensor", "fastsafetensors", "runai_streamer")  # direct I/
 FROM_NETWORKS = ("runai_streamer", "instanttensor", "fastsafetensors")  # many reads at once
 PACKAGES = {"runai_streamer": "runai_model_streamer"}
 NETWORK_FILESYSTEMS = ("nfs", "cifs", "smb", "lustre", "ceph", "beegfs", "glusterfs", "gpfs", "fuse", "9p")
+
+
+# What vLLM 0.32 has in place of its earlier `--task`.
+TASKS: dict[str, dict[str, JsonValue]] = {
+    "generate": {"runner": "generate"},
+    "embed": {"runner": "pooling"},
+    "classify": {"runner": "pooling", "convert": "classify"},
+    "score": {"runner": "pooling"},
+}
 
 
 def load_format(weights: Path, installed: Callable[[str], bool]) -> str:
@@ -107,6 +117,8 @@ class VLLM:
             args.setdefault("load_format", how)
         if gpus and launch.fast_start and not args.keys() & GRAPH_SIZES:
             args["max_cudagraph_capture_size"] = FEW_GRAPHS
+        for name, value in TASKS.get(launch.task, {}).items():
+            args.setdefault(name, value)
         return [
             *("--model", launch.weights),
             *("--served-model-name", *launch.names),

@@ -99,7 +99,8 @@ class Metrics:
         """All metrics in Prometheus' text format; those of who does not answer in time are left out."""
         table = self._waiting.table
         host, port = table.control
-        replicas = [(model.name, replica) for model in table.models.values() for replica in model.replicas]
+        shown = [model for model in table.models.values() if model.log_engine_metrics]
+        replicas = [(model.name, replica) for model in shown for replica in model.replicas]
         others = self._others()
         control, *texts = await asyncio.gather(
             _in_time("control", _from_control(session, f"http://{host}:{port}/metrics")),
