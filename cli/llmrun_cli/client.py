@@ -28,7 +28,7 @@ from llmrun.wire import (
 
 CONNECT_TIMEOUT_S = 5
 ANSWER_TIMEOUT_S = 60
-# A plan asks the stores what names mean; control bounds that.
+# A plan asks the stores what names mean, which control bounds; an adapter that was sent is unpacked.
 PLAN_TIMEOUT_S = 330
 
 
@@ -106,7 +106,7 @@ class Client:
 
     def push_adapter(self, name: str, tar: Iterator[bytes]) -> str:
         """Upload the adapter `model:adapter`; the job's id."""
-        return str(self._call("PUT", f"/adapters/{quote(name)}", content=tar)["id"])
+        return str(self._call("PUT", f"/adapters/{quote(name)}", content=tar, timeout=PLAN_TIMEOUT_S)["id"])
 
     def listed(self, model: str) -> dict[str, Any]:
         """A model, or an adapter, as OpenAI's API lists it."""

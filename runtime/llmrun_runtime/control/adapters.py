@@ -120,9 +120,9 @@ class Adapters:
 
     async def _at(self, model: str, name: str, revision: str) -> Adapter:
         """An adapter as it was. Raises LLMRunError; NotThere if it was not."""
-        row, known = self._scaling.deployed[model], self._known[model]
-        lora = row.spec.lora
-        if not lora or name not in known.adapters:
+        row, known = self._scaling.deployed.get(model), self._known.get(model)
+        lora = row.spec.lora if row else None
+        if not row or not lora or not known or name not in known.adapters:
             raise NotThere(f"{model} has no adapter {name!r}")
         source = lora.path or lora.adapters[name]
         if source.kind != "hub":

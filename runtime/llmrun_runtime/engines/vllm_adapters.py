@@ -106,7 +106,10 @@ class VLLMAdapters:
             return {str(token): found.logprob for token, found in places[0].items()} if places else {}
 
         prompts = [TokensPrompt(prompt_token_ids=list(tokens[at::PROBES])) for at in range(PROBES)]
-        return await asyncio.gather(*map(ask, prompts))
+        try:
+            return await asyncio.gather(*map(ask, prompts))
+        except Exception as error:  # noqa: BLE001 - a model that makes no text, an engine that has died
+            raise AdapterError(f"its canary could not be asked ({type(error).__name__}: {error})", 503) from None
 
     @contextlib.contextmanager
     def using(self, adapter: LoRARequest) -> Iterator[None]:
