@@ -13,6 +13,7 @@ from pydantic import JsonValue
 
 from llmrun_runtime.engines.adapters import Loader
 from llmrun_runtime.engines.base import Launch, ShimConfig, to_flags
+from llmrun_runtime.engines.tools import tool_parser
 
 # "(EngineCore pid=12) ERROR 11-22 15:50:00 [core.py:1] " in front of a line of vLLM's log.
 PREFIX = re.compile(r"^(\([^)]*pid=\d+\)\s?)?((DEBUG|INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:.]+ \[[^\]]*\]\s?)?")
@@ -52,6 +53,9 @@ TASKS: dict[str, dict[str, JsonValue]] = {
     "classify": {"runner": "pooling", "convert": "classify"},
     "score": {"runner": "pooling"},
 }
+
+
+TOOL_ARGS = {"enable_auto_tool_choice", "tool_call_parser", "chat_template"}
 
 
 def load_format(weights: Path, installed: Callable[[str], bool]) -> str:
@@ -119,6 +123,9 @@ class VLLM:
             args["max_cudagraph_capture_size"] = FEW_GRAPHS
         for name, value in TASKS.get(launch.task, {}).items():
             args.setdefault(name, value)
+        if not args.keys() & TOOL_ARGS and args.get("runner") != "pooling":
+            parser = tool_parser(Path(launch.weights))
+            args |= {"enable_auto_tool_choice": True, "tool_call_parser": parser} if parser else {}
         return [
             *("--model", launch.weights),
             *("--served-model-name", *launch.names),

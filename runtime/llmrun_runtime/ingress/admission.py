@@ -12,6 +12,7 @@ import python_multipart
 from rapidfuzz import fuzz, process
 
 from llmrun_runtime.asgi import Scope
+from llmrun_runtime.ingress.dialects import mended
 from llmrun_runtime.table import ModelRoute, Table
 
 MAX_WAIT = b"x-llmrun-max-wait"
@@ -45,6 +46,8 @@ class Asked:
     stream: bool
     prefix: bytes = b""
     """How its prompt begins, for routing; b"" of a short one."""
+    mended: bytes = b""
+    """What the engine gets instead; b"" where that is the body as it came."""
 
 
 def read_request(body: bytes, content_type: bytes = b"application/json") -> Asked:
@@ -60,7 +63,9 @@ def read_request(body: bytes, content_type: bytes = b"application/json") -> Aske
         raise Refusal(400, f"the body must be a JSON object, not {type(parsed).__name__}", "invalid_json")
     if twice:
         raise Refusal(400, f"the body has {twice!r} more than once: say it once", "duplicate_key", param=twice)
-    return Asked(_model_of(parsed), parsed.get("stream") is True, _prefix(body))
+    other = mended(parsed)
+    sent = json.dumps(other, ensure_ascii=False).encode() if other else b""
+    return Asked(_model_of(parsed), parsed.get("stream") is True, _prefix(body), sent)
 
 
 def _prefix(body: bytes) -> bytes:

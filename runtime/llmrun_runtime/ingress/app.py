@@ -186,7 +186,10 @@ class Ingress:
         try:
             with self._limiter.entered(limits, time.time()):
                 request.headers = self._limiter.headers(limits, time.time())
-                work = self._ask(scope, early, patience, _asked_as(scope, request, caller, target), body, request)
+                headers = _asked_as(scope, request, caller, target)
+                if asked.mended:
+                    headers = [(name, value) for name, value in headers if name != "content-length"]
+                work = self._ask(scope, early, patience, headers, asked.mended or body, request)
                 await _unless_gone(self._in_time(work), receive)
         except Refusal as refusal:
             request.headers = self._limiter.headers(limits, time.time())
