@@ -73,6 +73,7 @@ def test_a_models_tool_parser_is_told_by_its_template(tmp_path: Path) -> None:
     assert tool_parser(tmp_path / "a") == "hermes"
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, on its import
 def test_every_parser_is_one_of_vllms() -> None:
     from vllm.tool_parsers import ToolParserManager
 

@@ -121,10 +121,12 @@ class Cluster:
         token = self._settings.root / "ray.token"
         secret_file(token)
         env = {
+            # Nobody is told anything, unless somebody wants it so.
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "DO_NOT_TRACK": "1",
             **os.environ,
             "LLMRUN_HOME": str(self._settings.root),
             "RAY_ADDRESS": ray_address,
-            "RAY_USAGE_STATS_ENABLED": "0",
             # No worker before it is asked for: each takes 80 MiB.
             "RAY_enable_worker_prestart": "0",
             "RAY_prestart_worker_first_driver": "0",

@@ -31,6 +31,11 @@ SECONDHAND = (
 
 
 WANTED = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+# A host that is allowed sends nobody to another one.
+WANTED |= {"VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0"}
+# Callers must not have engines ask whatever host they name, the cluster's own network included. No host is called so:
+# it stands in the error that they get.
+NO_HOST = "(none: engine_args allowed_media_domains=[…] names hosts)"
 
 
 # Each captured size costs a GPU engine's start some tenths of a second; larger batches then run without a graph.
@@ -121,7 +126,7 @@ class VLLM:
             args.setdefault("load_format", how)
         if gpus and launch.fast_start and not args.keys() & GRAPH_SIZES:
             args["max_cudagraph_capture_size"] = FEW_GRAPHS
-        for name, value in TASKS.get(launch.task, {}).items():
+        for name, value in (TASKS.get(launch.task, {}) | {"allowed_media_domains": [NO_HOST]}).items():
             args.setdefault(name, value)
         if not args.keys() & TOOL_ARGS and args.get("runner") != "pooling":
             parser = tool_parser(Path(launch.weights))
