@@ -134,7 +134,8 @@ def test_tools_are_on_for_a_model_whose_template_shows_how(
     """`client`: so that these engines do not start beside each other."""
     weights = tmp_path / "weights"
     shutil.copytree(SMOLLM2, weights, copy_function=os.link)
-    template = json.loads((weights / "tokenizer_config.json").read_text())["chat_template"]
+    template = (weights / "chat_template.jinja").read_text()
+    (weights / "chat_template.jinja").unlink()  # a link to the original
     (weights / "chat_template.jinja").write_text("{% if tools %}<tool_call>{% endif %}" + template)
     text = f"@llm({str(weights)!r}, cpus=0.2, idle_timeout=600)\nclass Caller: ...\n"
     cluster.ok("deploy", write_app(tmp_path / "caller" / "app.py", text))
