@@ -25,7 +25,7 @@ from tests.conftest import Home, free_port, write_app
 # <linux/if_tun.h>, <linux/sockios.h>, <linux/if.h>
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 SIOCSIFFLAGS, SIOCSIFADDR, SIOCSIFNETMASK, IFF_UP = 0x8914, 0x8916, 0x891C, 0x1
-OWN, HALF, OUTSIDE = "10.255.0.1", "128.0.0.0", ("192.0.2.1", 9)
+OWN, OUTSIDE = "10.255.0.1", ("192.0.2.1", 9)
 PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp"}
 
 
@@ -64,8 +64,11 @@ def watched() -> Iterator[list[str]]:
     tun = os.open("/dev/net/tun", os.O_RDWR)
     fcntl.ioctl(tun, TUNSETIFF, struct.pack("16sH22x", b"out", IFF_TUN | IFF_NO_PI))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-        # Two halves of the world, each as near as a neighbour: the kernel takes no mask of nothing.
-        places = ((b"lo", "127.0.0.1", "255.0.0.0"), (b"out", OWN, HALF), (b"out:1", "200.255.0.1", HALF))
+        # The whole world, each part as near as a neighbour: for no mask of nothing the kernel makes a route.
+        parts = [
+            (f"out:{bits}".encode(), f"{256 >> bits}.255.0.1", f"{256 - (256 >> bits)}.0.0.0") for bits in range(1, 9)
+        ]
+        places = [(b"lo", "127.0.0.1", "255.0.0.0"), (b"out", OWN, "255.0.0.0"), *parts]
         for name, address, mask in places:
             for request, value in ((SIOCSIFADDR, address), (SIOCSIFNETMASK, mask)):
                 packed = struct.pack("16sHH4s16x", name, socket.AF_INET, 0, socket.inet_aton(value))

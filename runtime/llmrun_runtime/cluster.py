@@ -35,6 +35,8 @@ START_TIMEOUT_S = 120
 PRELOAD = "ray.serve._private.replica,llmrun_runtime.replica"
 # Code packages (100 MiB at most) are all that goes through Ray's object store.
 OBJECT_STORE_BYTES = 256 * 2**20
+# Nobody listens there.
+NOWHERE = "http://127.0.0.1:9/"
 
 
 class Cluster:
@@ -69,7 +71,8 @@ class Cluster:
                 [
                     *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
                     *(f"--node-ip-address={self._node_ip}", f"--port={ray_port}", f"--temp-dir={self._temp}"),
-                    *("--include-dashboard=false", "--include-log-monitor=false", "--disable-usage-stats"),
+                    *("--include-dashboard=false", "--include-log-monitor=false"),
+                    *(() if _counted() else ("--disable-usage-stats",)),
                     "--no-monitor",  # an autoscaler's, 84 MiB
                     f"--object-store-memory={OBJECT_STORE_BYTES}",
                     # Every port the kernel's choice: two clusters on one machine do not meet.
@@ -121,8 +124,8 @@ class Cluster:
         token = self._settings.root / "ray.token"
         secret_file(token)
         env = {
-            # Nobody is told anything, unless somebody wants it so.
-            "RAY_USAGE_STATS_ENABLED": "0",
+            # Nobody is told anything, unless somebody wants it so. That it is switched off Ray would report, too.
+            **({} if _counted() else {"RAY_USAGE_STATS_ENABLED": "0", "RAY_USAGE_STATS_REPORT_URL": NOWHERE}),
             "DO_NOT_TRACK": "1",
             **os.environ,
             "LLMRUN_HOME": str(self._settings.root),
@@ -286,6 +289,11 @@ def main() -> int:
     except ClusterError as error:
         print(f"error: {error}", file=sys.stdout if args.detach or args.action == "down" else sys.stderr, flush=True)
         return 1
+
+
+def _counted() -> bool:
+    """Whether somebody has asked for Ray's usage reports."""
+    return os.environ.get("RAY_USAGE_STATS_ENABLED") == "1"
 
 
 if __name__ == "__main__":
