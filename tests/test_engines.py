@@ -50,9 +50,10 @@ def test_the_command_carries_names_host_shim_and_flags() -> None:
     line = " ".join(VLLM.command(launch()))
     assert "--model /w --served-model-name one org/one --host 10.0.0.1 --port 0" in line
     assert "--middleware llmrun_runtime.engines.shim.Shim" in line
-    assert line.endswith(
-        '--max-model-len 8192 --enable-x --no-enable-y --z {"a": 1} --s p q --d-e.f_g 1 --tensor-parallel-size 2'
-    )
+    flags = '--max-model-len 8192 --enable-x --no-enable-y --z {"a": 1} --s p q --d-e.f_g 1 --tensor-parallel-size 2'
+    assert line.endswith(f"{flags} --allowed-media-domains {vllm.NO_HOST}")
+    hosts = " ".join(VLLM.command(launch(engine_args={"allowed_media_domains": ["a.org", "b.org"]})))
+    assert hosts.count("--allowed-media-domains") == 1 and "--allowed-media-domains a.org b.org" in hosts
     assert to_flags({"none": None}) == []
 
 
