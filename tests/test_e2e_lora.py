@@ -15,8 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.adapters import TINY, make_adapter
-from tests.conftest import ENGINE_START_S, Home, make_tiny_weights, until, write_app
+from tests.adapters import SMOL, SMOL_LAYERS, TINY, make_adapter
+from tests.conftest import ENGINE_START_S, SMOLLM2, Home, make_tiny_weights, until, write_app
 from tests.servers import AWS, commit_of, hub_server, s3_server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -241,6 +241,20 @@ def test_log_probabilities_of_prompts_beside_other_requests_harm_nobody(cluster:
     with ThreadPoolExecutor(16) as pool:
         assert set(pool.map(status, range(96))) == {200}
     assert cluster.engines("based")[0].pid == engine.pid
+
+
+def test_adapters_of_smollm2_change_what_it_says(cluster: Home, tmp_path: Path) -> None:
+    for seed, rank in enumerate((4, 32)):
+        make_adapter(tmp_path / "small" / f"r{rank}", seed, rank, scale=1, shapes=SMOL, layers=SMOL_LAYERS)
+    lora = f"LoRA({str(tmp_path / 'small')!r}, max_loaded=2, canary=True)"
+    text = f"@llm({str(SMOLLM2)!r}, lora={lora}, cpus=0.2, idle_timeout=600)\nclass Smol: ...\n"
+    cluster.ok("deploy", write_app(tmp_path / "smol" / "app.py", text))
+    rows = json.loads(cluster.ok("adapter", "list", "smol", "--json"))
+    assert [(row["name"], row["rank"]) for row in rows] == [("r32", 32), ("r4", 4)]
+    asked = [ask(cluster, model, max_tokens=8) for model in ("smol", "smol:r4", "smol:r32", "smol")]
+    texts = [answer.json()["choices"][0]["text"] for answer in asked]
+    assert len(set(texts)) == 3 and texts[0] == texts[3]
+    cluster.ok("delete", "smol", "--yes")
 
 
 def test_what_is_wrong_with_lora_is_said_at_the_deploy(cluster: Home, tmp_path: Path, tiny_weights: Path) -> None:
