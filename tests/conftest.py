@@ -21,7 +21,7 @@ import httpx
 import psutil
 import pytest
 
-pytest_plugins = ["tests.ingress"]
+pytest_plugins = ["tests.ingress", "tests.weights"]
 REPO = Path(__file__).parent.parent
 SMOLLM2 = REPO / "examples/smollm2/SmolLM2-135M-Instruct"
 BIN = Path(sys.executable).parent
