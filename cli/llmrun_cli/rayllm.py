@@ -32,6 +32,11 @@ OF_APPLICATION = {
     "logging_config": OF_SERVE["logging_config"],
     "external_scaler_enabled": "llmrun scales its models itself",
 }
+OF_ARGS = {
+    "llm_configs": "",
+    "ingress_deployment_config": OF_SERVE["proxy_location"],
+    "ingress_cls_config": OF_SERVE["proxy_location"],
+}
 OF_DEPLOYMENT = {
     **{name: "llmrun looks after its replicas itself" for name in ("health_check_period_s", "health_check_timeout_s")},
     **{
@@ -60,6 +65,8 @@ OF_LORA = {
     name: "adapters are brought like weights, with retries and a deadline"
     for name in ("download_timeout_s", "max_download_tries")
 }
+# The first that is said counts.
+DELAYS = ("downscale_to_zero_delay_s", "downscale_delay_s")
 TASKS = ("generate", "embed", "classify", "score")
 ENGINES = {"vLLM": "vllm", "SGLang": "sglang"}
 ON_ONE_NODE = ("PACK", "STRICT_PACK")
@@ -96,11 +103,7 @@ class Reader:
             )
         self._leave_out(application, OF_APPLICATION, where)
         args = self._mapping(application.get("args"), f"{where}.args")
-        more = {
-            "ingress_deployment_config": OF_SERVE["proxy_location"],
-            "ingress_cls_config": OF_SERVE["proxy_location"],
-        }
-        self._leave_out(args, {"llm_configs": "", **more}, f"{where}.args")
+        self._leave_out(args, OF_ARGS, f"{where}.args")
         found = []
         for number, config in enumerate(_list(args.get("llm_configs"), f"{where}.args.llm_configs", self._wrong)):
             at = f"{where}.args.llm_configs[{number}]"
@@ -121,25 +124,24 @@ class Reader:
         name = to_label(said.rpartition("/")[2]) or to_label(said)
         engine = dict(self._mapping(config.get("engine_kwargs"), _under(where, "engine_kwargs")))
         fields: dict[str, Any] = {"name": name, "aliases": [] if said == name else [said]}
-        for part, read in (
-            ("llm_engine", self._engine),
-            (ONE, self._source),
-            ("accelerator_type", self._accelerator),
-            ("accelerator_config", self._accelerator_config),
-            ("deployment_config", self._deployment),
-            ("placement_group_config", self._placement),
-            ("lora_config", self._lora),
-            ("runtime_env", self._runtime_env),
-            ("log_engine_metrics", self._metrics),
-        ):
+        parts = {
+            "llm_engine": self._engine,
+            ONE: self._source,
+            "accelerator_type": self._accelerator,
+            "accelerator_config": self._accelerator_config,
+            "deployment_config": self._deployment,
+            "placement_group_config": self._placement,
+            "lora_config": self._lora,
+            "runtime_env": self._runtime_env,
+            "log_engine_metrics": self._metrics,
+        }
+        for part, read in parts.items():
             if config.get(part) is not None:
                 read(config[part], _under(where, part), fields, engine)
         fields.setdefault("min_replicas", 1)  # Serve keeps one if nothing is said
         self._engine_kwargs(engine, _under(where, "engine_kwargs"), fields)
-        known = {"engine_kwargs", "llm_engine", ONE, "accelerator_type", "accelerator_config", "deployment_config"}
-        known |= {"placement_group_config", "lora_config", "runtime_env", "log_engine_metrics"}
         experimental = {"experimental_configs": "it tunes Ray's own streaming and proxies"}
-        self._leave_out(config, dict.fromkeys(known, "") | experimental, where)
+        self._leave_out(config, dict.fromkeys((*parts, "engine_kwargs"), "") | experimental, where)
         return fields
 
     def _engine(self, value: Any, where: str, fields: dict[str, Any], _: dict[str, Any]) -> None:
@@ -198,16 +200,10 @@ class Reader:
         fields |= {"min_replicas": least, "max_replicas": scaling.get("max_replicas", max(1, least))}
         if scaling.get("target_ongoing_requests") is not None:
             fields["target_ongoing_requests"] = round(scaling["target_ongoing_requests"])
-        delays = [scaling.get(name) for name in ("downscale_to_zero_delay_s", "downscale_delay_s")]
+        delays = [scaling.get(name) for name in DELAYS]
         if said := next((delay for delay in delays if delay), None):
             fields["idle_timeout"] = said
-        known = (
-            "min_replicas",
-            "max_replicas",
-            "target_ongoing_requests",
-            "downscale_to_zero_delay_s",
-            "downscale_delay_s",
-        )
+        known = ("min_replicas", "max_replicas", "target_ongoing_requests", *DELAYS)
         self._leave_out(scaling, dict.fromkeys(known, "") | OF_SCALER, where)
 
     def _placement(self, value: Any, where: str, fields: dict[str, Any], _: dict[str, Any]) -> None:

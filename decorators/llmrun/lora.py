@@ -108,6 +108,12 @@ class LoRA(BaseModel):
         return self.model_copy(update={"max_rank": next((rank for rank in RANKS if rank >= wanted), RANKS[-1])})
 
 
+def split_revision(called: str) -> tuple[str, str]:
+    """`adapter@revision`: its name and the revision; "" of one that is asked for as it is now."""
+    name, _, revision = called.partition("@")
+    return name, revision
+
+
 def read_rank(config: str | bytes) -> int:
     """The rank that an adapter's configuration says. Raises ValueError if it says none."""
     try:

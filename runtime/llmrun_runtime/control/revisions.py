@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from llmrun.errors import LLMRunError, NotThere
+from llmrun.lora import split_revision
 from llmrun_runtime.reports import Revision
 from llmrun_runtime.weights.adapters import Adapter
 
@@ -76,7 +77,7 @@ class Revisions:
     async def _look(self, key: tuple[str, str]) -> Entry:
         """While its source is away, a revision goes on to mean what it did."""
         model, called = key
-        name, _, revision = called.partition("@")
+        name, revision = split_revision(called)
         before = self._known.get(key)
         try:
             if not REVISION.fullmatch(revision):
@@ -98,5 +99,5 @@ class Revisions:
 
 
 def _fresh(entry: Entry, called: str, refresh: float, now: float) -> bool:
-    commit = COMMIT.fullmatch(called.partition("@")[2]) is not None
+    commit = COMMIT.fullmatch(split_revision(called)[1]) is not None
     return entry.adapter is not None and (commit or now - entry.asked < refresh)

@@ -20,6 +20,7 @@ from vllm.inputs import TokensPrompt
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 
+from llmrun.lora import split_revision
 from llmrun_runtime.engines.adapters import AdapterError, Likely
 from llmrun_runtime.engines.peft import Shapes, check_adapter, read_base
 
@@ -64,7 +65,7 @@ class VLLMAdapters:
         """See `Loader`."""
         await asyncio.to_thread(self._check, folder)
         # Usage and answers speak of the adapter, whatever its revision.
-        number, called = next(self._ids), f"{self._model}:{name.partition(AGAIN)[0]}"
+        number, called = next(self._ids), f"{self._model}:{split_revision(name)[0]}"
         # vLLM compares by name in places: two of one name, before and after a change, must not be taken for one.
         called += f"{AGAIN}{number}" if called in self._names else ""
         request = LoRARequest(called, number, str(folder))

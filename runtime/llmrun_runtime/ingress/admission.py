@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import python_multipart
 from rapidfuzz import fuzz, process
 
+from llmrun.lora import split_revision
 from llmrun_runtime.asgi import Scope
 from llmrun_runtime.ingress.dialects import mended
 from llmrun_runtime.table import ModelRoute, Table
@@ -196,16 +197,21 @@ def find_target(table: Table, name: str, seen: Seen = everything) -> Target:
     # 3.
     pin = model.adapters.get(adapter)
     if pin is None:
-        plain, at, _ = adapter.partition("@")
-        if at and plain in model.adapters:
+        plain, _ = split_revision(adapter)
+        if plain != adapter and plain in model.adapters:
             return Target(model, base, adapter)
-        known = [other for other in model.adapters if "@" not in other and seen(model, other)]
+        known = [other for other in listed_adapters(model) if seen(model, other)]
         near = close_names(plain, known, 3)
         some = ", ".join(f"{model.name}:{other}" for other in near)
         hint = f"did you mean {some}?" if near else f"it has {len(known)}, which GET /v1/models lists"
         text = f"{model.name} has no adapter {adapter!r}: {hint}"
         raise Refusal(404, text, "model_not_found", param="model")
     return Target(model, base, adapter, pin)
+
+
+def listed_adapters(model: ModelRoute) -> Iterator[str]:
+    """Their names, without the revisions that callers have named."""
+    return (name for name in model.adapters or () if not split_revision(name)[1])
 
 
 def close_names(name: str, names: Iterable[str], most: int) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llmrun.lora import split_revision
 from llmrun.wire import KeyFacts
 from llmrun_runtime.asgi import Scope
 from llmrun_runtime.ingress.admission import NOT_READY, Refusal
@@ -47,7 +48,7 @@ def may_see(key: KeyFacts | None, model: ModelRoute, adapter: str = "") -> bool:
     """
     if key is None or not key.models:
         return True
-    adapter = adapter.partition("@")[0]
+    adapter, _ = split_revision(adapter)
     return any(name in key.models or (adapter and f"{name}:{adapter}" in key.models) for name in model.names)
 
 

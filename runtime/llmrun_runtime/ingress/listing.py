@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from llmrun_runtime.ingress.admission import Seen
+from llmrun_runtime.ingress.admission import Seen, listed_adapters
 from llmrun_runtime.table import ModelRoute
 
 # Between so many other requests have their turn: 1 ms.
@@ -32,8 +32,8 @@ def _entries(models: list[ModelRoute], seen: Seen) -> Iterator[dict[str, Any]]:
         if seen(model):
             yield describe(model, model.name)
     for model in models:
-        for adapter in model.adapters or ():
-            if "@" not in adapter and seen(model, adapter):
+        for adapter in listed_adapters(model):
+            if seen(model, adapter):
                 yield _entry(model, f"{model.name}:{adapter}") | {"parent": model.name}
 
 

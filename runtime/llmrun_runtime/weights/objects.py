@@ -179,7 +179,6 @@ class ObjectStore:
             return WeightsError(f"{self._weights}: there is nothing at that address")
         words = ("credential", "forbidden", "accesskey", "signature", "anonymous caller", "unauthorized", "403", "401")
         if isinstance(error, PermissionError) or any(word in text.lower() for word in words):
-            open_filesystem.cache_clear()  # credentials on the disk may be others by the next time
             return WeightsError(f"{self._weights}: access denied ({text}): {self._advice()}")
         return WeightsError(f"{self._weights}: the store cannot be asked ({text})")
 
