@@ -41,8 +41,8 @@ def test_ray_serve_llms_file_is_deployed_as_it_is(cluster: Home, tmp_path: Path,
     said = cluster.ok("deploy", path, "--name", "rays")
     assert "! http_options is left out: `llmrun up --host --port`" in said
     assert "engine_kwargs.tokenizer_pool_size is left out: vLLM has it no more" in said
-    client = OpenAI(base_url=f"{cluster.url}/v1", api_key="none")
-    answer = client.completions.create(model="acme/Tiny_Llama", prompt="Once", max_tokens=4, temperature=0)
+    with OpenAI(base_url=f"{cluster.url}/v1", api_key="none") as client:
+        answer = client.completions.create(model="acme/Tiny_Llama", prompt="Once", max_tokens=4, temperature=0)
     assert answer.usage and answer.usage.completion_tokens == 4
     listed = {model["id"]: model["llmrun"] for model in httpx.get(f"{cluster.url}/v1/models").json()["data"]}
     assert listed["tiny-llama"]["aliases"] == ["acme/Tiny_Llama"] and listed["tiny-llama"]["max_model_len"] == 256
@@ -59,8 +59,8 @@ def test_a_generating_model_embeds_if_that_is_its_task(cluster: Home, tmp_path: 
     path.write_text(OURS.format(weights=tiny_weights))
     jsonschema.validate(yaml.safe_load(path.read_text()), json.loads(cluster.run("schema").stdout))
     cluster.ok("deploy", path)
-    client = OpenAI(base_url=f"{cluster.url}/v1", api_key="none")
-    found = client.embeddings.create(model="vectors", input=["one", "two"])
+    with OpenAI(base_url=f"{cluster.url}/v1", api_key="none") as client:
+        found = client.embeddings.create(model="vectors", input=["one", "two"])
     assert len(found.data) == 2 and len(found.data[0].embedding) > 8
     path.write_text(path.read_text().replace("task:", "tsk:"))
     assert "vectors.yml: models[0]: @llm does not know tsk='embed': did you mean task=?" in cluster.fails(
