@@ -70,15 +70,23 @@ class Home:
     def run(self, *args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
         """`llmrun ARGS`; output is text."""
         command = [str(BIN / "llmrun"), *map(str, args)]
-        return subprocess.run(
-            command,
-            env={**self.env, **env},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=2 * ENGINE_START_S,
-            check=False,
-        )
+        try:
+            return subprocess.run(
+                command,
+                env={**self.env, **env},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=2 * ENGINE_START_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(f"{error}\n{self.what_it_did()}") from None
+
+    def what_it_did(self) -> str:
+        """The ends of all logs of the last quarter of an hour: what a test shows that has waited in vain."""
+        files = [file for file in (self.path / "logs").rglob("*.log") if time.time() - file.stat().st_mtime < 900]
+        return "\n".join(f"==> {file} <==\n{file.read_text(errors='replace')[-4000:]}" for file in sorted(files))
 
     def on_a_terminal(self, *args: str | Path, answers: str) -> tuple[int, str]:
         """`llmrun ARGS` with a terminal, where `answers` are typed; its exit code and what the terminal shows."""

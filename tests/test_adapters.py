@@ -71,7 +71,7 @@ def test_the_rank_is_that_of_the_adapters() -> None:
     assert lora.settled([200], before).max_rank == 256
     assert lora.settled([24], LoRA("s3://other", max_rank=128)).max_rank == 32
     assert LoRA("s3://a/b", max_rank=8).settled([24], before).max_rank == 8
-    for config in ("[]", "{}", '{"r": "x"}', "no", b"\xff"):
+    for config in ("[]", "{}", '{"r": "x"}', '{"r": 1e999}', '{"r": 0}', "[" * 100_000, "no", b"\xff"):
         with pytest.raises(ValueError):
             read_rank(config)
 
@@ -343,3 +343,28 @@ async def test_a_commit_is_asked_for_once_and_a_branch_again() -> None:
     assert (await revisions.find("one", "legal@v 8", 60)).missing and asked[-1] == "main"
     before = len(asked)
     assert (await revisions.find("one", branch, 0)).missing and len(asked) == before, "a wrong one is not asked again"
+
+
+async def test_what_callers_name_is_bounded() -> None:
+    pins = iter(Pin(weights=Weights("org/a"), revision=letter * 40, files=()) for letter in "abc")
+    hold = asyncio.Event()
+
+    async def ask(model: str, name: str, revision: str) -> Adapter:
+        if revision.startswith("v"):
+            await hold.wait()
+            raise NotThere("gone")
+        return Adapter(name=name, pin=next(pins))
+
+    revisions = Revisions(ask)
+    for wrong in ("refs/pr/1", "a/../b", "..", "", "x" * 201):
+        assert (await revisions.find("one", f"legal@{wrong}", 60)).missing
+    moved = [(await revisions.find("one", "legal@main", 0)).pin for _ in range(2)]
+    assert [adapter.pin.id for adapter in revisions.adapters("one", "legal@main")] == moved[::-1]
+    waiting = [asyncio.ensure_future(revisions.find("one", f"legal@v{n}", 60)) for n in range(100)]
+    await asyncio.sleep(0)
+    hold.set()
+    said = [(await one).missing for one in waiting]
+    assert said == [True] * 64 + [False] * 36
+    assert revisions.pins("one", 60).keys() == {"legal@main"}, "wrong ones push nothing out"
+    revisions.keep("one", {"other"})
+    assert not revisions.adapters("one", "legal@main")

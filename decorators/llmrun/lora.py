@@ -17,6 +17,9 @@ from llmrun.weights import Weights, as_weights
 
 # In a request it stands after `model:`, and `@revision` may follow; in stores it is a folder's name.
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,126}")
+# As people name branches, tags and commits; no spaces, for it stands in a header. The Hub keeps what was only proposed
+# under `refs/`: anybody may put that there.
+REVISION = re.compile(r"(?!refs/)(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
 # An adapter's files, PEFT's: https://huggingface.co/docs/peft/developer_guides/checkpoint
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What vLLM has kernels for: `vllm.config.lora.MaxLoRARanks`.
@@ -117,9 +120,12 @@ def split_revision(called: str) -> tuple[str, str]:
 def read_rank(config: str | bytes) -> int:
     """The rank that an adapter's configuration says. Raises ValueError if it says none."""
     try:
-        return int(json.loads(config)["r"])
-    except (LookupError, TypeError) as error:
+        rank = int(json.loads(config)["r"])
+    except (LookupError, TypeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
+    if rank < 1:
+        raise ValueError(f"its rank is {rank}")
+    return rank
 
 
 def _show(value: float) -> str:

@@ -109,7 +109,9 @@ class NodeAgent:
         """What a source means now."""
         return await self._weights.pin(weights, self._environment(env))
 
-    async def adapters(self, weights: Weights, env: Mapping[str, Secret | str], ranks: dict[str, int]) -> list[Adapter]:
+    async def adapters(
+        self, weights: Weights, env: Mapping[str, Secret | str], ranks: dict[str, int] | None
+    ) -> list[Adapter]:
         """See `NodeWeights.adapters`."""
         return await self._weights.adapters(weights, self._environment(env), ranks)
 

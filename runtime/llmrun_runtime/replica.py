@@ -86,14 +86,21 @@ class Replica:
     async def __del__(self) -> None:
         """Drain: leave the table, linger, wait until nothing is in flight, end the engine."""
         was_ready, self._state = self._state == "ready", "draining"
+        self._say("draining")
         await self._report()
         if was_ready and not self._failed:
             now = time.monotonic
             deadline = now() + self._config.drain_timeout - LINGER_S
             quiet_since = now()
             while now() < deadline and now() - quiet_since < LINGER_S and self._engine and not self._engine.ended():
-                if not await self._count() or self._counts["in_flight"]:  # no answer: busy
-                    quiet_since = now()
+                if await self._count():
+                    if self._counts["in_flight"]:
+                        quiet_since = now()
+                elif now() - self._answered > SILENT_S:
+                    self._say(f"the engine has not answered for {SILENT_S:g} s")
+                    break
+                else:
+                    quiet_since = now()  # no answer: busy
                 await asyncio.sleep(DRAIN_POLL_S)
         for task in (self._starting, self._reporting):
             task.cancel()

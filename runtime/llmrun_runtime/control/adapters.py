@@ -67,7 +67,9 @@ class Adapters:
         self._planned: dict[str, Catalogue] = {}
         """Of models that are to be deployed."""
         self._revisions = Revisions(self._at)
-        self._looking: dict[str, asyncio.Task[None]] = {}
+        self._looking: dict[str, asyncio.Task[bool]] = {}
+        self._again: dict[str, float] = {}
+        """Until when models are left alone whose adapters could never be listed; of the monotonic clock."""
         self._used: dict[str, dict[str, float]] = {}
         """By model and name, when (Unix time)."""
 
@@ -122,13 +124,13 @@ class Adapters:
         """An adapter as it was. Raises LLMRunError; NotThere if it was not."""
         row, known = self._scaling.deployed.get(model), self._known.get(model)
         lora = row.spec.lora if row else None
-        if not row or not lora or not known or name not in known.adapters:
+        if not row or not lora or not known or not known.is_of(lora) or name not in known.adapters:
             raise NotThere(f"{model} has no adapter {name!r}")
         source = lora.path or lora.adapters[name]
         if source.kind != "hub":
             raise NotThere(f"{source} keeps no revisions: only the Hub's repositories do")
         source = source.model_copy(update={"source": f"{source.repo}@{revision}"})
-        found = await self._stock.adapters(source, row.spec.env, row.placement, known.ranks)
+        found = await self._stock.adapters(source, row.spec.env, row.placement, None)
         called = known.adapters[name].folder
         for adapter in found:
             if adapter.folder == called:
@@ -141,9 +143,9 @@ class Adapters:
         for adapters in (known.adapters, known.before) if known else ():
             if name in adapters and adapters[name].pin.id == pin_id:
                 return adapters[name]
-        revised = self._revisions.adapter(model, name)
-        if revised and revised.pin.id == pin_id:
-            return revised
+        for revised in self._revisions.adapters(model, name):
+            if revised.pin.id == pin_id:
+                return revised
         raise WeightsError(f"the adapter {name} of {model} has just been changed or removed: ask again")
 
     def rows(self, model: str, registry: Registry) -> list[AdapterRow]:
@@ -172,19 +174,22 @@ class Adapters:
                 self._begin(row)
             await asyncio.sleep(TICK_S)
 
-    async def look(self, model: str) -> None:
-        """Look again now: return when what the sources have from here on is known, or could not be."""
+    async def look(self, model: str) -> bool:
+        """Look again now, and return when what the sources have from here on is known; False if it could not be."""
         while under_way := self._looking.get(model):
             await asyncio.wait([under_way])
         if row := self._scaling.deployed.get(model):
-            await asyncio.wait([self._begin(row)])
+            task = self._begin(row)
+            await asyncio.wait([task])
+            return not task.cancelled() and not task.exception() and task.result()
+        return False
 
-    def _begin(self, row: Deployed) -> asyncio.Task[None]:
+    def _begin(self, row: Deployed) -> asyncio.Task[bool]:
         task = self._looking[row.name] = asyncio.get_running_loop().create_task(self._look(row))
         task.add_done_callback(functools.partial(self._looked, row.name))
         return task
 
-    def _looked(self, model: str, task: asyncio.Task[None]) -> None:
+    def _looked(self, model: str, task: asyncio.Task[bool]) -> None:
         del self._looking[model]
         if not task.cancelled() and (error := task.exception()):
             log.error("the adapters of %s could not be listed", model, exc_info=error)
@@ -193,16 +198,20 @@ class Adapters:
         now, deployed = time.monotonic(), self._scaling.deployed
         self._used = {model: used for model, used in self._used.items() if model in deployed}
         self._known = {name: known for name, known in self._known.items() if name in deployed}
+        self._again = {model: when for model, when in self._again.items() if when > now}
         self._planned = {name: plan for name, plan in self._planned.items() if now - plan.looked < FORGET_S}
         for row in self._scaling.deployed.values():
             lora, known = row.spec.lora, self._known.get(row.name)
             if lora is None or row.name in self._looking:
                 continue
-            if known is None or not known.is_of(lora) or now - known.looked >= lora.refresh:
+            if known is None or not known.is_of(lora):
+                if now >= self._again.get(row.name, 0):
+                    yield row
+            elif now - known.looked >= lora.refresh:
                 yield row
 
-    async def _look(self, row: Deployed) -> None:
-        """A listing that fails, or that has become empty, removes nothing."""
+    async def _look(self, row: Deployed) -> bool:
+        """Whether they could be listed. A listing that fails, or that has become empty, removes nothing."""
         lora, known = row.spec.lora, self._known.get(row.name)
         assert lora
         try:
@@ -212,18 +221,22 @@ class Adapters:
             known = self._known.get(row.name)
             if known and known.is_of(lora):
                 known.looked = time.monotonic()
-                return
+                return False
             self._scaling.set_adapters(row.name, None, str(error))
-            await asyncio.sleep(lora.refresh / 4)
-            return
+            self._again[row.name] = time.monotonic() + lora.refresh / 4
+            return False
+        now = self._scaling.deployed.get(row.name)
+        if not now or not now.spec.lora or now.spec.lora.sources != lora.sources:
+            return False  # another deploy came in between, and has said what there is
         known = self._known.get(row.name)
         if known and known.is_of(lora) and known.adapters and not found:
             log.warning("the adapters of %s: %s is empty now; those that were there stay", row.name, lora.places)
             known.looked = time.monotonic()
-            return
+            return True
         if self._take(row.name, lora, found) and row.name in self._scaling.deployed:
             await asyncio.to_thread(self._store, row.name, self._known[row.name])
         self._tell(row.name)
+        return True
 
     def _take(self, model: str, lora: LoRA, found: dict[str, Adapter]) -> bool:
         """Know them from now on; whether that is something new."""
@@ -245,7 +258,8 @@ class Adapters:
         planned = self._planned.pop(model, None)
         if lora is None or known is None or not known.is_of(lora):
             self._revisions.forget(model)
-        if lora and planned and planned.is_of(lora) and (known is None or planned.looked > known.looked):
+        if planned and planned.is_of(lora) and (not known or not known.is_of(lora) or planned.looked > known.looked):
+            assert lora
             self._take(model, lora, planned.adapters)
         if (known := self._known.get(model)) and known.is_of(lora):
             self._store(model, known)
@@ -253,6 +267,7 @@ class Adapters:
 
     def _tell(self, model: str) -> None:
         known = self._known[model]
+        self._revisions.keep(model, known.adapters)
         found = {name: adapter.pin.id for name, adapter in sorted(known.adapters.items())}
         self._scaling.set_adapters(model, found | self._revisions.pins(model, known.lora.refresh))
 

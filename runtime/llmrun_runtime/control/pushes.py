@@ -8,6 +8,7 @@ import tarfile
 import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 import ray
 
@@ -34,6 +35,7 @@ class Pushes:
         self._scaling = scaling
         self._adapters = adapters
         self._jobs = jobs
+        self._writing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def start(self, model: str, name: str, tar: AsyncIterator[bytes]) -> Job:
         """Take in the files, as a tar, and begin. Raises Refused for what can be known to fail."""
@@ -61,14 +63,16 @@ class Pushes:
             await job.say("step", text=f"copying {size:,} bytes to {target}")
             agent = agent_on(ray.get_runtime_context().get_node_id())
             try:
-                await asyncio.wait_for(agent.push.remote(str(here), target, row.spec.env), ERRAND_TIMEOUT_S)
+                async with self._writing.setdefault(str(target), asyncio.Lock()):  # files of two must not mix
+                    await asyncio.wait_for(agent.push.remote(str(here), target, row.spec.env), ERRAND_TIMEOUT_S)
             except ray.exceptions.RayTaskError as error:
                 cause = error.cause
                 raise (cause if isinstance(cause, WeightsError | EngineError) else error) from None
             except (ray.exceptions.RayError, TimeoutError) as error:
                 raise EngineError(f"the head's node agent went away ({type(error).__name__}): push again") from None
             await job.say("step", text=f"listing the adapters of {row.name}")
-            await self._adapters.look(row.name)
+            if not await self._adapters.look(row.name):
+                raise WeightsError(f"it was copied to {target}, which could not be listed: it is tried again later")
             if not self._adapters.has(row.name, name):
                 raise WeightsError(
                     f"it was copied to {target}, and is not listed there: `llmrun adapter list` says more"
@@ -112,7 +116,7 @@ async def _receive(tar: AsyncIterator[bytes], here: Path) -> None:
 
 def _unpack(whole: Path, here: Path) -> None:
     try:
-        with tarfile.open(whole) as tar:
+        with tarfile.open(whole, "r:") as tar:
             for name in FILES:
                 taken = tar.extractfile(name)
                 if taken is None:

@@ -6,20 +6,18 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 
 from llmrun.errors import LLMRunError, NotThere
-from llmrun.lora import split_revision
+from llmrun.lora import REVISION, split_revision
 from llmrun_runtime.reports import Revision
 from llmrun_runtime.weights.adapters import Adapter
 
 log = logging.getLogger("llmrun.control")
-# As git and the Hub name branches, tags and commits; no spaces, for it stands in a header.
-REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # Callers choose them, so what is kept is bounded, and so is what is asked for at once.
-KEPT, AT_ONCE = 1000, 4
+KEPT, AT_ONCE, MOST_ASKED = 1000, 4, 64
 WRONG_S = 10.0
 Ask = Callable[[str, str, str], Awaitable[Adapter]]
 """Model, adapter, revision. Raises LLMRunError; NotThere if there is none."""
@@ -27,10 +25,11 @@ Ask = Callable[[str, str, str], Awaitable[Adapter]]
 
 @dataclass
 class Entry:
-    """What is known of one; `asked` is of the monotonic clock."""
+    """What is known of one; `asked` is of the monotonic clock, `before` what it meant until it moved."""
 
     adapter: Adapter | None
     said: Revision
+    before: Adapter | None = None
     asked: float = field(default_factory=time.monotonic)
 
 
@@ -41,25 +40,41 @@ class Revisions:
         self._ask = ask
         self._known: dict[tuple[str, str], Entry] = {}
         """By model and `adapter@revision`, the one asked for last at the end."""
+        self._wrong: dict[tuple[str, str], Entry] = {}
+        """Those that there are not, in the same way: they push none of the others out."""
         self._asking: dict[tuple[str, str], asyncio.Task[Entry]] = {}
         self._gate = asyncio.Semaphore(AT_ONCE)
 
     async def find(self, model: str, called: str, refresh: float) -> Revision:
         """What `adapter@revision` means now; `refresh`: seconds for which that is so."""
         key, now = (model, called), time.monotonic()
-        entry = self._known.get(key)
-        if entry and (_fresh(entry, called, refresh, now) or (not entry.adapter and now - entry.asked < WRONG_S)):
+        if not REVISION.fullmatch(split_revision(called)[1]):
+            return Revision(trouble="a revision is a branch, a tag or a commit", missing=True)
+        entry, wrong = self._known.get(key), self._wrong.get(key)
+        if entry and _fresh(entry, called, refresh, now):
             return entry.said
+        if wrong and now - wrong.asked < WRONG_S:
+            return wrong.said
         if key not in self._asking:
+            if len(self._asking) >= MOST_ASKED:
+                return Revision(trouble=f"{MOST_ASKED} other revisions are being asked for")
             task = asyncio.get_running_loop().create_task(self._look(key))
             self._asking[key] = task
             task.add_done_callback(lambda _: self._asking.pop(key))
         return (await asyncio.shield(self._asking[key])).said
 
-    def adapter(self, model: str, called: str) -> Adapter | None:
-        """One that was found, whether or not it means something else by now."""
+    def adapters(self, model: str, called: str) -> list[Adapter]:
+        """What it means, and what it meant before that, for requests under way."""
         entry = self._known.get((model, called))
-        return entry.adapter if entry else None
+        return [adapter for adapter in (entry.adapter, entry.before) if adapter] if entry else []
+
+    def keep(self, model: str, names: Collection[str]) -> None:
+        """Forget those of adapters that the model has no more."""
+        self._known = {
+            (theirs, called): entry
+            for (theirs, called), entry in self._known.items()
+            if theirs != model or split_revision(called)[0] in names
+        }
 
     def pins(self, model: str, refresh: float) -> dict[str, str]:
         """Those of a model that need not be asked for now, by `adapter@revision`."""
@@ -80,21 +95,23 @@ class Revisions:
         name, revision = split_revision(called)
         before = self._known.get(key)
         try:
-            if not REVISION.fullmatch(revision):
-                raise NotThere("a revision is a branch, a tag or a commit")
             async with self._gate:
                 adapter = await self._ask(model, name, revision)
-            entry = Entry(adapter, Revision(adapter.pin.id))
+            moved = before and before.adapter and before.adapter.pin.id != adapter.pin.id
+            last = (before.adapter if moved else before.before) if before else None
+            entry = Entry(adapter, Revision(adapter.pin.id), last)
         except LLMRunError as error:
             if before and before.adapter and not isinstance(error, NotThere):
                 log.warning("%s:%s: %s; it goes on to mean %s", model, called, error, before.said.pin)
-                entry = Entry(before.adapter, before.said)
+                entry = Entry(before.adapter, before.said, before.before)
             else:
                 entry = Entry(None, Revision(trouble=str(error), missing=isinstance(error, NotThere)))
         self._known.pop(key, None)
-        while len(self._known) >= KEPT:
-            del self._known[next(iter(self._known))]
-        self._known[key] = entry
+        self._wrong.pop(key, None)
+        kept = self._known if entry.adapter else self._wrong
+        while len(kept) >= KEPT:
+            del kept[next(iter(kept))]
+        kept[key] = entry
         return entry
 
 

@@ -77,7 +77,7 @@ class Stock:
         return newest[1] if newest else None
 
     async def adapters(
-        self, weights: Weights, env: Mapping[str, Secret | str], placement: Placement, ranks: dict[str, int]
+        self, weights: Weights, env: Mapping[str, Secret | str], placement: Placement, ranks: dict[str, int] | None
     ) -> list[Adapter]:
         """The adapters at a source now, asked as `pin` does; see `NodeWeights.adapters`. Raises LLMRunError."""
         nodes = await alive(real_nodes())

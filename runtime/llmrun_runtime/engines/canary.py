@@ -30,7 +30,13 @@ class Canary:
 
         Raises AdapterError if they differ.
         """
-        first = await asyncio.to_thread(self._first, pin, said)
+        if difference(said, said):
+            raise AdapterError("it answers with log-probabilities that are no numbers (canary=True)", UNAVAILABLE)
+        try:
+            first = await asyncio.to_thread(self._first, pin, said)
+        except OSError as error:
+            text = f"its first answers cannot be read or kept ({error}) (canary=True)"
+            raise AdapterError(text, UNAVAILABLE) from None
         apart = difference(first, said)
         if apart <= TOLERANCE:
             return
@@ -42,7 +48,9 @@ class Canary:
         file = self._folder / f"{pin}.json"
         try:
             first: list[Likely] = json.loads(file.read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError) as error:
+            if isinstance(error, ValueError):
+                log.warning("%s is damaged (%s): what comes now is the first", file, error)
             self._folder.mkdir(parents=True, exist_ok=True)
             new = file.with_suffix(f".{os.getpid()}")
             new.write_text(json.dumps(list(said)))

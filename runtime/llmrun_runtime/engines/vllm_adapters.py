@@ -69,14 +69,17 @@ class VLLMAdapters:
         # vLLM compares by name in places: two of one name, before and after a change, must not be taken for one.
         called += f"{AGAIN}{number}" if called in self._names else ""
         request = LoRARequest(called, number, str(folder))
+        self._names.add(called)
         try:
             await self._engine.add_lora(request)
-        except Exception as error:  # noqa: BLE001 - whatever the engine's core raised comes as one of many
+        except BaseException as error:  # whatever the engine's core raised comes as one of many
+            self._names.discard(called)
+            if not isinstance(error, Exception):
+                raise
             with contextlib.suppress(Exception):  # what there is of it
                 await self._engine.remove_lora(number)
             lines = str(error).strip().splitlines()
             raise AdapterError(f"vLLM cannot load it: {lines[-1] if lines else type(error).__name__}", 400) from None
-        self._names.add(called)
         return request
 
     def _check(self, folder: Path) -> None:

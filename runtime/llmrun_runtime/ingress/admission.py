@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import python_multipart
 from rapidfuzz import fuzz, process
 
-from llmrun.lora import split_revision
+from llmrun.lora import REVISION, split_revision
 from llmrun_runtime.asgi import Scope
 from llmrun_runtime.ingress.dialects import mended
 from llmrun_runtime.table import ModelRoute, Table
@@ -197,8 +197,8 @@ def find_target(table: Table, name: str, seen: Seen = everything) -> Target:
     # 3.
     pin = model.adapters.get(adapter)
     if pin is None:
-        plain, _ = split_revision(adapter)
-        if plain != adapter and plain in model.adapters:
+        plain, revision = split_revision(adapter)
+        if plain in model.adapters and REVISION.fullmatch(revision):
             return Target(model, base, adapter)
         known = [other for other in listed_adapters(model) if seen(model, other)]
         near = close_names(plain, known, 3)

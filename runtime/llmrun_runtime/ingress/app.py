@@ -177,20 +177,23 @@ class Ingress:
         check_seen(key, model, target.adapter)
         check_path(model, scope["path"])
         check_awake(key, model)
-        target = await self._pinned(target)
         request.model = model.name
         limits = limits_of(key, model)
         early = EarlyStream(send, [(b"x-request-id", request.id.encode("latin-1"))])
-        caller = Caller(request.key, key is not None and not key.wake, asked.prefix, target.pin)
-        patience = Patience(self._waiting, target.name, limit, early if asked.stream else None, caller)
+
+        async def ask() -> None:
+            pinned = await self._pinned(target)
+            caller = Caller(request.key, key is not None and not key.wake, asked.prefix, pinned.pin)
+            patience = Patience(self._waiting, target.name, limit, early if asked.stream else None, caller)
+            headers = _asked_as(scope, request, caller, pinned)
+            if asked.mended:
+                headers = [(name, value) for name, value in headers if name != "content-length"]
+            await self._ask(scope, early, patience, headers, asked.mended or body, request)
+
         try:
             with self._limiter.entered(limits, time.time()):
                 request.headers = self._limiter.headers(limits, time.time())
-                headers = _asked_as(scope, request, caller, target)
-                if asked.mended:
-                    headers = [(name, value) for name, value in headers if name != "content-length"]
-                work = self._ask(scope, early, patience, headers, asked.mended or body, request)
-                await _unless_gone(self._in_time(work), receive)
+                await _unless_gone(self._in_time(ask()), receive)
         except Refusal as refusal:
             request.headers = self._limiter.headers(limits, time.time())
             if early.started and not early.events:

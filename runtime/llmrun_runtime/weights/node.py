@@ -45,8 +45,8 @@ class NodeWeights:
         """What the source means now, asked with this node's credentials. Raises WeightsError."""
         return Pin.model_validate(await self._list(Errand(do="pin", weights=weights), env))
 
-    async def adapters(self, weights: Weights, env: Mapping[str, str], ranks: dict[str, int]) -> list[Adapter]:
-        """The adapters that lie at a source now; `ranks`: those known already, by pin. Raises WeightsError."""
+    async def adapters(self, weights: Weights, env: Mapping[str, str], ranks: dict[str, int] | None) -> list[Adapter]:
+        """The adapters that lie at a source now; `ranks`: see `list_adapters`. Raises WeightsError."""
         found = await self._list(Errand(do="adapters", weights=weights, ranks=ranks), env)
         return [Adapter.model_validate(item) for item in found]
 

@@ -18,12 +18,17 @@ AT_ONCE = 16
 MOST_BYTES = 2**20
 
 
-def list_adapters(store: Store, known: Mapping[str, int]) -> list[Adapter]:
-    """All adapters there, in the order of their names; `known`: ranks by pin. Raises WeightsError."""
+def list_adapters(store: Store, known: Mapping[str, int] | None) -> list[Adapter]:
+    """All adapters there, in the order of their names. Raises WeightsError.
+
+    `known`: ranks by pin, the others are read; None: nobody wants to know them.
+    """
     listed = store.listed()
     store.use(listed)
     files = {file.name: file for file in listed.files}
     found = [adapter for _, adapter in sorted(find_adapters(listed).items())]
+    if known is None:
+        return found
     ranks = dict(known)
     pool = ThreadPoolExecutor(AT_ONCE)
     reading = {

@@ -45,8 +45,8 @@ class Errand(BaseModel):
     """For `import` and `push`: where the files lie."""
     target: AnyWeights | None = None
     """For `mirror` and `push`: where they go."""
-    ranks: dict[str, int] = {}
-    """For `adapters`: those known already, by pin."""
+    ranks: dict[str, int] | None = {}
+    """For `adapters`: those known already, by pin; None: they are not wanted."""
 
 
 class Progress:

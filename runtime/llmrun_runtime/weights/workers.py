@@ -23,7 +23,7 @@ class Workers:
 
     def __init__(self, where: str) -> None:
         self._where = where
-        self._idle: dict[asyncio.subprocess.Process, dict[str, str]] = {}
+        self._idle: dict[asyncio.subprocess.Process, tuple[dict[str, str], asyncio.TimerHandle]] = {}
         self._ending: set[asyncio.Task[None]] = set()
 
     async def send(self, errand: Errand, env: Mapping[str, str], progress: Callable[[int, int], None]) -> Any:
@@ -46,8 +46,9 @@ class Workers:
         await asyncio.gather(*self._ending, return_exceptions=True)
 
     async def _take(self, env: dict[str, str]) -> asyncio.subprocess.Process:
-        for process, theirs in self._idle.items():
+        for process, (theirs, timer) in self._idle.items():
             if theirs == env and process.returncode is None:
+                timer.cancel()
                 del self._idle[process]
                 return process
         return await asyncio.create_subprocess_exec(
@@ -83,15 +84,11 @@ class Workers:
         if not await process.stdout.readline():
             self._end(process)
             return
-        self._idle[process] = env
-        asyncio.get_running_loop().call_later(IDLE_S, self._end_idle, process)
-
-    def _end_idle(self, process: asyncio.subprocess.Process) -> None:
-        if self._idle.pop(process, None) is not None:
-            self._end(process)
+        self._idle[process] = env, asyncio.get_running_loop().call_later(IDLE_S, self._end, process)
 
     def _end(self, process: asyncio.subprocess.Process) -> None:
-        self._idle.pop(process, None)
+        if process in self._idle:
+            self._idle.pop(process)[1].cancel()
         with contextlib.suppress(ProcessLookupError):
             process.kill()
         self._later(_reap(process))
