@@ -131,7 +131,7 @@ async def test_an_adapter_that_answers_otherwise_than_at_its_first_load_is_not_u
 
     await use("a", -1.0, -2.0)
     await use("b", -5.0, -7.0)
-    for answers, said in (((-1.0, -4.0), "0.5 apart"), ((-1.0,), "inf apart")):
+    for answers, said in (((-1.0, -4.0), "0.5 apart"), ((-1.0,), "inf apart"), ((-1.0, float("nan")), "inf apart")):
         with pytest.raises(AdapterError, match=f"otherwise than .*{said}") as failed:
             await use("a", *answers)
         assert failed.value.status == 503 and fake.inside == []

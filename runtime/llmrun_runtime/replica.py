@@ -93,14 +93,12 @@ class Replica:
             deadline = now() + self._config.drain_timeout - LINGER_S
             quiet_since = now()
             while now() < deadline and now() - quiet_since < LINGER_S and self._engine and not self._engine.ended():
-                if await self._count():
-                    if self._counts["in_flight"]:
-                        quiet_since = now()
-                elif now() - self._answered > SILENT_S:
+                answers = await self._count()
+                if not answers and now() - self._answered > SILENT_S:
                     self._say(f"the engine has not answered for {SILENT_S:g} s")
                     break
-                else:
-                    quiet_since = now()  # no answer: busy
+                if not answers or self._counts["in_flight"]:  # no answer: busy
+                    quiet_since = now()
                 await asyncio.sleep(DRAIN_POLL_S)
         for task in (self._starting, self._reporting):
             task.cancel()

@@ -256,10 +256,10 @@ class Adapters:
         """Say which adapters a model that has just been put in force has, as far as that is known."""
         lora, known = self._scaling.deployed[model].spec.lora, self._known.get(model)
         planned = self._planned.pop(model, None)
-        if lora is None or known is None or not known.is_of(lora):
+        if not known or not known.is_of(lora):
+            known = None
             self._revisions.forget(model)
-        if planned and planned.is_of(lora) and (not known or not known.is_of(lora) or planned.looked > known.looked):
-            assert lora
+        if lora and planned and planned.is_of(lora) and (known is None or planned.looked > known.looked):
             self._take(model, lora, planned.adapters)
         if (known := self._known.get(model)) and known.is_of(lora):
             self._store(model, known)

@@ -30,8 +30,6 @@ class Canary:
 
         Raises AdapterError if they differ.
         """
-        if difference(said, said):
-            raise AdapterError("it answers with log-probabilities that are no numbers (canary=True)", UNAVAILABLE)
         try:
             first = await asyncio.to_thread(self._first, pin, said)
         except OSError as error:
@@ -51,6 +49,9 @@ class Canary:
         except (FileNotFoundError, ValueError) as error:
             if isinstance(error, ValueError):
                 log.warning("%s is damaged (%s): what comes now is the first", file, error)
+            if difference(said, said):
+                text = "it answers with log-probabilities that are no numbers (canary=True)"
+                raise AdapterError(text, UNAVAILABLE) from None
             self._folder.mkdir(parents=True, exist_ok=True)
             new = file.with_suffix(f".{os.getpid()}")
             new.write_text(json.dumps(list(said)))
