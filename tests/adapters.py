@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from llmrun_runtime.weights.pin import File
+
 Shapes = dict[str, tuple[int, int]]
 # Of the tiny Llama that `conftest.make_tiny_weights` makes: what goes into a layer's module, and what comes out.
 TINY: Shapes = {"q_proj": (128, 128), "v_proj": (128, 64), "o_proj": (128, 128)}
@@ -34,3 +36,8 @@ def make_adapter(
     config |= {"target_modules": list(shapes), "base_model_name_or_path": "tiny"}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
+
+
+def files(*names: str) -> tuple[File, ...]:
+    """Files of a listing."""
+    return tuple(File(name=name, size=1, version=f"v of {name}") for name in names)

@@ -109,9 +109,13 @@ class Engine:
 
 
 class Bench:
-    """An ingress with a table that the test writes; `revisions`: what control would say of `adapter@revision`."""
+    """An ingress with a table that the test writes; `revisions`: what control would say of `adapter@revision`.
+
+    It says that while `control` is set.
+    """
 
     revisions: dict[str, Revision]
+    control: asyncio.Event
 
     def __init__(self, waiting: Waiting, limiter: Limiter, url: str, session: aiohttp.ClientSession) -> None:
         self.waiting, self.limiter, self.url, self.session = waiting, limiter, url, session
@@ -137,8 +141,11 @@ async def an_ingress(*, keys_only: bool = False, **settings: Any) -> AsyncIterat
     parsed = Settings(**{"max_body_bytes": 2**20, "wake_timeout": 1.5} | settings)
     waiting, limiter = Waiting(parsed.wake_timeout, lambda: None), Limiter()
     revisions: dict[str, Revision] = {}
+    control = asyncio.Event()
+    control.set()
 
     async def revise(model: str, called: str) -> Revision:
+        await control.wait()
         return revisions[called]
 
     ingress = Ingress(parsed, waiting, limiter, Metrics("ingress", waiting), revise, keys_only=keys_only)
@@ -147,7 +154,7 @@ async def an_ingress(*, keys_only: bool = False, **settings: Any) -> AsyncIterat
     server = asyncio.create_task(http.serve(app, sock))
     async with aiohttp.ClientSession() as session:
         bench = Bench(waiting, limiter, f"http://127.0.0.1:{sock.getsockname()[1]}", session)
-        bench.revisions = revisions
+        bench.revisions, bench.control = revisions, control
         yield bench
     await ingress.close()
     await waiting.close()

@@ -7,6 +7,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,24 +16,23 @@ from typing import Any
 import pytest
 
 from llmrun import LoRA, SpecError, Weights
-from llmrun.errors import NotThere, WeightsError
+from llmrun.errors import WeightsError
 from llmrun.lora import as_lora, read_rank
 from llmrun.spec import ModelSpec
 from llmrun.wire import KeyFacts
 from llmrun_runtime.control.adapters import Adapters as Catalogues
+from llmrun_runtime.control.adapters import Catalogue
 from llmrun_runtime.control.database import Database, Deployed
 from llmrun_runtime.control.placing import Placement
-from llmrun_runtime.control.revisions import Revisions
 from llmrun_runtime.engines.base import ADAPTER_HEADER
 from llmrun_runtime.ingress.admission import Refusal, find_target
 from llmrun_runtime.ingress.gate import check_seen, may_see
 from llmrun_runtime.ingress.routing import AFFINITY_SLACK, choose
-from llmrun_runtime.reports import Revision
 from llmrun_runtime.table import ReplicaRoute, Table, by_names
 from llmrun_runtime.weights.adapters import Adapter, find_adapters
 from llmrun_runtime.weights.objects import ObjectStore
 from llmrun_runtime.weights.pin import File, Pin
-from tests.adapters import make_adapter
+from tests.adapters import files, make_adapter
 from tests.ingress import Bench, Engine, bearer, keys, route
 
 
@@ -74,11 +74,6 @@ def test_the_rank_is_that_of_the_adapters() -> None:
     for config in ("[]", "{}", '{"r": "x"}', '{"r": 1e999}', '{"r": 0}', "[" * 100_000, "no", b"\xff"):
         with pytest.raises(ValueError):
             read_rank(config)
-
-
-def files(*names: str) -> tuple[File, ...]:
-    """Files of a listing."""
-    return tuple(File(name=name, size=1, version=f"v of {name}") for name in names)
 
 
 def test_adapters_are_found_folder_by_folder() -> None:
@@ -184,11 +179,17 @@ async def test_models_are_listed_as_far_as_the_key_sees_them(bench: Bench) -> No
             assert answer.status == status, name
 
 
+LORA = LoRA("s3://acme/all", refresh=1)
+
+
 class Source:
     """What a model's address has: adapters, or a reason why it cannot be asked. Stands for control's stock."""
 
     def __init__(self, *names: str) -> None:
         self.trouble = ""
+        self.gate = asyncio.Event()
+        """Answers are held back while it is not set."""
+        self.gate.set()
         self.hold(*names)
 
     def hold(self, *names: str) -> None:
@@ -199,16 +200,19 @@ class Source:
 
     async def adapters(self, *_: Any) -> list[Adapter]:
         """They, or WeightsError."""
+        await self.gate.wait()
         if self.trouble:
             raise WeightsError(self.trouble)
         return self.adapters_there
 
 
 @contextlib.asynccontextmanager
-async def catalogue(source: Source, database: Database) -> AsyncIterator[tuple[Catalogues, dict[str, Any]]]:
+async def catalogue(
+    source: Source, database: Database, lora: LoRA = LORA
+) -> AsyncIterator[tuple[Catalogues, dict[str, Any]]]:
     """Control's adapters of one model, looked at all the time; and what ingresses would be told."""
     told: dict[str, Any] = {}
-    spec = ModelSpec(name="one", model="org/one", lora=LoRA("s3://acme/all", refresh=1))
+    spec = ModelSpec(name="one", model="org/one", lora=lora)
     row = Deployed("app", 1, 1, spec, Placement(1, 0), proven=True)
 
     def tell(model: str, found: dict[str, str] | None, trouble: str = "") -> None:
@@ -291,80 +295,46 @@ async def test_ten_thousand_adapters_are_listed_while_others_have_their_turn(ben
     assert sorted(pauses)[-5] < 0.02, "the loop is never held for long (rare pauses are the machine's)"
 
 
-async def test_a_revision_is_asked_of_control_and_is_not_listed(bench: Bench, engine: Engine) -> None:
-    bench.table(route(engine.port, lora=True, adapters={"legal": "pin-1", "legal@v2": "pin-2"}))
-    bench.revisions |= {
-        "legal@v1": Revision("pin-0"),
-        "legal@v9": Revision(trouble="acme/legal has no revision 'v9'", missing=True),
-        "legal@away": Revision(trouble="the Hub cannot be asked"),
-    }
-    for name, status, said in (
-        ("one:legal@v1", 200, ""),
-        ("one:legal@v2", 200, ""),
-        ("one:legal@v9", 404, "the model 'one:legal@v9' does not exist: acme/legal has no revision"),
-        ("one:legal@away", 503, "what one:legal@away means is not known: the Hub cannot be asked"),
-        ("one:lega@v1", 404, "did you mean one:legal?"),
-    ):
-        found, headers, answer = await bench.ask({"model": name})
-        assert found == status and said in str(answer) and ("Retry-After" in headers) == (status == 503)
-    assert [asked.headers[ADAPTER_HEADER] for asked in engine.asked] == ["legal@v1 pin-0", "legal@v2 pin-2"]
-    async with bench.session.get(bench.url + "/v1/models") as answer:
-        assert [model["id"] for model in (await answer.json())["data"]] == ["one", "one:legal"]
-    async with bench.session.get(bench.url + "/v1/models/one:legal@v9") as answer:
-        assert answer.status == 404
+async def test_only_the_revision_that_lora_names_may_be_asked_for(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/control.db")
+    pin = Pin(weights=Weights("acme/legal@v3"), revision="c" * 40, files=files("adapter_config.json"))
+    source = Source()
+    source.adapters_there = [Adapter(name="legal", pin=pin)]
+    lora = LoRA(adapters={"legal": "acme/legal@v3", "free": "acme/free"})
+    async with catalogue(source, database, lora) as (made, told):
+        await eventually(lambda: bool(told.get("one", [None])[0]))
+        assert (await made.revision("one", "free@v1")).pin == (await made.revision("one", "legal@v3")).pin == pin.id
+        other = await made.revision("one", "legal@v2")
+        assert other.missing and "names the revision v3 of acme/legal, and no other" in other.trouble
+    database.close()
 
 
-async def test_a_commit_is_asked_for_once_and_a_branch_again() -> None:
-    asked: list[str] = []
-    trouble: list[WeightsError] = []
-    pin = Pin(weights=Weights("acme/legal@x"), revision="c" * 40, files=files("adapter_config.json"))
-
-    async def ask(model: str, name: str, revision: str) -> Adapter:
-        asked.append(revision)
-        await asyncio.sleep(0)
-        if trouble:
-            raise trouble[0]
-        return Adapter(name=name, pin=pin)
-
-    revisions = Revisions(ask)
-    commit, branch = f"legal@{'c' * 40}", "legal@main"
-    found = await asyncio.gather(*(revisions.find("one", called, 0) for called in (commit, branch) * 5))
-    assert {said.pin for said in found} == {pin.id} and len(asked) == 2
-    await revisions.find("one", commit, 0)
-    assert len(asked) == 2 and revisions.pins("one", 60).keys() == {commit, branch} and not revisions.pins("two", 60)
-    await revisions.find("one", branch, 0)
-    assert asked[2:] == ["main"] and revisions.pins("one", 0).keys() == {commit}
-    trouble.append(WeightsError("away"))
-    assert (await revisions.find("one", branch, 0)).pin == pin.id, "it goes on to mean what it did"
-    away = await revisions.find("one", "legal@v8", 60)
-    assert (away.pin, away.trouble, away.missing) == ("", "away", False)
-    trouble[:] = [NotThere("gone")]
-    assert (await revisions.find("one", branch, 0)).missing
-    assert (await revisions.find("one", "legal@v 8", 60)).missing and asked[-1] == "main"
-    before = len(asked)
-    assert (await revisions.find("one", branch, 0)).missing and len(asked) == before, "a wrong one is not asked again"
+async def test_a_redeploy_with_other_sources_tells_what_its_plan_heard(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/control.db")
+    source = Source("legal")
+    async with catalogue(source, database) as (made, told):
+        await eventually(lambda: "one" in told)
+        source.hold("sql")
+        source.gate.clear()  # a listing of the old sources is under way ...
+        await eventually(lambda: bool(made._looking))
+        late = made._looking["one"]
+        row = made._scaling.deployed["one"]
+        lora = LoRA("s3://acme/more", refresh=60)
+        spec = row.spec.model_copy(update={"lora": lora})
+        made._planned["one"] = Catalogue(lora, {a.name: a for a in Source("law").adapters_there}, looked=1e9)
+        made._scaling.deployed["one"] = replace(row, spec=spec)
+        made.tell("one")
+        assert told["one"][0].keys() == {"law"}
+        source.gate.set()
+        assert not await late, "... and changes nothing any more"
+        assert told["one"][0].keys() == {"law"}
+    database.close()
 
 
-async def test_what_callers_name_is_bounded() -> None:
-    pins = iter(Pin(weights=Weights("org/a"), revision=letter * 40, files=()) for letter in "abc")
-    hold = asyncio.Event()
+def test_a_new_commit_has_the_ranks_that_are_known() -> None:
+    def at(commit: str, config: str) -> Adapter:
+        files = (File(name="a/adapter_config.json", size=1, digests={"git": config}),)
+        return Adapter(name="a", pin=Pin(weights=Weights("org/a"), revision=commit, files=files))
 
-    async def ask(model: str, name: str, revision: str) -> Adapter:
-        if revision.startswith("v"):
-            await hold.wait()
-            raise NotThere("gone")
-        return Adapter(name=name, pin=next(pins))
-
-    revisions = Revisions(ask)
-    for wrong in ("refs/pr/1", "a/../b", "..", "", "x" * 201):
-        assert (await revisions.find("one", f"legal@{wrong}", 60)).missing
-    moved = [(await revisions.find("one", "legal@main", 0)).pin for _ in range(2)]
-    assert [adapter.pin.id for adapter in revisions.adapters("one", "legal@main")] == moved[::-1]
-    waiting = [asyncio.ensure_future(revisions.find("one", f"legal@v{n}", 60)) for n in range(100)]
-    await asyncio.sleep(0)
-    hold.set()
-    said = [(await one).missing for one in waiting]
-    assert said == [True] * 64 + [False] * 36
-    assert revisions.pins("one", 60).keys() == {"legal@main"}, "wrong ones push nothing out"
-    revisions.keep("one", {"other"})
-    assert not revisions.adapters("one", "legal@main")
+    assert at("1" * 40, "x").config_id == at("2" * 40, "x").config_id != at("2" * 40, "y").config_id
+    assert at("1" * 40, "x").pin.id != at("2" * 40, "x").pin.id

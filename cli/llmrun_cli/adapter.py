@@ -22,7 +22,9 @@ from llmrun_cli.terminal import note, out, print_whole
 
 COMPLETIONS = "/v1/completions"
 CHUNK_BYTES = 2**20
-NOT_FOUND = 404
+NOT_FOUND, UNAVAILABLE = 404, 503
+MODEL_FAILED = "model_failed"
+AGAIN_S = 2
 # Ingresses hear what control knows through a long poll.
 SEEN_S = 10
 
@@ -68,7 +70,16 @@ def _wait_until_it_answers(client: Client, name: str, wait: float) -> None:
         note(f"{name} is listed; its model has no {COMPLETIONS}, so it was not asked")
         return
     started = time.monotonic()
-    client.complete(name, wait)
+    while True:
+        left = started + wait - time.monotonic()
+        try:
+            client.complete(name, max(left, 1))
+            break
+        except Refused as error:  # its store is slow, or control was away: both pass
+            if error.status != UNAVAILABLE or error.code == MODEL_FAILED or left <= AGAIN_S:
+                raise
+            note(f"{error}; asked again", "yellow")
+        time.sleep(AGAIN_S)
     out.print(f"{name} answers (after {time.monotonic() - started:.1f} s)")
 
 
@@ -82,15 +93,18 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _tar(folder: Path, sizes: dict[str, int]) -> Iterator[bytes]:
-    """The files as one stream. Raises WeightsError if one changes meanwhile."""
+    """The files as one stream. Raises WeightsError if one changes meanwhile or cannot be read."""
     for name, size in sizes.items():
         info = tarfile.TarInfo(name)
         info.size, sent = size, 0
         yield info.tobuf()
-        with (folder / name).open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                sent += len(chunk)
-                yield chunk
+        try:
+            with (folder / name).open("rb") as file:
+                while chunk := file.read(CHUNK_BYTES):
+                    sent += len(chunk)
+                    yield chunk
+        except OSError as error:
+            raise WeightsError(f"{folder / name}: it cannot be read ({error.strerror})") from None
         if sent != size:
             raise WeightsError(f"{folder / name}: it changed while it was read: push again")
         yield b"\0" * (-size % tarfile.BLOCKSIZE)

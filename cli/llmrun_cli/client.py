@@ -147,7 +147,7 @@ class Client:
     def _ask(self, method: str, path: str, **content: Any) -> Any:
         answer = self._send(method, path, **content)
         if answer.is_error:
-            raise Refused(error_message(answer), answer.status_code)
+            raise refused(answer)
         return answer.json() if answer.content else None
 
     def _send(self, method: str, path: str, **content: Any) -> httpx.Response:
@@ -162,7 +162,7 @@ class Client:
             with self._http.stream("GET", CONTROL_ROOT + path, timeout=timeout) as answer:
                 if answer.is_error:
                     answer.read()
-                    raise Refused(error_message(answer), answer.status_code)
+                    raise refused(answer)
                 for line in answer.iter_lines():
                     yield json.loads(line)
         except httpx.RemoteProtocolError as error:
@@ -177,9 +177,11 @@ class Client:
         )
 
 
-def error_message(answer: httpx.Response) -> str:
-    """What an answer that is an error says."""
+def refused(answer: httpx.Response) -> Refused:
+    """What an answer that is an error says, to be raised."""
     try:
-        return str(answer.json()["error"]["message"])
+        error = answer.json()["error"]
+        return Refused(str(error["message"]), answer.status_code, str(error.get("code") or ""))
     except (ValueError, KeyError, TypeError):
-        return f"{answer.request.url} answered {answer.status_code}, which is not llmrun's: see LLMRUN_URL"
+        text = f"{answer.request.url} answered {answer.status_code}, which is not llmrun's: see LLMRUN_URL"
+        return Refused(text, answer.status_code)

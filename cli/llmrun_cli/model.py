@@ -16,10 +16,11 @@ from rich.table import Table
 from llmrun.errors import ControlError, Refused, Unreachable
 from llmrun.settings import Settings
 from llmrun.wire import START_PARTS, ColdStart, ModelStatus, State
-from llmrun_cli.client import Client, error_message
+from llmrun_cli.client import Client, refused
 from llmrun_cli.terminal import note, out, print_whole
 
 POLL_S = 0.2
+STUCK_S = 900.0
 STYLES = {"hot": "green", "waking": "yellow", "draining": "yellow", "failed": "red", "cold": "blue"}
 
 
@@ -113,8 +114,12 @@ def unload(
 
 
 def _wait(client: Client, model: str, states: tuple[State, ...]) -> None:
-    """Until the model is in one of these states. Raises Refused if it turns back, fails or is deleted meanwhile."""
+    """Until the model is in one of these states.
+
+    Raises Refused if it turns back, fails or is deleted meanwhile, or if for STUCK_S nothing changes at all.
+    """
     shown, seen = "", set[State]()
+    last, changed = None, time.monotonic()
     while True:
         row = next((row for row in client.status().models if row.name == model), None)
         if row is None:
@@ -127,6 +132,12 @@ def _wait(client: Client, model: str, states: tuple[State, ...]) -> None:
             raise Refused(f"{model} is {row.state}: somebody asked for it again", 409)
         if "hot" in states and "waking" in seen and row.state in ("cold", "draining"):
             raise Refused(f"{model} is {row.state}: it found no room in time, or somebody unloaded it", 409)
+        if (row.state, row.cause) != last:
+            last, changed = (row.state, row.cause), time.monotonic()
+        if time.monotonic() - changed > STUCK_S:
+            raise Refused(
+                f"{model} has been {row.state} for {STUCK_S / 60:g} minutes: `llmrun logs {model}` says more", 504
+            )
         if row.cause and row.cause != shown:
             shown = row.cause
             note(f"{model}: {shown}", "yellow")
@@ -211,7 +222,7 @@ def _ask(http: httpx.Client, body: dict[str, Any]) -> str:
         with http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as response:
             if response.is_error:
                 response.read()
-                raise Refused(error_message(response), response.status_code)
+                raise refused(response)
             for line in response.iter_lines():
                 if line.startswith(": "):  # what is said to those who wait
                     note(line[2:], "dim")

@@ -40,11 +40,12 @@ class Unreachable(ControlError):
 
 
 class Refused(ControlError):
-    """Control answered with an error; `status` is its HTTP status."""
+    """llmrun answered with an error; `status` is its HTTP status, `code` its error's code where it has one."""
 
-    def __init__(self, message: str, status: int) -> None:
+    def __init__(self, message: str, status: int, code: str = "") -> None:
         super().__init__(message)
         self.status = status
+        self.code = code
 
 
 class DeployError(LLMRunError):

@@ -22,6 +22,8 @@ ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,126}")
 REVISION = re.compile(r"(?!refs/)(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
 # An adapter's files, PEFT's: https://huggingface.co/docs/peft/developer_guides/checkpoint
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# Real ones have a few hundred bytes.
+MAX_CONFIG_BYTES = 2**20
 # What vLLM has kernels for: `vllm.config.lora.MaxLoRARanks`.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # What an engine is made for where no rank is known, and at least: slots of a small rank cost little.

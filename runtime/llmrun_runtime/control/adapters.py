@@ -52,8 +52,8 @@ class Catalogue:
 
     @property
     def ranks(self) -> dict[str, int]:
-        """By pin."""
-        return {adapter.pin.id: adapter.rank for adapter in self.adapters.values()}
+        """By the configurations' ids."""
+        return {adapter.config_id: adapter.rank for adapter in self.adapters.values()}
 
 
 class Adapters:
@@ -104,7 +104,7 @@ class Adapters:
             return spec
         known = next((c for c in (self._planned.get(name), self._known.get(name)) if c and c.is_of(lora)), None)
         if ask or not known:
-            found = await self._ask(lora, spec.env, placement, known.ranks if known else {})
+            found = await self._ask(lora, spec.env, placement, known)
             known = self._planned[name] = Catalogue(lora, found, looked=time.monotonic())
         row = self._scaling.deployed.get(name)
         settled = lora.settled(known.ranks.values(), row.spec.lora if row else None)
@@ -129,6 +129,8 @@ class Adapters:
         source = lora.path or lora.adapters[name]
         if source.kind != "hub":
             raise NotThere(f"{source} keeps no revisions: only the Hub's repositories do")
+        if "@" in source.address and source.revision != revision:
+            raise NotThere(f"lora= of {model} names the revision {source.revision} of {source.repo}, and no other")
         source = source.model_copy(update={"source": f"{source.repo}@{revision}"})
         found = await self._stock.adapters(source, row.spec.env, row.placement, None)
         called = known.adapters[name].folder
@@ -215,7 +217,7 @@ class Adapters:
         lora, known = row.spec.lora, self._known.get(row.name)
         assert lora
         try:
-            found = await self._ask(lora, row.spec.env, row.placement, known.ranks if known else {})
+            found = await self._ask(lora, row.spec.env, row.placement, known)
         except LLMRunError as error:
             log.warning("the adapters of %s: %s", row.name, error)
             known = self._known.get(row.name)
@@ -244,7 +246,8 @@ class Adapters:
         if known and known.is_of(lora) and known.adapters == found:
             known.looked = time.monotonic()  # the same objects stay, whose pins have their ids
             return False
-        self._known[model] = Catalogue(lora, found, known.adapters if known else {}, time.monotonic())
+        before = {} if known is None else known.before if _pins(known.adapters) == _pins(found) else known.adapters
+        self._known[model] = Catalogue(lora, found, before, time.monotonic())
         return True
 
     def _store(self, model: str, known: Catalogue) -> None:
@@ -266,25 +269,32 @@ class Adapters:
             self._tell(model)
 
     def _tell(self, model: str) -> None:
-        known = self._known[model]
+        known, lora = self._known[model], self._scaling.deployed[model].spec.lora
+        assert lora
         self._revisions.keep(model, known.adapters)
-        found = {name: adapter.pin.id for name, adapter in sorted(known.adapters.items())}
-        self._scaling.set_adapters(model, found | self._revisions.pins(model, known.lora.refresh))
+        found = dict(sorted(_pins(known.adapters).items()))
+        self._scaling.set_adapters(model, found | self._revisions.pins(model, lora.refresh))
 
     async def _ask(
-        self, lora: LoRA, env: Mapping[str, Secret | str], placement: Placement, ranks: dict[str, int]
+        self, lora: LoRA, env: Mapping[str, Secret | str], placement: Placement, known: Catalogue | None
     ) -> dict[str, Adapter]:
-        """All adapters there are now; `ranks`: those known, by pin. Raises LLMRunError."""
+        """All adapters there are now; the ranks of those that are `known` are not read. Raises LLMRunError."""
         if lora.path:
-            return {adapter.name: adapter for adapter in await self._stock.adapters(lora.path, env, placement, ranks)}
-        one = [self._one(name, where, env, placement, ranks) for name, where in lora.adapters.items()]
+            found = await self._stock.adapters(lora.path, env, placement, known.ranks if known else {})
+            return {adapter.name: adapter for adapter in found}
+        before = known.adapters if known else {}
+        one = [self._one(name, where, env, placement, before.get(name)) for name, where in lora.adapters.items()]
         return {adapter.name: adapter for adapter in await asyncio.gather(*one)}
 
     async def _one(
-        self, name: str, where: Weights, env: Mapping[str, Secret | str], placement: Placement, ranks: dict[str, int]
+        self, name: str, where: Weights, env: Mapping[str, Secret | str], placement: Placement, known: Adapter | None
     ) -> Adapter:
-        found = await self._stock.adapters(where, env, placement, ranks)
+        found = await self._stock.adapters(where, env, placement, {known.config_id: known.rank} if known else {})
         if len(found) != 1:
             what = f"has {len(found)} adapters" if found else "has no adapter (adapter_config.json and its weights)"
             raise WeightsError(f"lora={name!r}: {where} {what}: name the folder of one")
         return found[0].model_copy(update={"name": name})
+
+
+def _pins(adapters: Mapping[str, Adapter]) -> dict[str, str]:
+    return {name: adapter.pin.id for name, adapter in adapters.items()}

@@ -63,8 +63,9 @@ class Jobs:
     def start(self, what: str, work: Callable[[Job], Awaitable[None]]) -> Job:
         """Begin a job. What `work` raises is its last event before the end."""
         job = Job()
-        while len(self._jobs) >= KEEP_JOBS:
-            del self._jobs[next(iter(self._jobs))]
+        ended = [key for key, old in self._jobs.items() if old.task and old.task.done()]
+        for key in ended[: max(0, len(self._jobs) - KEEP_JOBS + 1)]:
+            del self._jobs[key]
         self._jobs[job.id] = job
         job.task = asyncio.get_running_loop().create_task(self._run(what, job, work))
         return job

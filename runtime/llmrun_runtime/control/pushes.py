@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 import ray
 
 from llmrun.errors import EngineError, Refused, WeightsError
-from llmrun.lora import ADAPTER_CONFIG, ADAPTER_NAME, ADAPTER_WEIGHTS, read_rank
+from llmrun.lora import ADAPTER_CONFIG, ADAPTER_NAME, ADAPTER_WEIGHTS, MAX_CONFIG_BYTES, read_rank
 from llmrun.weights import Weights
 from llmrun.wire import MAX_ADAPTER_BYTES
 from llmrun_runtime.control.adapters import Adapters
@@ -130,6 +130,8 @@ def _unpack(whole: Path, here: Path) -> None:
 def _check(here: Path, row: Deployed, name: str) -> None:
     """Raises Refused for one that the model's engines could not take."""
     try:
+        if (size := (here / ADAPTER_CONFIG).stat().st_size) > MAX_CONFIG_BYTES:
+            raise ValueError(f"it has {size:,} bytes")
         rank = read_rank((here / ADAPTER_CONFIG).read_bytes())
     except ValueError as error:
         raise Refused(f"{name}: its {ADAPTER_CONFIG} cannot be read ({error})", 422) from None

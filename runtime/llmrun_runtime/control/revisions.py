@@ -43,6 +43,8 @@ class Revisions:
         self._wrong: dict[tuple[str, str], Entry] = {}
         """Those that there are not, in the same way: they push none of the others out."""
         self._asking: dict[tuple[str, str], asyncio.Task[Entry]] = {}
+        self._changes: dict[str, int] = {}
+        """By model, how often its sources have changed."""
         self._gate = asyncio.Semaphore(AT_ONCE)
 
     async def find(self, model: str, called: str, refresh: float) -> Revision:
@@ -86,14 +88,15 @@ class Revisions:
         }
 
     def forget(self, model: str) -> None:
-        """Its sources have changed, or it is gone."""
+        """Its sources have changed, or it is gone; what is being asked for now is not kept."""
+        self._changes[model] = self._changes.get(model, 0) + 1
         self._known = {key: entry for key, entry in self._known.items() if key[0] != model}
 
     async def _look(self, key: tuple[str, str]) -> Entry:
         """While its source is away, a revision goes on to mean what it did."""
         model, called = key
         name, revision = split_revision(called)
-        before = self._known.get(key)
+        before, changes = self._known.get(key), self._changes.get(model, 0)
         try:
             async with self._gate:
                 adapter = await self._ask(model, name, revision)
@@ -106,6 +109,8 @@ class Revisions:
                 entry = Entry(before.adapter, before.said, before.before)
             else:
                 entry = Entry(None, Revision(trouble=str(error), missing=isinstance(error, NotThere)))
+        if self._changes.get(model, 0) != changes:
+            return Entry(None, Revision(trouble=f"{model} has been deployed anew meanwhile"))
         self._known.pop(key, None)
         self._wrong.pop(key, None)
         kept = self._known if entry.adapter else self._wrong

@@ -34,6 +34,8 @@ log = logging.getLogger("llmrun.control")
 TICK_S = 0.25
 # A replica that Serve could not place reports nothing; for so long that may be a worker's start.
 PLACING_S = 4.0
+# Serve acts on a target within a second; replicas that go on serving for so long beyond it have not heard.
+SURPLUS_S = 10.0
 # `llmrun warm` asks for a model without room for so long.
 BY_HAND_S = 600.0
 
@@ -202,6 +204,11 @@ class Scaling:
         facts.by_hand_until = facts.by_hand_until if facts.by_hand_until > now else 0
         waiting, in_flight = registry.waiting(row.name) + bool(facts.by_hand_until), registry.in_flight(row.name)
         placed = len(registry.of(row.name, row.engine_version))
+        facts.surplus_since = (facts.surplus_since or now) if ready > target else 0
+        if ready > target and now - facts.surplus_since > SURPLUS_S:
+            log.warning("%s: %d replicas serve though the target is %d: it is set again", row.name, ready, target)
+            self._serving.doubt(row.name, row.engine_version)
+            facts.surplus_since = now
         facts.unloaded = facts.unloaded and not waiting
         facts.pending = facts.pending and placed < target
         least = self._least(row)

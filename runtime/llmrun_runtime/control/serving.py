@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import ray
@@ -17,6 +18,7 @@ from llmrun_runtime.control.placing import Node
 from llmrun_runtime.launching import ReplicaConfig
 from llmrun_runtime.serveconfig import DEPLOYMENT, app_name, application, parse_app_name
 
+log = logging.getLogger("llmrun.control")
 CALL_TIMEOUT_S = 30
 
 
@@ -50,6 +52,11 @@ class Serving:
         """Whether Serve is known to have that target; if not, it must be set again."""
         return app_name(model, version) not in self._unsure
 
+    def doubt(self, model: str, version: int) -> None:
+        """What runs is not what the target says: it must be set again."""
+        if (name := app_name(model, version)) in self._targets:
+            self._unsure.add(name)
+
     async def set_target(self, row: Deployed, replicas: int) -> None:
         """Make Serve want `replicas` replicas of the engine's version; to 0 they drain. Nothing for a deleted one.
 
@@ -65,7 +72,8 @@ class Serving:
                 call = _get_global_client()._controller.update_deployment_replicas.remote(handle, replicas)
                 try:
                     await asyncio.wait_for(call, CALL_TIMEOUT_S)
-                except ray.exceptions.RayTaskError:  # it has no such application any more
+                except ray.exceptions.RayTaskError as error:  # it has no such application any more
+                    log.info("Serve has no %s: %s", name, error.cause)
                     if replicas:
                         await asyncio.to_thread(self._run, row, name, replicas)
             else:

@@ -23,6 +23,8 @@ class Facts:
     failure: Failure | None = None
     death: str = ""
     low_since: float = 0
+    surplus_since: float = 0
+    """Since when more replicas have been serving than Serve was told to keep; 0 if there are no such."""
     unplaced_since: float = 0
     shortage: str = ""
     pending: bool = False

@@ -21,20 +21,23 @@ async def list_models(models: Iterable[ModelRoute], seen: Seen) -> bytes:
     entries = _entries(models, seen)
     pieces: list[str] = []
     while some := list(islice(entries, AT_ONCE)):
-        pieces.append(json.dumps(some, ensure_ascii=False)[1:-1])
+        if shown := [entry for entry in some if entry]:
+            pieces.append(json.dumps(shown, ensure_ascii=False)[1:-1])
         await asyncio.sleep(0)
     return b'{"object": "list", "data": [' + ", ".join(pieces).encode() + b"]}"
 
 
-def _entries(models: list[ModelRoute], seen: Seen) -> Iterator[dict[str, Any]]:
-    """Models first; of adapters, of which there may be thousands, no more than OpenAI's fields and the parent."""
+def _entries(models: list[ModelRoute], seen: Seen) -> Iterator[dict[str, Any] | None]:
+    """Models first; of adapters, of which there may be thousands, no more than OpenAI's fields and the parent.
+
+    None for each that the caller does not see: looking costs time, too.
+    """
     for model in models:
-        if seen(model):
-            yield describe(model, model.name)
+        yield describe(model, model.name) if seen(model) else None
     for model in models:
         for adapter in listed_adapters(model):
-            if seen(model, adapter):
-                yield _entry(model, f"{model.name}:{adapter}") | {"parent": model.name}
+            name = f"{model.name}:{adapter}"
+            yield _entry(model, name) | {"parent": model.name} if seen(model, adapter) else None
 
 
 def describe(model: ModelRoute, name: str) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import defaultdict
 from collections.abc import Iterable
+from functools import cached_property
 
 from pydantic import BaseModel, ConfigDict
 
@@ -25,6 +28,16 @@ class Adapter(BaseModel):
     """Below the pin's own folder."""
     rank: int = 0
     """As its configuration says; 0 if that could not be read."""
+
+    @cached_property
+    def config_id(self) -> str:
+        """A name for its configuration's bytes, which a new commit that leaves that file alone does not change."""
+        weights = self.pin.weights
+        source = weights.repo if weights.kind == "hub" else weights.canonical
+        file = next(file for file in self.pin.files if file.name.rpartition("/")[2] == ADAPTER_CONFIG)
+        which = sorted(file.digests.items()) or file.version or self.pin.revision
+        said = json.dumps([weights.endpoint_url, source, file.name, file.size, which])
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
 def find_adapters(listed: Pin) -> dict[str, Adapter]:
