@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from llmrun.errors import EngineError, HookError
+from llmrun.spec import ModelSpec
 from llmrun_runtime.engines import vllm
 from llmrun_runtime.engines.adapters import Loader
 from llmrun_runtime.engines.base import Launch, Member, ShimConfig, to_flags
@@ -107,7 +108,7 @@ def test_cpu_defaults_give_way_to_what_the_user_said() -> None:
 
 
 def test_an_unknown_engine_is_named_with_those_that_exist() -> None:
-    with pytest.raises(EngineError, match=r"engine='tgi'.*there are vllm"):
+    with pytest.raises(EngineError, match=r"engine='tgi'.*there are sglang, transformers, vllm"):
         get_engine("tgi")
 
 
@@ -226,6 +227,9 @@ class Script:
 
     def __init__(self, text: str) -> None:
         self.text = text
+
+    def refuses(self, spec: ModelSpec) -> str:
+        return ""
 
     def command(self, launch: Launch) -> list[str]:
         return [launch.python, "-c", self.text]

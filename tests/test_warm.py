@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from llmrun.errors import EngineError
+from llmrun.spec import ModelSpec
 from llmrun_runtime.engines import headstart
 from llmrun_runtime.engines.adapters import Loader
 from llmrun_runtime.engines.base import Launch, Member
@@ -74,6 +75,9 @@ class Thing:
     name = "thing"
     module = "warmthing.server"
     paths = frozenset[str]()
+
+    def refuses(self, spec: ModelSpec) -> str:
+        return ""
 
     def command(self, launch: Launch) -> list[str]:
         return [launch.python, "-m", self.module, *self.arguments(launch)]

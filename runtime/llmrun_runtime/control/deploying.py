@@ -96,7 +96,8 @@ class Deployer:
 
     def _check(self, spec: ModelSpec, nodes: list[Node]) -> None:
         """Refuse what can be known to fail before anything starts."""
-        get_engine(spec.engine)
+        if why := get_engine(spec.engine).refuses(spec):
+            raise Refused(f"{spec.name}: {why}", 422)
         real = [node for node in nodes if node.id]
         path = Path(spec.path).expanduser() if spec.path else None
         if path and len(nodes) == len(real) == 1 and not path.exists():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pydantic import JsonValue
 
 if TYPE_CHECKING:  # a process that only holds a lease needs no asyncio
+    from llmrun.spec import ModelSpec
     from llmrun_runtime.engines.adapters import Loader
 
 # The engine's processes find these in their environment.
@@ -103,6 +104,10 @@ class Engine(Protocol):
     module: str
     """The module that `command` runs with `-m`. A warm parent imports it, calls its `preload()`, and in each child sets
     `sys.argv` and calls its `main()`; its `PACKAGE` names what is imported. "" where a warm parent is of no use."""
+
+    def refuses(self, spec: ModelSpec) -> str:
+        """Why it cannot serve such a model, in one line for its author; "" if it may."""
+        ...
 
     def command(self, launch: Launch) -> list[str]:
         """The command line of the member of rank 0; the engine listens on that member's host."""

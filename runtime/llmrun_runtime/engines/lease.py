@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -21,17 +22,19 @@ from llmrun_runtime.engines.base import LEASE_ENV, TOKEN_ENV
 CONNECT_TIMEOUT_S = 10
 _connection: socket.socket | None = None
 _owner = 0
+_whole_group = False
 _asking = threading.Lock()
 _asked: dict[int, Future[dict[str, Any]]] = {}
 _numbers = itertools.count()
 
 
-def hold() -> None:
-    """Connect to the replica and end this process at once when that connection closes.
+def hold(*, whole_group: bool = False) -> None:
+    """Connect to the replica and end this process at once when that connection closes; or all of its group.
 
     Safe to call often; a forked child takes a lease of its own.
     """
-    global _connection, _owner  # noqa: PLW0603 - one lease per process, whoever asks for it
+    global _connection, _owner, _whole_group  # noqa: PLW0603 - one lease per process, whoever asks for it
+    _whole_group = _whole_group or whole_group
     address = os.environ.get(LEASE_ENV)
     if not address or _owner == os.getpid():
         return
@@ -84,4 +87,6 @@ def _end(why: str) -> NoReturn:
         sys.__stderr__.fileno() if sys.__stderr__ else 2,
         f"[llmrun] engine process {os.getpid()} ends: {why}\n".encode(),
     )
+    if _whole_group and os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
     os._exit(1)

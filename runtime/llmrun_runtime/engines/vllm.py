@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 from pydantic import JsonValue
 
+from llmrun.spec import ModelSpec
 from llmrun_runtime.engines.adapters import Loader
 from llmrun_runtime.engines.base import Launch, ShimConfig, to_flags
 from llmrun_runtime.engines.tools import tool_parser
@@ -103,6 +104,10 @@ class VLLM:
     )
 
     module = "llmrun_runtime.engines.vllm_server"
+
+    def refuses(self, spec: ModelSpec) -> str:
+        """Nothing before it starts: it knows best."""
+        return ""
 
     def command(self, launch: Launch) -> list[str]:
         """The server as a plain process."""
