@@ -17,6 +17,7 @@ from llmrun.settings import Settings
 from llmrun.wire import KeyFacts
 from llmrun_runtime import asgi, http
 from llmrun_runtime.asgi import Receive, Scope, Send
+from llmrun_runtime.engines.base import GONE_HEADER
 from llmrun_runtime.ingress.app import Ingress
 from llmrun_runtime.ingress.cors import with_cors
 from llmrun_runtime.ingress.limits import Limiter
@@ -37,6 +38,8 @@ class Engine:
         self.asked: list[Request] = []
         self.left = asyncio.Event()
         """Somebody has left before the end."""
+        self.leaving = False
+        """Its shim takes no more."""
         self.port = 0
         """Its link's."""
         self.http_port = 0
@@ -61,6 +64,9 @@ class Engine:
         if request.url.path == "/metrics":
             text = b'# TYPE vllm:tokens counter\nvllm:tokens_total{model_name="one"} 7.0\n'
             await asgi.answer_bytes(send, 200, text, "text/plain")
+            return
+        if self.leaving:
+            await asgi.answer(send, 503, {}, [(GONE_HEADER.encode(), b"1")])
             return
         form = request.headers.get("content-type", "").startswith("multipart/form-data")
         body = {} if form else json.loads(await request.body() or b"{}")

@@ -23,6 +23,7 @@ from llmrun.errors import EngineError, LLMRunError
 from llmrun.settings import Settings
 from llmrun.wire import ReplicaState
 from llmrun_runtime.actors import control_handle
+from llmrun_runtime.draining import LINGER_S, SILENT_S, drained
 from llmrun_runtime.engines.base import Launch, Member
 from llmrun_runtime.engines.begin import Begun
 from llmrun_runtime.engines.child import listens
@@ -41,11 +42,6 @@ from llmrun_runtime.weights.pin import Pin
 
 T = TypeVar("T")
 log = logging.getLogger("ray.serve")
-# An engine that answers nothing for so long is taken for dead.
-SILENT_S = 120.0
-DRAIN_POLL_S = 0.1
-# The ingress hears of a deregistration through its long poll; for so long a request may still come by the old table.
-LINGER_S = 1.0
 CONTROL_TIMEOUT_S = 10
 AGENT_TIMEOUT_S = 10
 
@@ -89,17 +85,7 @@ class Replica:
         self._say("draining")
         await self._report()
         if was_ready and not self._failed:
-            now = time.monotonic
-            deadline = now() + self._config.drain_timeout - LINGER_S
-            quiet_since = now()
-            while now() < deadline and now() - quiet_since < LINGER_S and self._engine and not self._engine.ended():
-                answers = await self._count()
-                if not answers and now() - self._answered > SILENT_S:
-                    self._say(f"the engine has not answered for {SILENT_S:g} s")
-                    break
-                if not answers or self._counts["in_flight"]:  # no answer: busy
-                    quiet_since = now()
-                await asyncio.sleep(DRAIN_POLL_S)
+            await self._drain()
         for task in (self._starting, self._reporting):
             task.cancel()
         await asyncio.gather(self._starting, self._reporting, return_exceptions=True)
@@ -107,6 +93,17 @@ class Replica:
             await self._engine.end()
         self._say("ended")
         await self._tell_control("gone", self._registration())
+
+    async def _drain(self) -> None:
+        """Return once the engine may be ended."""
+
+        async def ask(leave: bool) -> int | None:
+            if not self._engine or self._engine.ended():
+                return 0
+            return int(self._counts["in_flight"]) if await self._count(leave=leave) else None
+
+        if why := await drained(ask, self._config.drain_timeout - LINGER_S):
+            self._say(why)
 
     async def _start(self) -> None:
         """Start the engine; tell control, until it has heard, if that fails."""
@@ -226,10 +223,11 @@ class Replica:
             await self._report()
             await asyncio.sleep(REPORT_S)
 
-    async def _count(self) -> bool:
-        """Read the shim's counts; False if the engine does not answer."""
+    async def _count(self, *, leave: bool = False) -> bool:
+        """Read the shim's counts (`leave`: which takes no more, if nothing is in flight); False without an answer."""
         try:
-            self._counts = await self._engine.state() if self._engine else {}
+            if self._engine:
+                self._counts = await (self._engine.leave() if leave else self._engine.state())
         except EngineError as error:
             self._say(str(error))
             return False

@@ -19,7 +19,7 @@ from typing import Any
 import aiohttp
 
 from llmrun.errors import EngineError, LLMRunError
-from llmrun_runtime.engines.base import STATE_PATH, TOKEN_HEADER, Engine, Launch
+from llmrun_runtime.engines.base import LEAVE_PATH, STATE_PATH, TOKEN_HEADER, Engine, Launch
 from llmrun_runtime.engines.begin import Begun, begin
 from llmrun_runtime.engines.child import UNKNOWN_EXIT
 
@@ -127,8 +127,15 @@ class EngineProcess:
 
     async def state(self) -> dict[str, Any]:
         """The shim's counts. Raises EngineError if it does not answer within STATE_TIMEOUT_S."""
+        return await self._asked(STATE_PATH)
+
+    async def leave(self) -> dict[str, Any]:
+        """The same; if nothing is in flight, it takes no request from now on. Raises EngineError, too."""
+        return await self._asked(LEAVE_PATH)
+
+    async def _asked(self, path: str) -> dict[str, Any]:
         try:
-            async with self._http().get(self._url(STATE_PATH), headers={TOKEN_HEADER: self.token}) as answer:
+            async with self._http().get(self._url(path), headers={TOKEN_HEADER: self.token}) as answer:
                 state: dict[str, Any] = await answer.json()
                 return state
         except (aiohttp.ClientError, TimeoutError) as error:

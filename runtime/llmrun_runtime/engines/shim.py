@@ -20,7 +20,9 @@ from llmrun_runtime.engines import lease, meter
 from llmrun_runtime.engines.adapters import AdapterError, Adapters
 from llmrun_runtime.engines.base import (
     ADAPTER_HEADER,
+    GONE_HEADER,
     KEY_HEADER,
+    LEAVE_PATH,
     PROBE_HEADER,
     SHIM_ENV,
     STATE_PATH,
@@ -51,6 +53,7 @@ class Shim:
         self._adapters: Adapters | None = None
         self._links: asyncio.Server | None = None
         self._in_flight = 0
+        self._leaving = False
         self._probes = 0
         self._paths: list[str] = []
         self._served = 0
@@ -67,8 +70,17 @@ class Shim:
         if scope["path"] == STATE_PATH:
             await answer(send, 200, self._state(scope))
             return
+        if scope["path"] == LEAVE_PATH:
+            self._leaving = not self._in_flight
+            await answer(send, 200, self._state(scope))
+            return
         if scope["path"] in UNCOUNTED:
             await self._app(scope, receive, send)
+            return
+        if self._leaving:
+            gone = [(GONE_HEADER.encode(), b"1")]
+            text = "this replica ends: ask the ingress"
+            await answer_error(send, 503, text, "service_unavailable", "replica_gone", headers=gone)
             return
         probe = PROBE_HEADER.encode() in headers
         self._in_flight += 1

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmrun_runtime.asgi import Receive, Scope, Send, error_body
+from llmrun_runtime.engines.base import GONE_HEADER
 from llmrun_runtime.ingress.admission import Refusal
 from llmrun_runtime.link.client import Answer, LinkLostError, Links
 from llmrun_runtime.table import ReplicaRoute
@@ -83,6 +84,8 @@ async def relay(
             raise Refusal(504, text, "engine_timeout", "service_unavailable") from None
         except LinkLostError as error:
             raise UpstreamGone(str(error), reached=True) from error
+        if answer.status == 503 and any(key.lower() == GONE_HEADER.encode() for key, _ in answer.headers):
+            raise UpstreamGone("it ends", reached=False)
         kept = [(key.lower(), value) for key, value in answer.headers if key.lower() not in OF_THE_ANSWER]
         await send({"type": "http.response.start", "status": answer.status, "headers": [*kept, *answer_headers]})
         await _stream(
