@@ -147,13 +147,14 @@ class Home:
         return httpx.post(f"{self.url}/v1/chat/completions", json=body | more, headers=headers, timeout=timeout)
 
     def engines(self, model: str) -> list[psutil.Process]:
-        """The API servers of the model's engines that live, by what they were started with."""
+        """The first processes of the model's engines that live, by what they were started with."""
         found = []
         for process in psutil.process_iter():
             try:
                 command = process.cmdline()
                 plain = "llmrun_runtime.engines.vllm_server" in command and model in command
-                if plain or " ".join(command).strip() == f"llmrun: vllm {model}":
+                beside = "llmrun_runtime.engines.sidecar" in command and f'"name": "{model}"' in " ".join(command)
+                if plain or beside or " ".join(command).strip() == f"llmrun: vllm {model}":
                     found.append(process)
             except psutil.Error:
                 continue

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 from llmrun.errors import EngineError, HookError
 from llmrun.spec import ModelSpec
-from llmrun_runtime.engines import vllm
+from llmrun_runtime.engines import beside, kinds, vllm
 from llmrun_runtime.engines.adapters import Loader
 from llmrun_runtime.engines.base import Launch, Member, ShimConfig, to_flags
 from llmrun_runtime.engines.hooks import Hooks
@@ -105,6 +106,62 @@ def test_cpu_defaults_give_way_to_what_the_user_said() -> None:
     assert flags == ["--enforce-eager", "--kv-cache-memory-bytes", "1G", "--distributed-executor-backend", "uni"]
     said = ["--no-enforce-eager", "--kv-cache-memory-bytes=2G", "--tensor-parallel-size", "2"]
     assert cpu_defaults(said) == []
+
+
+def test_a_server_beside_gets_its_own_flags_and_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's, as its documentation has them: https://docs.sglang.ai/advanced_features/server_arguments.html."""
+    sglang = get_engine("sglang")
+    with pytest.raises(EngineError, match=r"sglang is not installed there: pip install sglang"):
+        sglang.command(launch())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    python, _, sidecar, config, *command = sglang.command(launch(engine_args={"context_length": 4096}))
+    assert python == sys.executable and sidecar == beside.SIDECAR
+    said = beside.Beside.from_json(config)
+    assert (said.host, said.name, said.model, said.health) == ("10.0.0.1", "one", "one", "/health")
+    assert "/v1/chat/completions" in said.paths
+    line = " ".join(command)
+    assert line.startswith(f"{sys.executable} -m sglang.launch_server --model-path /w --served-model-name one ")
+    assert line.endswith("--host 127.0.0.1 --port {port} --context-length 4096 --tp-size 2")
+    on_cpu = " ".join(sglang.command(launch(members=(Member("n", "::1"),), engine_args={}, task="embed")))
+    assert on_cpu.endswith("--device cpu --is-embedding") and "--tp-size" not in on_cpu
+    said_twice = " ".join(sglang.command(launch(engine_args={"tp_size": 1})))
+    assert said_twice.count("--tp-size") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"lora": "s3://acme/adapters"}, "takes no adapters here"),
+        ({"task": "embed"}, "has no task='embed' here"),
+        ({}, ""),
+    ],
+)
+def test_an_engine_says_what_it_cannot_serve(arguments: dict[str, Any], words: str) -> None:
+    spec = ModelSpec.model_validate({"name": "one", "model": "org/one", "engine": "transformers", **arguments})
+    said = get_engine("transformers").refuses(spec)
+    assert words in said and bool(words) == bool(said)
+
+
+def test_the_last_exception_of_a_server_beside_is_its_cause() -> None:
+    server = get_engine("transformers")
+    log = "Traceback (most recent call last):\nRuntimeError: first\nINFO: x\nValueError: no such dtype\nINFO: y\n"
+    assert server.root_cause(log) == "ValueError: no such dtype"
+    assert server.root_cause("INFO: all is well\n") == ""
+
+
+def test_packages_bring_engines_by_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [
+        EntryPoint("mine", f"{__name__}:Mine", kinds.GROUP),
+        EntryPoint("broken", f"{__name__}:Nobody", kinds.GROUP),
+    ]
+    monkeypatch.setattr(kinds, "entry_points", lambda group: points)
+    get_engine.cache_clear()
+    try:
+        assert isinstance(get_engine("mine"), Mine)
+        with pytest.raises(EngineError, match=r"engine='broken'.*cannot be loaded.*AttributeError.*Nobody"):
+            get_engine("broken")
+    finally:
+        get_engine.cache_clear()
 
 
 def test_an_unknown_engine_is_named_with_those_that_exist() -> None:
@@ -249,6 +306,13 @@ class Script:
 
     def root_cause(self, log: str) -> str:
         return VLLM.root_cause(log)
+
+
+class Mine(Script):
+    """Somebody's, made without arguments."""
+
+    def __init__(self) -> None:
+        super().__init__("")
 
 
 HOLDERS = """

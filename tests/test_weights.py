@@ -188,7 +188,7 @@ def test_adapters_of_every_store(node: Node, hub: Hub, buckets: Path, s3: S3, tm
     assert found(Weights("acme/legal")).keys() == {"legal"}
     listed = [node.do("adapters", weights=weights) for weights in (*sources[:1], *sources[2:], Weights("acme/legal"))]
     assert [[item["rank"] for item in items] for items in listed] == [[8, 8]] * 3 + [[8]]
-    ranks = {Adapter.model_validate(item).pin.id: 99 for item in listed[0]}
+    ranks = {Adapter.model_validate(item).config_id: 99 for item in listed[0]}
     again = node.do("adapters", weights=sources[0], ranks=ranks)
     assert [item["rank"] for item in again] == [99, 99], "what is known is not read again"
 
@@ -206,7 +206,7 @@ def test_many_adapters_of_one_bucket_are_one_listing_and_ranks_are_read_once(nod
             complete = bool(ranks) and all(ranks.values())
             began = time.monotonic()
             listed = node.do("adapters", weights=on_s3(s3, "acme/adapters"), ranks=ranks)
-            ranks = {Adapter.model_validate(item).pin.id: item["rank"] for item in listed}
+            ranks = {Adapter.model_validate(item).config_id: item["rank"] for item in listed}
             print(f"{len(listed)} adapters, {time.monotonic() - began:.1f} s, {sum(map(bool, ranks.values()))} ranks")
             if complete:
                 break

@@ -28,7 +28,8 @@ def llm(
     name: str | None = None,
     aliases: Sequence[str] = (),
     accelerator: str | Sequence[str] | None = None,
-    gpus: int | None = None,
+    gpus: float | None = None,
+    nodes: int = 1,
     cpus: float = 1,
     lora: LoRA | Weights | str | Mapping[str, Weights | str] | None = None,
     min_replicas: int = 0,
@@ -62,7 +63,9 @@ def llm(
         aliases: further names that clients may ask for. All names are unique on a cluster.
         accelerator: None: one GPU of any kind if the cluster has any, else CPU. `"cpu"`; `"A10G"`; `"A10G:2"`
             (two for each replica); `["H100", "A100"]` (the first that the cluster has).
-        gpus: GPUs for each replica; by default 1, or the engine's `tensor_parallel_size`.
+        gpus: GPUs for each replica, on all its nodes together; by default 1, or what the engine's parallel sizes want.
+            A part of one (0.5) leaves the rest of that GPU to others.
+        nodes: nodes that each replica spans, with the same number of GPUs on each; every other replica is on one node.
         cpus: CPU cores that each replica reserves.
         lora: where adapters lie, a folder for each, or their places by name; each is served as `model:adapter`.
             `LoRA(…)` says more.
@@ -110,6 +113,7 @@ def llm(
             "aliases": aliases,
             "accelerator": accelerator,
             "gpus": gpus,
+            "nodes": nodes,
             "cpus": cpus,
             "lora": lora,
             "min_replicas": min_replicas,

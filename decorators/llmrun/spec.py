@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shlex
 from collections.abc import Sequence
@@ -44,16 +45,23 @@ OWN_ENGINE_ARGS = {
     "max_cpu_loras": "use lora=LoRA(…, max_loaded=)",
     "max_lora_rank": "use lora=LoRA(…, max_rank=)",
     "api_server_count": "raise max_replicas instead",
-    "headless": "the replica starts every member of an engine",
+    **{
+        name: "use nodes=: the replica starts every member of an engine"
+        for name in ("headless", "nnodes", "node_rank", "master_addr", "master_port")
+    },
 }
 SHORT_FLAGS = {
     "tp": "tensor_parallel_size",
     "pp": "pipeline_parallel_size",
     "dp": "data_parallel_size",
+    "n": "nnodes",
+    "r": "node_rank",
     "q": "quantization",
     "cc": "compilation_config",
     "O": "optimization_level",
 }
+# A replica's GPUs are the product of these.
+PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 # What changes without a restart: the scaler and the ingress use these, the engine does not.
 SOFT_FIELDS = frozenset(
     {
@@ -170,7 +178,8 @@ class ModelSpec(BaseModel):
     model: AnyWeights
     aliases: tuple[str, ...] = ()
     accelerator: Annotated[Accelerator | None, BeforeValidator(_accelerators)] = None
-    gpus: int | None = Field(default=None, ge=0)
+    gpus: int | float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    nodes: int = Field(default=1, ge=1)
     cpus: float = Field(default=1, gt=0)
     lora: Annotated[LoRA | None, BeforeValidator(as_lora)] = None
     min_replicas: int = Field(default=0, ge=0)
@@ -202,6 +211,13 @@ class ModelSpec(BaseModel):
             hint = f", like {fixed!r}" if fixed else ""
             raise ValueError(f"name={name!r}: a name is a DNS label: 1 to 63 lower-case letters, digits and '-'{hint}")
         return name
+
+    @field_validator("gpus")
+    @classmethod
+    def _whole_or_less_than_one(cls, gpus: float | None) -> float | None:
+        if gpus is not None and gpus >= 1 and gpus != int(gpus):
+            raise ValueError(f"gpus={gpus}: a number of GPUs, or a part of one (0.5)")
+        return int(gpus) if gpus is not None and gpus == int(gpus) else gpus
 
     @field_validator("aliases", "requirements", mode="before")
     @classmethod
@@ -284,23 +300,41 @@ class ModelSpec(BaseModel):
             )
         if self.name in self.aliases:
             raise ValueError(f"aliases={self.name!r}: that is the model's own name; leave it out")
-        parallel = self.engine_args.get("tensor_parallel_size")
-        if parallel is not None and not (str(parallel).isdigit() and int(str(parallel)) > 0):
-            raise ValueError(f"engine_args: tensor_parallel_size={parallel!r}: a number of GPUs, 1 or more")
-        said = {
-            "accelerator": self.accelerator.count if self.accelerator else None,
-            "gpus": self.gpus,
-            "tensor_parallel_size": parallel,
-        }
-        counts = {key: count for key, count in said.items() if count is not None}
-        if len(set(map(str, counts.values()))) > 1:
-            text = ", ".join(f"{key} says {count}" for key, count in counts.items())
-            raise ValueError(f"gpus={self.gpus}: the numbers of GPUs differ ({text}); say it once")
+        for name in PARALLEL:
+            size = self.engine_args.get(name)
+            if size is not None and not (str(size).isdigit() and int(str(size)) > 0):
+                raise ValueError(f"engine_args: {name}={size!r}: a number of GPUs, 1 or more")
+        self._check_gpus()
         if self.on_cpu and self.gpus:
             raise ValueError(f"gpus={self.gpus}: accelerator='cpu' has none; leave one of the two out")
         if self.accelerator and not self.on_cpu and self.gpus == 0:
             raise ValueError(f"gpus=0: accelerator={str(self.accelerator)!r} is a GPU; leave one of the two out")
         return self
+
+    def _check_gpus(self) -> None:
+        """The numbers of GPUs that are said in several places agree. Raises ValueError."""
+        parallel, counts = self.parallel, dict[str, float]()
+        for key, count in (("accelerator", self.accelerator and self.accelerator.count), ("gpus", self.gpus)):
+            if count is not None:
+                counts[key] = count
+        product = math.prod(parallel.values())
+        for count in counts.values():
+            # Without a tensor_parallel_size, that is what is left of them.
+            fits = count == product or (PARALLEL[0] not in parallel and count >= 1 and count % product == 0)
+            if len(set(counts.values())) > 1 or (parallel and not fits):
+                text = ", ".join(f"{name} says {size:g}" for name, size in (counts | parallel).items())
+                raise ValueError(f"gpus={self.gpus}: the numbers of GPUs differ ({text}); say it once")
+        if self.nodes > 1 and (self.on_cpu or self.gpu_count < self.nodes or self.gpu_count % self.nodes):
+            raise ValueError(
+                f"nodes={self.nodes}: each gets the same number of GPUs, at least one: write gpus={2 * self.nodes}, "
+                f"the number of all of them together"
+            )
+
+    @property
+    def parallel(self) -> dict[str, int]:
+        """What the author's engine_args say of GPUs that work together."""
+        said = {name: self.engine_args.get(name) for name in PARALLEL}
+        return {name: int(str(size)) for name, size in said.items() if size is not None}
 
     @property
     def on_cpu(self) -> bool:
@@ -308,13 +342,12 @@ class ModelSpec(BaseModel):
         return self.accelerator is not None and self.accelerator.kinds == ("cpu",)
 
     @property
-    def gpu_count(self) -> int:
-        """GPUs that one replica takes where it runs on GPUs: as written, else one."""
-        parallel = self.engine_args.get("tensor_parallel_size")
-        for count in (self.accelerator.count if self.accelerator else None, self.gpus, parallel):
+    def gpu_count(self) -> float:
+        """GPUs that one replica takes where it runs on GPUs, on all its nodes together: as written, else one."""
+        for count in (self.accelerator.count if self.accelerator else None, self.gpus):
             if count is not None:
-                return int(str(count))
-        return 1
+                return count
+        return math.prod(self.parallel.values())
 
     @property
     def path(self) -> str | None:

@@ -32,9 +32,15 @@ def parse_app_name(name: str) -> tuple[str, int] | None:
 
 def application(spec: ModelSpec, placement: Placement, config: ReplicaConfig, replicas: int, drain: float) -> Any:
     """The Serve application (`Replica.bind(...)`) that runs `replicas` copies of one version at first."""
+    # One actor, so one node. What spans nodes has a group of places, each on a node of its own; the replica is in the
+    # first, and brings the engine's other members into the rest.
     options: dict[str, Any] = {"num_cpus": placement.cpus, "num_gpus": placement.gpus}
     if placement.accelerator:
         options["resources"] = {TYPE + placement.accelerator: ACCELERATOR_SHARE}
+    group: dict[str, Any] = {}
+    if placement.nodes > 1:
+        group["placement_group_bundles"] = [placement.resources()] * placement.nodes
+        group["placement_group_strategy"] = "STRICT_SPREAD"
     deployment = serve.deployment(
         name=DEPLOYMENT,
         num_replicas=replicas,
@@ -44,5 +50,6 @@ def application(spec: ModelSpec, placement: Placement, config: ReplicaConfig, re
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=drain,
         graceful_shutdown_wait_loop_s=0.1,
+        **group,
     )(Replica)
     return deployment.bind(config.to_dict())

@@ -87,11 +87,11 @@ class ControlParts:
                 log.warning("ending %s v%d, which is not in force", model, version)
                 await self.serving.delete(model, version)
 
-    def living(self) -> list[tuple[str, str, int]]:
+    def living(self) -> list[tuple[str, str, float]]:
         """The replicas that live, each with its model and the GPUs that it holds."""
         deployed = self.scaling.deployed
         reports = (report for report, _ in self.registry.replicas.values())
-        return [(r.id, r.model, deployed[r.model].placement.gpus) for r in reports if r.model in deployed]
+        return [(r.id, r.model, deployed[r.model].placement.all_gpus) for r in reports if r.model in deployed]
 
     def elsewhere(self, ingress: str, now: float) -> dict[Subject, Elsewhere]:
         """Of all with limits, what that ingress cannot see."""

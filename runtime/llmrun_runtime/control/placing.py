@@ -15,19 +15,26 @@ ACCELERATOR_SHARE = 0.001
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the replicas of a version go: CPUs, or GPUs of one kind (`""`: any)."""
+    """Where the replicas of a version go: CPUs, or GPUs of one kind (`""`: any), on each of so many nodes."""
 
     cpus: float
-    gpus: int
+    gpus: float
     accelerator: str = ""
+    nodes: int = 1
 
     def __str__(self) -> str:
         if not self.gpus:
             return "CPU"
-        return f"{self.gpus} × {self.accelerator or 'GPU'}"
+        nodes = f"{self.nodes} nodes × " if self.nodes > 1 else ""
+        return f"{nodes}{self.gpus:g} × {self.accelerator or 'GPU'}"
+
+    @property
+    def all_gpus(self) -> float:
+        """On all nodes together."""
+        return self.gpus * self.nodes
 
     def resources(self) -> dict[str, float]:
-        """What one replica takes, in Ray's names."""
+        """What one replica takes of each node, in Ray's names."""
         wanted: dict[str, float] = {"CPU": self.cpus}
         if self.gpus:
             wanted["GPU"] = self.gpus
@@ -57,7 +64,7 @@ class Node:
 
 
 def resolve(spec: ModelSpec, nodes: Sequence[Node]) -> Placement:
-    """Turn what the author wrote into a placement that some node can hold.
+    """Turn what the author wrote into a placement that some node, or as many as are asked for, can hold.
 
     1. `"cpu"`: CPU.
     2. Nothing said: a GPU of any kind if any node has one (or GPUs were counted), else CPU.
@@ -66,21 +73,24 @@ def resolve(spec: ModelSpec, nodes: Sequence[Node]) -> Placement:
     Raises Refused, naming what the cluster has, if no node ever could.
     """
     has_gpu = any(node.gpus for node in nodes)
+    gpus = spec.gpu_count / spec.nodes
     # 1.
     if spec.on_cpu or spec.gpus == 0:
         placements = [Placement(spec.cpus, 0)]
     # 2.
     elif spec.accelerator is None:
-        placements = [Placement(spec.cpus, spec.gpu_count if has_gpu or spec.gpus else 0)]
+        placements = [Placement(spec.cpus, gpus if has_gpu or spec.gpus else 0, nodes=spec.nodes)]
     # 3.
     else:
-        placements = [Placement(spec.cpus, spec.gpu_count, kind) for kind in spec.accelerator.kinds]
+        placements = [Placement(spec.cpus, gpus, kind, spec.nodes) for kind in spec.accelerator.kinds]
     for placement in placements:
-        if any(could_run(placement, node) for node in nodes):
+        if _enough(placement, (node for node in nodes if could_run(placement, node))):
             return placement
     wanted = " or ".join(str(placement) for placement in placements)
     what = f"accelerator={str(spec.accelerator)!r}" if spec.accelerator else f"gpus={spec.gpus}" if spec.gpus else ""
-    if not what or any(
+    if spec.nodes > 1:
+        what = f"nodes={spec.nodes}"
+    elif not what or any(
         p.gpus == 0 or _fits(Placement(0, p.gpus, p.accelerator), n.total) for p in placements for n in nodes
     ):
         what, wanted = f"cpus={spec.cpus:g}", f"{spec.cpus:g} CPUs beside {wanted}"
@@ -92,20 +102,21 @@ def resolve(spec: ModelSpec, nodes: Sequence[Node]) -> Placement:
 
 
 def could_run(placement: Placement, node: Node) -> bool:
-    """Whether the node, were it empty, could hold a replica."""
+    """Whether the node, were it empty, could hold a replica, or its share of one."""
     return _fits(placement, node.total)
 
 
 def has_room(placement: Placement, nodes: Iterable[Node], freed: Mapping[str, Placement] | None = None) -> bool:
     """Whether a replica could be placed now; `freed`: node id → a replica there that would end first."""
+    fitting = []
     for node in nodes:
         available = dict(node.available)
         if freed and node.id in freed:
             for key, amount in freed[node.id].resources().items():
                 available[key] = available.get(key, 0) + amount
         if node.id and _fits(placement, available):
-            return True
-    return False
+            fitting.append(node)
+    return _enough(placement, fitting)
 
 
 def inventory(nodes: Iterable[Node]) -> str:
@@ -117,6 +128,7 @@ def shortage(placement: Placement, nodes: Sequence[Node], holders: Sequence[str]
     """Why a replica cannot be placed now: what it needs, what is free, who holds the rest."""
     free = "; ".join(_describe(node.available, node) for node in nodes if node.id)
     needs = f"{placement.cpus:g} CPUs" + (f" and {placement}" if placement.gpus else "")
+    needs += " each" if placement.nodes > 1 else ""
     held = f"held by {', '.join(holders)}" if holders else "no model of llmrun's holds the rest"
     return f"no room now: it needs {needs}; free: {free}; {held}"
 
@@ -125,6 +137,12 @@ def _describe(amounts: Mapping[str, float], node: Node) -> str:
     kinds = "/".join(sorted(node.kinds))
     text = [f"{amounts.get('GPU', 0):g} × {kinds or 'GPU'}"] if node.gpus or kinds else []
     return ", ".join([*text, f"{amounts.get('CPU', 0):g} CPUs"])
+
+
+def _enough(placement: Placement, nodes: Iterable[Node]) -> bool:
+    """Whether these are as many nodes as it spans; of a kind of node an autoscaler brings as many as are wanted."""
+    found = list(nodes)
+    return len(found) >= placement.nodes or any(not node.id for node in found)
 
 
 def _fits(placement: Placement, amounts: Mapping[str, float]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmrun_runtime.control.placing import Node, Placement, could_run, has_room
 
@@ -22,30 +22,35 @@ class Holder:
 def make_room(placement: Placement, nodes: Sequence[Node], holders: Sequence[Holder]) -> list[Holder]:
     """The replicas that have to end so that one of `placement` fits; [] if even all of them would not do.
 
-    1. On each node that could hold it, those idle for longest go first, until it fits.
+    1. On each node that could hold it (or its share), those idle for longest go first, until it fits.
     2. Those of them that turn out not to be needed stay.
-    3. Of the nodes, the one where the last of them has been idle for longest.
+    3. Of the nodes, the one (or as many as it spans) where nobody has to go, or the last has been idle for longest.
+
+    A replica that spans nodes counts as on its first one.
     """
     found: list[list[Holder]] = []
+    share = replace(placement, nodes=1)
     for node in nodes:
         if not node.id or not could_run(placement, node):
             continue
         going: list[Holder] = []
         # 1.
         for holder in sorted((h for h in holders if h.node == node.id), key=lambda h: h.idle_since):
-            if _fits(placement, node, going):
+            if _fits(share, node, going):
                 break
             going.append(holder)
-        if not going or not _fits(placement, node, going):
+        if not _fits(share, node, going):
             continue
         # 2.
         for holder in list(going):
             others = [h for h in going if h is not holder]
-            if _fits(placement, node, others):
+            if _fits(share, node, others):
                 going = others
         found.append(going)
     # 3.
-    return min(found, key=lambda going: max(h.idle_since for h in going), default=[])
+    found.sort(key=lambda going: max((h.idle_since for h in going), default=0))
+    chosen = found[: placement.nodes]
+    return [holder for going in chosen for holder in going] if len(chosen) == placement.nodes else []
 
 
 def _fits(placement: Placement, node: Node, going: Sequence[Holder]) -> bool:

@@ -75,7 +75,7 @@ class Usage:
             self._changed.discard(replica)
             self._gone.add(replica)
 
-    def gpus(self, model: str, gpus: int, seconds: float) -> None:
+    def gpus(self, model: str, gpus: float, seconds: float) -> None:
         """A model's replicas have held so many GPUs for so long."""
         if gpus:
             self._new.setdefault((_today(), "", model, ""), [0.0] * (len(COUNTS) + 1))[-1] += gpus * seconds
@@ -85,7 +85,7 @@ class Usage:
         window = self._tokens.get(subject)
         return (window.total(now), window.wait(now, limit)) if window else (0, 0)
 
-    async def run(self, living: Callable[[], Iterable[tuple[str, str, int]]]) -> None:
+    async def run(self, living: Callable[[], Iterable[tuple[str, str, float]]]) -> None:
         """Store every FLUSH_S, for ever. `living`: replicas that live now, each with its model and its GPUs."""
         absent, look_at, before = set[str](), 0.0, time.monotonic()
         while True:

@@ -5,6 +5,7 @@ Such an engine is a class of a few lines: its paths, its command, and which mode
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from collections.abc import Mapping
@@ -19,7 +20,10 @@ from llmrun_runtime.engines.base import Launch
 SIDECAR = "llmrun_runtime.engines.sidecar"
 PORT = "{port}"
 """Stands in a command for the port, which the sidecar chooses."""
-WANTED = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
+WANTED = {
+    **{"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"},
+    "HF_HUB_DISABLE_UPDATE_CHECK": "1",  # the Hub's command lines ask a registry for newer ones of themselves
+}
 EXCEPTION = re.compile(r"^(?:\[[^\]]*\]\s*)?((?:[A-Za-z_][\w.]*(?:Error|Exception)|\S+: error|Error): .+)$")
 
 
@@ -53,6 +57,8 @@ class SidecarEngine:
     """What such engines have in common. It listens on 127.0.0.1 without a token: users of its node can reach it."""
 
     name = ""
+    package = ""
+    """What it imports, and what `pip` installs."""
     paths: frozenset[str] = frozenset()
     module = ""
     health = "/health"
@@ -67,7 +73,11 @@ class SidecarEngine:
         return ""
 
     def command(self, launch: Launch) -> list[str]:
-        """See Engine."""
+        """See Engine. Raises EngineError where it is not installed."""
+        if importlib.util.find_spec(self.package) is None:
+            raise EngineError(
+                f"engine={self.name!r}: {self.package} is not installed there: pip install {self.package}"
+            )
         beside = Beside(
             launch.members[0].host, launch.names[0], self.called(launch), self.health, tuple(sorted(self.paths))
         )

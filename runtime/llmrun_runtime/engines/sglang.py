@@ -14,7 +14,7 @@ PARALLEL = {"tp_size", "tensor_parallel_size"}
 class SGLang(SidecarEngine):
     """`python -m sglang.launch_server`; its `/health` answers once a first token was made."""
 
-    name = "sglang"
+    name = package = "sglang"
     paths = frozenset(
         {
             *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/generate"),

@@ -34,6 +34,7 @@ HEALTH_POLL_S = 0.1
 END_S = 8.0
 CONNECT_TIMEOUT_S = 5
 PR_SET_PDEATHSIG = 1
+ENDS_WITH_DONE = ("/v1/chat/completions", "/v1/completions")
 KINDS = {400: "invalid_request_error", 404: "invalid_request_error", 422: "invalid_request_error"}
 
 
@@ -108,10 +109,13 @@ class Sidecar:
         kind = answer.headers.get("content-type", "")
         counts = meter.current()
         if kind.startswith("text/event-stream"):
-            return StreamingResponse(self._events(answer, counts), answer.status, media_type=kind)
+            ends = b"data: [DONE]" if request.url.path in ENDS_WITH_DONE else b""
+            return StreamingResponse(self._events(answer, counts, ends), answer.status, media_type=kind)
         async with answer:
             data = await answer.read()
         if not kind.startswith("application/json"):
+            if answer.status >= 400:
+                return JSONResponse(_as_openai(data.decode(errors="replace"), answer.status), answer.status)
             return Response(data, answer.status, media_type=kind)
         return self._whole(data, answer.status, counts)
 
@@ -136,10 +140,16 @@ class Sidecar:
             self._note(said, counts)
         return JSONResponse(said, status)
 
-    async def _events(self, answer: aiohttp.ClientResponse, counts: meter.Request | None) -> AsyncIterator[bytes]:
-        """The server's events, with the model's name as clients know it. What comes between them stays as it is."""
+    async def _events(
+        self, answer: aiohttp.ClientResponse, counts: meter.Request | None, ends: bytes
+    ) -> AsyncIterator[bytes]:
+        """The server's events, with the model's name as clients know it, and `ends` where OpenAI's API has it.
+
+        What comes between them stays as it is.
+        """
         async with answer:
             async for line in answer.content:
+                ends = b"" if line.startswith(ends) else ends
                 if not line.startswith(b"data: {"):
                     yield line
                     continue
@@ -150,6 +160,8 @@ class Sidecar:
                     continue
                 self._note(said, counts)
                 yield b"data: " + json.dumps(said, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        if ends:
+            yield ends + b"\n\n"
 
     def _note(self, said: dict[str, Any], counts: meter.Request | None) -> None:
         """Put the model's name right, and count what an answer (or `/v1/responses`'s event of one) says it used."""

@@ -9,7 +9,7 @@ from llmrun_runtime.engines.beside import PORT, SidecarEngine
 class Transformers(SidecarEngine):
     """It loads its model before it answers anything, and knows that by its folder alone."""
 
-    name = "transformers"
+    name = package = "transformers"
     paths = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/audio/transcriptions"})
 
     def called(self, launch: Launch) -> str:
