@@ -87,7 +87,7 @@ def test_only_the_ingress_reaches_it(kind: str, cluster: Home) -> None:
 
 
 def test_a_caller_who_leaves_is_in_flight_no_more(kind: str, cluster: Home) -> None:
-    body = {"model": kind, "prompt": "Once upon a time", "max_tokens": 1500, "stream": True}
+    body = {"model": kind, "prompt": "Once upon a time", "max_tokens": 1500, "stream": True, "temperature": 0}
     with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=ENGINE_START_S) as stream:
         next(stream.iter_lines())
         until(lambda: cluster.status(kind)["in_flight"] == 1, 10, "it is in flight")
@@ -114,7 +114,7 @@ def test_it_goes_to_zero_when_a_stream_has_ended_and_comes_back(kind: str, clust
     said: list[str] = []
 
     def stream() -> None:
-        body = {"model": kind, "prompt": "Once upon a time", "max_tokens": 60, "stream": True}
+        body = {"model": kind, "prompt": "Once upon a time", "max_tokens": 60, "stream": True, "temperature": 0}
         with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=ENGINE_START_S) as answer:
             said.extend(line for line in answer.iter_lines() if line.startswith("data: "))
 

@@ -314,7 +314,7 @@ class ModelSpec(BaseModel):
     def _check_gpus(self) -> None:
         """The numbers of GPUs that are said in several places agree. Raises ValueError."""
         parallel, counts = self.parallel, dict[str, float]()
-        for key, count in (("accelerator", self.accelerator and self.accelerator.count), ("gpus", self.gpus)):
+        for key, count in (("accelerator", self.accelerator.count if self.accelerator else None), ("gpus", self.gpus)):
             if count is not None:
                 counts[key] = count
         product = math.prod(parallel.values())

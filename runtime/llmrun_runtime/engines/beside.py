@@ -41,6 +41,8 @@ class Beside:
     """The path that answers 200 once the server can be asked."""
     paths: tuple[str, ...]
     """The inference paths that it may have; those that its OpenAPI document lacks are left out."""
+    reads: tuple[str, ...]
+    """What may be asked for with GET."""
 
     def to_json(self) -> str:
         """For the command line."""
@@ -50,7 +52,7 @@ class Beside:
     def from_json(cls, text: str) -> Beside:
         """The other way."""
         data = json.loads(text)
-        return cls(**{**data, "paths": tuple(data["paths"])})
+        return cls(**{**data, "paths": tuple(data["paths"]), "reads": tuple(data["reads"])})
 
 
 class SidecarEngine:
@@ -62,6 +64,7 @@ class SidecarEngine:
     paths: frozenset[str] = frozenset()
     module = ""
     health = "/health"
+    reads: tuple[str, ...] = ("/v1/models", "/metrics", "/health")
     tasks: frozenset[str] = frozenset({"auto", "generate"})
 
     def refuses(self, spec: ModelSpec) -> str:
@@ -79,7 +82,12 @@ class SidecarEngine:
                 f"engine={self.name!r}: {self.package} is not installed there: pip install {self.package}"
             )
         beside = Beside(
-            launch.members[0].host, launch.names[0], self.called(launch), self.health, tuple(sorted(self.paths))
+            launch.members[0].host,
+            launch.names[0],
+            self.called(launch),
+            self.health,
+            tuple(sorted(self.paths)),
+            self.reads,
         )
         return [launch.python, "-m", SIDECAR, beside.to_json(), *self.arguments(launch)]
 

@@ -46,7 +46,7 @@ class Sidecar:
         self._url = url
         self._session: aiohttp.ClientSession | None = None
         routes = [Route(path, self._ask, methods=["POST"]) for path in beside.paths]
-        read = [Route(path, self._read, methods=["GET"]) for path in ("/v1/models", "/metrics", "/health")]
+        read = [Route(path, self._read, methods=["GET"]) for path in beside.reads]
         self.app = Starlette(routes=[*routes, *read], lifespan=self._lifespan)
         self.app.add_middleware(Shim)
 

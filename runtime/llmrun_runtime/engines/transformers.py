@@ -11,6 +11,7 @@ class Transformers(SidecarEngine):
 
     name = package = "transformers"
     paths = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/audio/transcriptions"})
+    reads = ("/health",)  # it has no metrics, and lists what lies in the node's Hub cache as its models
 
     def called(self, launch: Launch) -> str:
         """The folder."""
