@@ -220,9 +220,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
         pass
 
 
+def second_node(cluster: Home, home: Path) -> contextlib.AbstractContextManager[psutil.Process]:
+    """A node with one made-up A10G."""
+    return another_node(cluster, home, "127.0.0.3", "A10G", 1)
+
+
 @contextlib.contextmanager
-def second_node(cluster: Home, home: Path) -> Iterator[psutil.Process]:
-    """Another raylet of the cluster with a home of its own, and a made-up A10G; ended with all that it started."""
+def another_node(cluster: Home, home: Path, address: str, kind: str, gpus: int) -> Iterator[psutil.Process]:
+    """Another raylet of the cluster with a home of its own, and made-up GPUs; ended with all that it started."""
     info = json.loads((cluster.path / "cluster.json").read_text())
     env = {
         **cluster.env,
@@ -231,11 +236,11 @@ def second_node(cluster: Home, home: Path) -> Iterator[psutil.Process]:
         "RAY_AUTH_TOKEN_PATH": str(cluster.path / "ray.token"),
         "WORD_FOR_TESTS": "second",
     }
-    resources = '{"accelerator_type:A10G": 1}'
+    resources = json.dumps({f"accelerator_type:{kind}": 1})
     node = subprocess.Popen(
         [
             *(sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={info['ray_address']}", "--block"),
-            *("--node-ip-address=127.0.0.3", "--num-cpus=1", "--num-gpus=1", f"--resources={resources}"),
+            *(f"--node-ip-address={address}", "--num-cpus=1", f"--num-gpus={gpus}", f"--resources={resources}"),
             *("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"),
             *("--object-store-memory=100000000", "--disable-usage-stats"),
         ],

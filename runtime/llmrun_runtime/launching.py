@@ -65,7 +65,7 @@ def find_weights(config: ReplicaConfig, where: str) -> Path | None:
 
 def make_launch(
     config: ReplicaConfig,
-    member: Member,
+    members: tuple[Member, ...],
     weights: Path,
     where: str,
     *,
@@ -73,13 +73,17 @@ def make_launch(
     site: Path | None,
     warm: Path | None,
     log: Path,
+    rank: int = 0,
+    port: int = 0,
 ) -> Launch:
-    """What the engine is started from: `code` and `site` are the packages of the author's code and its requirements.
+    """What an engine's member of that rank is started from.
+
+    `code` and `site` are the packages of the author's code and its requirements.
 
     Looks at disks. Raises EngineError for a missing secret.
     """
     spec = config.spec
-    shim = ShimConfig(model=spec.name, hook_timeout=config.hook_timeout, host=member.host)
+    shim = ShimConfig(model=spec.name, hook_timeout=config.hook_timeout, host=members[0].host)
     cache = engine_cache(Settings().root, spec.name, config.version)
     if lora := spec.lora:
         canary = str(cache / "canary") if lora.canary else ""
@@ -90,7 +94,10 @@ def make_launch(
     return Launch(
         names=spec.served_names,
         weights=str(weights),
-        members=(member,),
+        members=members,
+        rank=rank,
+        port=port,
+        gpu_share=min(1.0, spec.gpu_count),
         engine_args=spec.engine_args,
         python=sys.executable,
         env=engine_environment(spec, site, where),

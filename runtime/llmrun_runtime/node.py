@@ -90,7 +90,7 @@ class NodeAgent:
             warm=warm_socket(self._root, self._node, spec.engine),
             log=log_path(self._root, spec.name, version.version, secrets.token_hex(6)),
         )
-        launch = await asyncio.to_thread(make, version, Member(self._node, self._host), weights, self._where())
+        launch = await asyncio.to_thread(make, version, (Member(self._node, self._host),), weights, self._where())
         self._heads = self._heads or HeadStarts(headstart_socket(self._root, self._node))
         self._heads.start(version.key, kind, launch)
 

@@ -78,11 +78,12 @@ class ShimConfig:
 
 @dataclass(frozen=True)
 class Launch:
-    """Everything an engine is started from. `members` has length 1 until engines span nodes."""
+    """Everything a member of an engine is started from."""
 
     names: tuple[str, ...]
     weights: str
     members: tuple[Member, ...]
+    """All of them, the first one first; more than one only where the model said `nodes=`."""
     engine_args: dict[str, JsonValue]
     python: str
     env: dict[str, str] = field(default_factory=dict)
@@ -96,6 +97,12 @@ class Launch:
     """Whether a quick start is worth some speed under load (`cold_start="fast"`)."""
     warm: Path | None = None
     """The socket of the node's warm parent; None where there is none."""
+    rank: int = 0
+    """Which of the members this is."""
+    port: int = 0
+    """Where, on the first one's host, they meet; 0 where there is one."""
+    gpu_share: float = 1
+    """Of its one GPU, the part that is this engine's."""
 
 
 class Engine(Protocol):
@@ -114,7 +121,7 @@ class Engine(Protocol):
         ...
 
     def command(self, launch: Launch) -> list[str]:
-        """The command line of the member of rank 0; the engine listens on that member's host."""
+        """The command line of the member `launch.rank`; that of rank 0 listens on its host. Raises EngineError."""
         ...
 
     def arguments(self, launch: Launch) -> list[str]:

@@ -71,6 +71,8 @@ class SidecarEngine:
         """See Engine."""
         if spec.lora:
             return f"engine={self.name!r} takes no adapters here: leave lora= out, or use engine='vllm'"
+        if spec.nodes > 1:
+            return f"engine={self.name!r} spans no nodes here: leave nodes= out, or use engine='vllm'"
         if spec.task not in self.tasks:
             return f"engine={self.name!r} has no task={spec.task!r} here: use engine='vllm'"
         return ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from llmrun_runtime.engines.base import Launch, to_flags
 from llmrun_runtime.engines.beside import PORT, SidecarEngine
 
+MOST_MEMORY = 0.88
 PARALLEL = {"tp_size", "tensor_parallel_size"}
 
 
@@ -29,6 +30,8 @@ class SGLang(SidecarEngine):
         gpus = len(launch.members[0].devices)
         if gpus > 1 and not args.keys() & PARALLEL:
             args["tp_size"] = gpus
+        if gpus and launch.gpu_share < 1:
+            args.setdefault("mem_fraction_static", round(MOST_MEMORY * launch.gpu_share, 3))
         if not gpus:
             args.setdefault("device", "cpu")
         if launch.task == "embed":

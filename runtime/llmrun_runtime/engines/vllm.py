@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -61,6 +62,9 @@ TASKS: dict[str, dict[str, JsonValue]] = {
 }
 
 
+# vLLM's own default for a whole GPU.
+MOST_MEMORY = 0.92
+MEMORY_ARGS = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
 TOOL_ARGS = {"enable_auto_tool_choice", "tool_call_parser", "chat_template"}
 
 
@@ -89,6 +93,15 @@ def adapter_flags(shim: ShimConfig) -> list[str]:
         return []
     slots = str(shim.max_loaded)
     return ["--enable-lora", "--max-loras", slots, "--max-cpu-loras", slots, "--max-lora-rank", str(shim.max_rank)]
+
+
+def _member_flags(launch: Launch) -> list[str]:
+    """How the members of an engine that spans nodes find one another: vLLM's multiprocessing, without Ray."""
+    if len(launch.members) == 1:
+        return []
+    where = ("--master-addr", launch.members[0].host, "--master-port", str(launch.port))
+    which = ("--nnodes", str(len(launch.members)), "--node-rank", str(launch.rank))
+    return [*which, *where, "--distributed-executor-backend", "mp", *(["--headless"] if launch.rank else [])]
 
 
 class VLLM:
@@ -123,10 +136,13 @@ class VLLM:
 
     def arguments(self, launch: Launch) -> list[str]:
         """vLLM's own flags, llmrun's first, so that nothing pasted can come between."""
-        gpus = len(launch.members[0].devices)
+        gpus = sum(len(member.devices) for member in launch.members)
         args = dict(launch.engine_args)
-        if gpus > 1:
-            args.setdefault("tensor_parallel_size", gpus)
+        others = math.prod(int(str(args.get(size) or 1)) for size in ("pipeline_parallel_size", "data_parallel_size"))
+        if gpus > others:
+            args.setdefault("tensor_parallel_size", gpus // others)
+        if gpus and launch.gpu_share < 1 and not args.keys() & MEMORY_ARGS:
+            args["gpu_memory_utilization"] = round(MOST_MEMORY * launch.gpu_share, 3)
         if gpus and (how := load_format(Path(launch.weights), _installed)):
             args.setdefault("load_format", how)
         if gpus and launch.fast_start and not args.keys() & GRAPH_SIZES:
@@ -144,6 +160,7 @@ class VLLM:
             *("--middleware", "llmrun_runtime.engines.shim.Shim"),
             "--disable-uvicorn-access-log",
             *adapter_flags(launch.shim),
+            *_member_flags(launch),
             *to_flags(args),
         ]
 

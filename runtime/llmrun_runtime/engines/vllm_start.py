@@ -25,6 +25,7 @@ import uvloop
 import vllm
 from vllm import plugins
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.entrypoints.cli.serve import run_headless
 from vllm.entrypoints.launchers.api_server import entry
 from vllm.entrypoints.launchers.cli_args import (
     make_arg_parser,
@@ -162,6 +163,10 @@ def run(argv: list[str]) -> None:
     args = _prepared.parser.parse_args(argv)
     entry.configure_logging_from_args(args)
     validate_parsed_serve_args(args)
+    if args.headless:  # a member of an engine that spans nodes; the first one has the API
+        args.api_server_count = 0
+        run_headless(args)
+        return
     decorate_logs("APIServer", skip_if_decorated=True)
     address, sock = setup_server(args, reuse_port=False)
     lease.tell(port=sock.getsockname()[1])

@@ -1,0 +1,122 @@
+"""An engine that makes no text: it answers where its members are and with which devices. `python -m` is one member.
+
+Members of rank 1 and more say so to the first one, at the port where they meet, as real engines do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import uvicorn
+
+from llmrun.errors import EngineError
+from llmrun.spec import ModelSpec
+from llmrun_runtime import asgi
+from llmrun_runtime.asgi import Receive, Scope, Send
+from llmrun_runtime.engines import lease
+from llmrun_runtime.engines.base import Launch
+from llmrun_runtime.engines.shim import Shim
+
+CHAT = "/v1/chat/completions"
+MEET_S = 30
+
+
+class Stub:
+    """See `llmrun_runtime.engines.base.Engine`."""
+
+    name = "stub"
+    paths = frozenset({CHAT})
+    module = ""
+
+    def refuses(self, spec: ModelSpec) -> str:
+        """It takes all."""
+        return ""
+
+    def command(self, launch: Launch) -> list[str]:
+        """One member."""
+        return [launch.python, "-m", "tests.stub_engine", *self.arguments(launch)]
+
+    def arguments(self, launch: Launch) -> list[str]:
+        """What it must know of the others."""
+        hosts = [member.host for member in launch.members]
+        return [json.dumps({"hosts": hosts, "rank": launch.rank, "port": launch.port, "share": launch.gpu_share})]
+
+    def libraries(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
+    def environment(self, env: Mapping[str, str], cache: Path | None) -> dict[str, str]:
+        """Nothing of its own."""
+        return {}
+
+    def loader(self, app: Any, max_rank: int) -> NoReturn:
+        """It takes no adapters."""
+        raise EngineError("no adapters")
+
+    def root_cause(self, log: str) -> str:
+        """Its last line, if that is an exception."""
+        lines = log.strip().splitlines()
+        return lines[-1] if lines and "Error" in lines[-1] else ""
+
+
+def place(said: dict[str, Any]) -> dict[str, Any]:
+    """Where this member is."""
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return {
+        "rank": said["rank"],
+        "host": said["hosts"][said["rank"]],
+        "devices": [device for device in devices if device],
+        "share": said["share"],
+        "home": os.environ.get("STUB_HOME", ""),
+        "pid": os.getpid(),
+    }
+
+
+async def serve(said: dict[str, Any], others: list[dict[str, Any]]) -> None:
+    """Answer where all members are."""
+    places = [place(said), *sorted(others, key=lambda other: int(other["rank"]))]
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await receive()
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            await send({"type": "lifespan.shutdown.complete"})
+        else:
+            await asgi.answer(send, 200, {"places": places})
+
+    with socket.create_server((said["hosts"][0], 0)) as sock:
+        lease.tell(port=sock.getsockname()[1])
+        await uvicorn.Server(uvicorn.Config(Shim(app), ws="none", lifespan="on")).serve(sockets=[sock])
+
+
+def main() -> None:
+    """One member."""
+    lease.hold()
+    said = json.loads(sys.argv[1])
+    where = (said["hosts"][0], said["port"])
+    if said["rank"]:
+        with socket.create_connection(where, timeout=MEET_S) as first:
+            first.settimeout(None)
+            first.sendall(json.dumps(place(said)).encode() + b"\n")
+            first.recv(1)  # until it ends
+        return
+    others, kept = [], []
+    if len(said["hosts"]) > 1:
+        with socket.create_server(where) as meeting:
+            meeting.settimeout(MEET_S)
+            while len(kept) < len(said["hosts"]) - 1:
+                kept.append(meeting.accept()[0])
+                others.append(json.loads(kept[-1].makefile().readline()))
+    asyncio.run(serve(said, others))
+
+
+if __name__ == "__main__":
+    main()
