@@ -108,7 +108,7 @@ def main() -> None:
             first.sendall(json.dumps(place(said)).encode() + b"\n")
             first.recv(1)  # until it ends
         return
-    others, kept = [], []
+    others, kept = list[dict[str, Any]](), list[socket.socket]()
     if len(said["hosts"]) > 1:
         with socket.create_server(where) as meeting:
             meeting.settimeout(MEET_S)

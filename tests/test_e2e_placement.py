@@ -53,18 +53,18 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StubHome]:
             for number, (address, kind) in enumerate([(A10G, "A10G"), *((host, "H100") for host in H100S)]):
                 place = tmp_path_factory.mktemp(f"node{number}")
                 nodes.enter_context(another_node(home, place, address, kind, 2))
-            until(lambda: "H100" in refusal(home, tmp_path_factory.mktemp("look")), 60, "the nodes have joined")
+                # One after the other: Ray's raylets of one machine are in each other's way when they start at once.
+                until(lambda n=number: inventory(home, place).count("2 × ") > n, 60, "the node has joined")  # type: ignore[misc]
             yield home
             assert stubs() == []
     finally:
         home.ok("down")
 
 
-def refusal(home: Home, folder: Path) -> str:
-    """What a deploy that no node can hold hears: it lists all nodes, once they are there."""
+def inventory(home: Home, folder: Path) -> str:
+    """What there is, as a deploy hears that no node can hold."""
     text = f'@llm({str(folder)!r}, engine="stub", accelerator="none")\nclass Nobody: ...\n'
-    said = home.run("deploy", write_app(folder / "app.py", text), "--dry-run").stderr
-    return said if said.count("H100") == len(H100S) and "A10G" in said else ""
+    return home.run("deploy", write_app(folder / "app.py", text), "--dry-run").stderr
 
 
 def stubs() -> list[psutil.Process]:
