@@ -30,6 +30,7 @@ from llmrun_runtime.weights.pin import File, Pin
 
 CPU = Placement(1, 0)
 LAPTOP = Node("a", "10.0.0.1", {"CPU": 2}, {"CPU": 1})
+POOL = Node("", "pool", {"CPU": 8, "GPU": 8, "accelerator_type:H100": 1}, {})
 A10G = Node(
     "b", "10.0.0.2", {"CPU": 8, "GPU": 2, "accelerator_type:A10G": 1}, {"CPU": 8, "GPU": 1, "accelerator_type:A10G": 1}
 )
@@ -240,9 +241,13 @@ def test_an_app_of_another_place_is_refused_without_adopt() -> None:
         ({"accelerator": ["H100", "A10G"]}, [LAPTOP, A10G], Placement(1, 1, "A10G")),
         (
             {"accelerator": "H100"},
-            [LAPTOP, Node("", "pool", {"CPU": 8, "GPU": 8, "accelerator_type:H100": 1}, {})],
+            [LAPTOP, POOL],
             Placement(1, 1, "H100"),
         ),
+        ({"gpus": 0.5}, [LAPTOP, A10G], Placement(1, 0.5)),
+        ({"accelerator": "A10G", "gpus": 4, "nodes": 2}, [A10G, A10G], Placement(1, 2, "A10G", 2)),
+        ({"engine_args": "-tp 2 -pp 1"}, [LAPTOP, A10G], Placement(1, 2)),
+        ({"accelerator": ["A10G", "H100"], "gpus": 16, "nodes": 2}, [A10G, POOL], Placement(1, 8, "H100", 2)),
     ],
 )
 def test_placements(fields: dict[str, Any], nodes: list[Node], placement: Placement) -> None:
@@ -256,6 +261,7 @@ def test_placements(fields: dict[str, Any], nodes: list[Node], placement: Placem
         ({"accelerator": ["H100:8", "A100:8"]}, ["8 × H100 or 8 × A100"]),
         ({"gpus": 4}, ["gpus=4", "4 × GPU"]),
         ({"cpus": 64}, ["cpus=64", "64 CPUs"]),
+        ({"gpus": 4, "nodes": 2}, ["nodes=2: no node can give 2 nodes × 2 × GPU"]),
     ],
 )
 def test_what_no_node_can_give_is_refused_with_what_there_is(fields: dict[str, Any], words: list[str]) -> None:
@@ -271,6 +277,18 @@ def test_room_and_its_holders() -> None:
     assert has_room(Placement(2, 0), [LAPTOP], freed={"a": CPU})
     text = shortage(Placement(1, 2, "A10G"), [LAPTOP, A10G], ["busy"])
     assert "1 CPUs and 2 × A10G" in text and "1 × A10G, 8 CPUs" in text and "held by busy" in text
+
+
+def test_what_spans_nodes_has_room_on_as_many() -> None:
+    wide = Placement(1, 2, "A10G", 2)
+    full = {"CPU": 8.0, "GPU": 2, "accelerator_type:A10G": 1}
+    nodes = [Node(name, name, full, full) for name in "ab"] + [Node("c", "c", full, {"CPU": 8})]
+    assert has_room(wide, nodes) and not has_room(Placement(1, 2, "A10G", 3), nodes)
+    assert "1 CPUs and 2 nodes × 2 × A10G each" in shortage(wide, nodes, [])
+    busy = [Node(name, name, full, {"CPU": 8, "accelerator_type:A10G": 1}) for name in "ab"]
+    holders = [Holder(name, name, name, Placement(1, 2, "A10G"), 1) for name in "ab"]
+    assert [holder.id for holder in make_room(wide, busy, holders)] == ["a", "b"]
+    assert make_room(wide, busy, holders[:1]) == [], "one of two nodes would not do"
 
 
 def report(state: Any = "ready", replica: str = "r1", **more: Any) -> Registration:

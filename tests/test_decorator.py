@@ -81,6 +81,14 @@ def test_help_loads_neither_ray_nor_engines() -> None:
         ({"env": {"A": 1}}, ["env='A'", "a string or a Secret, not int"]),
         ({"env": "A=1"}, ["env: write a dict"]),
         ({"gpus": 0, "accelerator": "A10G"}, ["gpus=0", "accelerator='A10G' is a GPU"]),
+        ({"gpus": 1.5}, ["gpus=1.5", "a part of one (0.5)"]),
+        ({"gpus": 0.5, "engine_args": "-tp 2"}, ["gpus says 0.5", "tensor_parallel_size says 2"]),
+        ({"gpus": 8, "engine_args": "-tp 2 -pp 2"}, ["gpus says 8", "pipeline_parallel_size says 2"]),
+        ({"gpus": 3, "engine_args": "-pp 2"}, ["gpus says 3", "pipeline_parallel_size says 2"]),
+        ({"gpus": 3, "nodes": 2}, ["nodes=2: each gets the same number of GPUs", "gpus=4"]),
+        ({"nodes": 2}, ["nodes=2: each gets the same number"]),
+        ({"accelerator": "cpu", "nodes": 2}, ["nodes=2: each gets the same number"]),
+        ({"gpus": 4, "engine_args": "--nnodes 2"}, ["engine_args='nnodes'", "use nodes="]),
         ({"engine_args": "-tp two"}, ["tensor_parallel_size='two'", "a number of GPUs"]),
         ({"engine_args": "--x 'y"}, ["engine_args=", "No closing quotation"]),
         ({"env": {"A B": "x"}}, ["env='A B'"]),
@@ -128,9 +136,13 @@ def test_a_subclass_is_no_model_of_its_own() -> None:
         ({"accelerator": ["H100", "A100"]}, 1, ("H100", "A100")),
         ({"accelerator": ["H100:4", "A100:4"]}, 4, ("H100", "A100")),
         ({"engine_args": {"tensor-parallel-size": 2}}, 2, None),
+        ({"engine_args": "-tp 2 -pp 2 -dp 2"}, 8, None),
+        ({"gpus": 4, "engine_args": "-pp 2"}, 4, None),
+        ({"gpus": 0.25}, 0.25, None),
+        ({"gpus": 2.0}, 2, None),
     ],
 )
-def test_accelerators(arguments: dict[str, Any], gpus: int, kinds: tuple[str, ...] | None) -> None:
+def test_accelerators(arguments: dict[str, Any], gpus: float, kinds: tuple[str, ...] | None) -> None:
     made = spec(**arguments)
     assert made.gpu_count == gpus
     assert (made.accelerator.kinds if made.accelerator else None) == kinds

@@ -59,6 +59,28 @@ def test_the_command_carries_names_host_shim_and_flags() -> None:
     assert to_flags({"none": None}) == []
 
 
+def test_gpus_are_divided_by_what_works_in_parallel() -> None:
+    one = (Member("n", "h", ("0", "1", "2", "3")),)
+
+    def flags(engine_args: dict[str, Any], **more: Any) -> str:
+        return " ".join(VLLM.command(launch(engine_args=engine_args, **{"members": one, **more})))
+
+    assert "--tensor-parallel-size 4" in flags({})
+    assert "--tensor-parallel-size 2" in flags({"pipeline_parallel_size": "2"})
+    assert "--tensor-parallel-size" not in flags({"data_parallel_size": 4})
+    part = flags({}, members=(Member("n", "h", ("0",)),), gpu_share=0.5)
+    assert "--gpu-memory-utilization 0.46" in part and "--tensor-parallel-size" not in part
+    assert "--gpu-memory-utilization" not in flags({"kv_cache_memory_bytes": "4G"}, gpu_share=0.5)
+
+
+def test_members_of_an_engine_find_one_another() -> None:
+    members = (Member("a", "10.0.0.1", ("0", "1")), Member("b", "10.0.0.2", ("0", "1"), 1))
+    first, second = (" ".join(VLLM.command(launch(members=members, rank=rank, port=7))) for rank in (0, 1))
+    meeting = "--master-addr 10.0.0.1 --master-port 7 --distributed-executor-backend mp"
+    assert f"--nnodes 2 --node-rank 0 {meeting} --max-model-len" in first and "--tensor-parallel-size 4" in first
+    assert f"--nnodes 2 --node-rank 1 {meeting} --headless --max-model-len" in second
+
+
 @pytest.mark.parametrize(
     ("there", "filesystem", "chosen"),
     [

@@ -171,6 +171,12 @@ def test_each_field_of_ray_serve_llm_is_known() -> None:
 ONE: dict[str, Any] = {"model_loading_config": {"model_id": "m"}}
 
 
+def test_bundles_that_spread_are_nodes(tmp_path: Path) -> None:
+    group = {"bundles": [{"CPU": 1, "GPU": 2}] * 2, "strategy": "STRICT_SPREAD"}
+    (spec,), _ = read_yaml(written(tmp_path, json.dumps(ONE | {"placement_group_config": group})))
+    assert (spec.nodes, spec.gpus, spec.cpus) == (2, 4, 1)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -193,7 +199,12 @@ ONE: dict[str, Any] = {"model_loading_config": {"model_id": "m"}}
         (ONE | {"engine_kwargs": []}, "engine_kwargs: names and values, not []"),
         (ONE | {"runtime_env": {"pip": ["x"]}}, "runtime_env.pip: the engine's packages are those of the node"),
         (ONE | {"deployment_config": {"user_config": {}}}, "deployment_config.user_config: it has no meaning here"),
-        (ONE | {"placement_group_config": {"bundles": [{}, {}], "strategy": "SPREAD"}}, "strategy='SPREAD': an engine"),
+        (ONE | {"placement_group_config": {"bundles": [{}, {}], "strategy": "SPREAD"}}, "nodes=2: each gets the same"),
+        (ONE | {"placement_group_config": {"strategy": "DIAGONAL"}}, "strategy='DIAGONAL': one of PACK, STRICT_PACK"),
+        (
+            ONE | {"placement_group_config": {"bundles": [{"GPU": 1}, {"GPU": 2}], "strategy": "SPREAD"}},
+            "bundles: an engine has the same on each of its nodes",
+        ),
         (ONE | {"placement_group_config": {"bundles": [{"TPU": 1}]}}, "bundles[0].TPU: it has no meaning"),
         (ONE | {"lora_config": {}}, "lora_config.dynamic_lora_loading_path: say where adapters lie"),
         ({"model_loading_config": {}}, "model_loading_config.model_id=None: name the model"),

@@ -69,7 +69,9 @@ OF_LORA = {
 DELAYS = ("downscale_to_zero_delay_s", "downscale_delay_s")
 TASKS = ("generate", "embed", "classify", "score")
 ENGINES = {"vLLM": "vllm", "SGLang": "sglang"}
-ON_ONE_NODE = ("PACK", "STRICT_PACK")
+# Ray's PACK may spread what does not fit; here an engine is on one node unless it says otherwise.
+SPREADING = ("SPREAD", "STRICT_SPREAD")
+STRATEGIES = ("PACK", "STRICT_PACK", *SPREADING)
 
 
 def is_rays(content: Mapping[str, Any]) -> bool:
@@ -211,15 +213,18 @@ class Reader:
         self._leave_out(group, dict.fromkeys(("bundles", "bundle_per_worker", "strategy"), ""), where)
         strategy = group.get("strategy", "PACK")
         bundles = group.get("bundles") or ([group["bundle_per_worker"]] if group.get("bundle_per_worker") else [])
-        if strategy not in ON_ONE_NODE and len(bundles) > 1:
-            raise self._wrong(
-                f"{where}.strategy={strategy!r}: an engine runs on one node here: {' or '.join(ON_ONE_NODE)}"
-            )
+        if strategy not in STRATEGIES:
+            raise self._wrong(f"{where}.strategy={strategy!r}: one of {', '.join(STRATEGIES)}")
         for number, bundle in enumerate(bundles):
             self._leave_out(self._mapping(bundle, where), {"CPU": "", "GPU": ""}, f"{where}.bundles[{number}]")
         cpus, gpus = (sum(bundle.get(kind, 0) for bundle in bundles) for kind in ("CPU", "GPU"))
+        nodes = len(bundles) if strategy in SPREADING else 1
+        if nodes > 1:
+            if any(bundle != bundles[0] for bundle in bundles):
+                raise self._wrong(f"{where}.bundles: an engine has the same on each of its nodes")
+            fields["nodes"] = nodes
         if cpus:
-            fields["cpus"] = cpus
+            fields["cpus"] = cpus / nodes
         if gpus and group.get("bundles"):
             fields["gpus"] = gpus
 
