@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 from llmrun.settings import Settings
+from llmrun.spec import ModelSpec
 from llmrun_cli.load import load_app
+from llmrun_runtime.engines.base import Engine, Launch, Member
+from llmrun_runtime.engines.beside import PORT
 from tests.conftest import BIN, REPO
 
 README = (REPO / "README.md").read_text()
@@ -35,6 +39,18 @@ def test_the_readmes_commands_exist_and_every_command_is_there() -> None:
     real = set(re.findall(r"^│ ([a-z]+)  ", shown, re.M))
     told = set(re.findall(r"`llmrun ([a-z]+)", README))
     assert real == told
+
+
+def test_the_engine_of_the_docs_keeps_to_the_contract() -> None:
+    (text,) = re.findall(
+        r"```python\n(from llmrun_runtime.engines.base.*?)```", (REPO / "docs/engines.md").read_text(), re.S
+    )
+    names: dict[str, Any] = {}
+    exec(text.replace('package = "mine"', 'package = "json"'), names)
+    engine: Engine = names["Mine"]()
+    launch = Launch(("one",), "/w", (Member("n", "h"),), {"x": 1}, "python")
+    assert engine.command(launch)[-6:] == ["mine-server", "/w", "--port", PORT, "--x", "1"]
+    assert not engine.refuses(ModelSpec.model_validate({"name": "one", "model": "a/b"}))
 
 
 def test_ci_runs_the_readmes_test_command() -> None:

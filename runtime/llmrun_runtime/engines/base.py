@@ -106,7 +106,16 @@ class Launch:
 
 
 class Engine(Protocol):
-    """One kind of engine."""
+    """One kind of engine, made without arguments.
+
+    1. It starts by `command`, with `environment` and the variables above; each process calls `lease.hold()` first.
+    2. It is ready when it has told the lease its HTTP `port`, its app's lifespan has started (the shim tells the lease
+       then), and `STATE_PATH` answers.
+    3. It speaks OpenAI's API at those of `paths` that its app has routes for.
+    4. It takes adapters through `loader`, if it takes any; `refuses` says what it cannot serve, before it starts.
+    5. It reports at `STATE_PATH`: requests in flight, usage (by `meter`), paths, adapters; at `/metrics` what it likes.
+    6. It ends on SIGTERM, and by itself when its lease closes. If it ends otherwise, `root_cause` reads its log.
+    """
 
     name: str
     paths: frozenset[str]
