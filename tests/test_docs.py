@@ -53,6 +53,18 @@ def test_the_engine_of_the_docs_keeps_to_the_contract() -> None:
     assert not engine.refuses(ModelSpec.model_validate({"name": "one", "model": "a/b"}))
 
 
+def test_the_messages_that_troubleshooting_explains_are_said() -> None:
+    table = (REPO / "docs/troubleshooting.md").read_text().partition("## What llmrun says")[2]
+    messages = re.findall(r"^\| `(.+?)` \|", table, re.M)
+    rooms = [path for room in ("decorators", "cli", "runtime") for path in (REPO / room).rglob("*.py")]
+    # What is put together of several strings in the source, as one.
+    source = re.sub(r'"\s+f?"', "", "\n".join(path.read_text() for path in rooms))
+    assert len(messages) > 10
+    for message in messages:
+        for part in message.split(" … "):
+            assert part in source, message
+
+
 def test_ci_runs_the_readmes_test_command() -> None:
     commands = re.findall(r"^(pip install rust-just && just \w+)", README, re.M)
     assert len(commands) == 2
