@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llmrun import Secret, SpecError, llm
+from llmrun import LoRA, Secret, SpecError, llm
 from llmrun.decorator import hooks_of, spec_of
 from llmrun.spec import ModelSpec, parse_flags, to_label
 from llmrun.weights import is_path
@@ -183,6 +183,11 @@ def test_specs_are_frozen_and_hashed_for_diffs() -> None:
     assert one.fingerprint() != two.fingerprint()
     assert one.fingerprint(soft=False) == two.fingerprint(soft=False)
     assert one.fingerprint(soft=False) != spec(cpus=2).fingerprint(soft=False)
+    here, there = spec(lora="s3://a/b"), spec(lora=LoRA("s3://a/c", refresh=5))
+    assert here.fingerprint() != there.fingerprint()
+    assert here.fingerprint(soft=False) == there.fingerprint(soft=False)
+    assert here.fingerprint(soft=False) != spec(lora=LoRA("s3://a/b", max_loaded=2)).fingerprint(soft=False)
+    assert here.fingerprint(soft=False) != one.fingerprint(soft=False)
 
 
 @pytest.mark.parametrize(

@@ -297,3 +297,25 @@ def test_usage_is_by_adapter(cluster: Home, folder: Path) -> None:
         return "based:a5" in names and "based:new" in names and not any("@" in name for name in names)
 
     until(used, 10, "its use is counted")
+
+
+def test_one_more_adapter_by_name_is_no_restart(
+    cluster: Home, folder: Path, tmp_path: Path, sure_weights: Path
+) -> None:
+    def app(lora: dict[str, str]) -> Path:
+        text = f"@llm({str(tiny_weights)!r}, cpus=0.1, idle_timeout=600, lora={lora})\nclass Named: ...\n"
+        return write_app(tmp_path / "named" / "app.py", text)
+
+    cluster.ok("deploy", app({"legal": str(folder / "a0")}))
+    legal = ask(cluster, "named:legal", max_tokens=8).json()["choices"][0]["text"]
+    (engine,) = cluster.engines("named")
+    assert ask(cluster, "named:sql").status_code == 404
+    said = cluster.ok("deploy", app({"legal": str(folder / "a0"), "sql": str(folder / "a1")}))
+    assert "~ named  (no restart)" in said
+    until(lambda: "named:sql" in listed(cluster), 10, "the new one is listed")
+    assert ask(cluster, "named:sql", max_tokens=8).json()["choices"][0]["text"] != legal
+    assert ask(cluster, "named:legal", max_tokens=8).json()["choices"][0]["text"] == legal
+    assert "~ named  (no restart)" in cluster.ok("deploy", app({"sql": str(folder / "a1")}))
+    until(lambda: ask(cluster, "named:legal").status_code == 404, 10, "the other one is gone")
+    assert cluster.engines("named")[0].pid == engine.pid
+    cluster.ok("delete", "named", "--yes")

@@ -107,7 +107,7 @@ class LoRA(BaseModel):
         if self.max_rank:
             return self
         known = max(ranks, default=0)
-        if before and before.max_rank and before.sources == self.sources and before.max_rank >= known:
+        if before and before.max_rank and before.max_rank >= known:
             return self.model_copy(update={"max_rank": before.max_rank})
         wanted = max(known, LEAST_RANK) if known else USUAL_RANK
         return self.model_copy(update={"max_rank": next((rank for rank in RANKS if rank >= wanted), RANKS[-1])})

@@ -70,6 +70,8 @@ SOFT_FIELDS = frozenset(
         *("rpm", "tpm", "max_in_flight", "log_engine_metrics"),
     }
 )
+# Of lora=, an engine knows how many adapters it holds, not which there are.
+SOFT: dict[str, Any] = {**dict.fromkeys(SOFT_FIELDS, True), "lora": {"path", "adapters", "refresh"}}
 
 
 class Secret(BaseModel):
@@ -365,7 +367,7 @@ class ModelSpec(BaseModel):
 
     def fingerprint(self, *, soft: bool = True) -> str:
         """A hash (hex, sha256) of what was said; without the soft fields, of what a replica runs."""
-        data = self.model_dump(mode="json", exclude=None if soft else set(SOFT_FIELDS))
+        data = self.model_dump(mode="json", exclude=None if soft else SOFT)
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
