@@ -300,7 +300,7 @@ def test_usage_is_by_adapter(cluster: Home, folder: Path) -> None:
 
 
 def test_one_more_adapter_by_name_is_no_restart(
-    cluster: Home, folder: Path, tmp_path: Path, sure_weights: Path
+    cluster: Home, folder: Path, tmp_path: Path, tiny_weights: Path
 ) -> None:
     def app(lora: dict[str, str]) -> Path:
         text = f"@llm({str(tiny_weights)!r}, cpus=0.1, idle_timeout=600, lora={lora})\nclass Named: ...\n"
