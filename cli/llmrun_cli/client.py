@@ -11,6 +11,7 @@ import httpx
 
 from llmrun.errors import ControlError, Refused, Unreachable
 from llmrun.settings import Settings
+from llmrun.spec import ModelSpec
 from llmrun.wire import (
     CONTROL_ROOT,
     AdapterRow,
@@ -48,6 +49,10 @@ class Client:
     def status(self) -> Status:
         """Everything that is deployed."""
         return Status.model_validate(self._call("GET", "/status"))
+
+    def specs(self) -> list[ModelSpec]:
+        """The specs of all models in force."""
+        return [ModelSpec.model_validate(spec) for spec in self._call("GET", "/specs")]
 
     def plan(self, request: DeployRequest) -> Plan:
         """What a deploy would do."""

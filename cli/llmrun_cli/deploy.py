@@ -99,15 +99,7 @@ def _is_file(target: str) -> bool:
 
 def _from_file(target: str, name: str) -> tuple[DeployRequest, dict[str, bytes]]:
     """The request for `PATH[::Name]`, and the code packages that it needs. Raises AppError."""
-    text, colons, only = target.partition("::")
-    path = Path(text).expanduser()
-    loaded = _load(path)
-    if colons:
-        chosen = [item for item in loaded if only in (item.cls, *item.spec.served_names)]
-        if not chosen:
-            names = ", ".join(f"{item.cls} ({item.spec.name})" for item in loaded)
-            raise AppError(f"{path} has no model {only!r}: it has {names}")
-        loaded = chosen
+    path, loaded = choose(target)
     path = path.absolute()
     packages: dict[str, bytes] = {}
     digest = ""
@@ -119,9 +111,21 @@ def _from_file(target: str, name: str) -> tuple[DeployRequest, dict[str, bytes]]
         app=_app_name(name, path.parent.name if path.stem == "app" else path.stem),
         source=f"{socket.gethostname()}:{path}",
         specs=tuple(_with_code(item, path, digest) for item in loaded),
-        only=bool(colons),
+        only="::" in target,
     )
     return request, packages
+
+
+def choose(target: str) -> tuple[Path, list[Loaded]]:
+    """The file of `PATH[::Name]`, and its models, or that one. Raises AppError."""
+    text, colons, only = target.partition("::")
+    path = Path(text).expanduser()
+    loaded = _load(path)
+    chosen = [item for item in loaded if not colons or only in (item.cls, *item.spec.served_names)]
+    if not chosen:
+        names = ", ".join(f"{item.cls} ({item.spec.name})" for item in loaded)
+        raise AppError(f"{path} has no model {only!r}: it has {names}")
+    return path, chosen
 
 
 def _load(path: Path) -> list[Loaded]:

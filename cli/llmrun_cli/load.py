@@ -25,6 +25,8 @@ from llmrun.spec import ModelSpec
 from llmrun.weights import Weights
 
 LOAD_TIMEOUT_S = 120
+LOADING = "LLMRUN_LOADING"
+"""In the environment of the process that imports an app file: there is nothing to deploy from within it."""
 EXAMPLE = """\
     from llmrun import llm
 
@@ -53,7 +55,12 @@ def load_app(path: Path) -> list[Loaded]:
         command = [sys.executable, "-m", "llmrun_cli.load", str(path), answer.name]
         try:
             code = subprocess.run(
-                command, stdout=sys.stderr.fileno(), stdin=subprocess.DEVNULL, timeout=LOAD_TIMEOUT_S, check=False
+                command,
+                env={**os.environ, LOADING: "1"},
+                stdout=sys.stderr.fileno(),
+                stdin=subprocess.DEVNULL,
+                timeout=LOAD_TIMEOUT_S,
+                check=False,
             ).returncode
         except subprocess.TimeoutExpired:
             raise AppError(f"{path}: importing it took over {LOAD_TIMEOUT_S} s") from None

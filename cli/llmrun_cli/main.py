@@ -9,7 +9,7 @@ import typer
 
 import llmrun
 from llmrun.errors import AppError, LLMRunError
-from llmrun_cli import adapter, cluster, deploy, init, key, model, weights
+from llmrun_cli import adapter, cluster, deploy, export, init, key, model, weights
 from llmrun_cli.terminal import error_line
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 app.command()(deploy.deploy)
 app.command()(deploy.schema)
+app.command()(export.export)
 app.command()(init.init)
 app.command()(model.status)
 app.command()(model.chat)

@@ -6,6 +6,7 @@ Knows nothing of clusters, files or the command line.
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -137,9 +138,17 @@ def llm(
             "requirements": requirements,
         }
         setattr(cls, ATTRIBUTE, build_spec(fields))
+        if not hasattr(cls, "deploy"):
+            cls.deploy = classmethod(_deploy)  # type: ignore[attr-defined]
         return cls
 
     return decorate
+
+
+def _deploy(cls: type) -> Any:
+    """Deploy this model, as `llmrun deploy FILE::Class --yes` does; its `model` and `url`. Raises LLMRunError."""
+    # By name, when it is called: who only describes models needs no command line.
+    return importlib.import_module("llmrun_cli.python").deploy_class(cls)
 
 
 def build_spec(fields: Mapping[str, Any]) -> ModelSpec:

@@ -30,13 +30,18 @@ def parse_app_name(name: str) -> tuple[str, int] | None:
     return model, int(version)
 
 
+def actor_options(placement: Placement) -> dict[str, Any]:
+    """What Ray reserves for a replica, on one node."""
+    options: dict[str, Any] = {"num_cpus": placement.cpus, "num_gpus": placement.gpus}
+    if placement.accelerator:
+        options["resources"] = {TYPE + placement.accelerator: ACCELERATOR_SHARE}
+    return options
+
+
 def application(spec: ModelSpec, placement: Placement, config: ReplicaConfig, replicas: int, drain: float) -> Any:
     """The Serve application (`Replica.bind(...)`) that runs `replicas` copies of one version at first."""
     # One actor, so one node. What spans nodes has a group of places, each on a node of its own; the replica is in the
     # first, and brings the engine's other members into the rest.
-    options: dict[str, Any] = {"num_cpus": placement.cpus, "num_gpus": placement.gpus}
-    if placement.accelerator:
-        options["resources"] = {TYPE + placement.accelerator: ACCELERATOR_SHARE}
     group: dict[str, Any] = {}
     if placement.nodes > 1:
         group["placement_group_bundles"] = [placement.resources()] * placement.nodes
@@ -45,7 +50,7 @@ def application(spec: ModelSpec, placement: Placement, config: ReplicaConfig, re
         name=DEPLOYMENT,
         num_replicas=replicas,
         max_ongoing_requests=spec.max_ongoing_requests,
-        ray_actor_options=options,
+        ray_actor_options=actor_options(placement),
         health_check_period_s=HEALTH_CHECK_S,
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=drain,

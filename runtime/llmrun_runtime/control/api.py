@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 import llmrun
 from llmrun.errors import LLMRunError, Refused
+from llmrun.spec import ModelSpec
 from llmrun.wire import (
     CONTROL_ROOT,
     MAX_PACKAGE_BYTES,
@@ -89,6 +90,10 @@ def make_api(parts: ControlParts) -> App:
     @api.get(f"{root}/status")
     async def status() -> Status:
         return Status(url=parts.url, models=parts.scaling.statuses())
+
+    @api.get(f"{root}/specs")
+    async def specs() -> list[ModelSpec]:
+        return [row.spec for _, row in sorted(parts.scaling.deployed.items())]
 
     @api.post(f"{root}/plan")
     async def plan(request: DeployRequest) -> Plan:

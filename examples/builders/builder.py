@@ -1,0 +1,15 @@
+"""Two models behind one endpoint of Ray Serve's own: `python builder.py`, then http://127.0.0.1:8000/v1."""
+
+import sys
+
+from models import Assistant, Short
+from ray import serve
+
+from llmrun_runtime.builders import build_openai_app
+
+if __name__ == "__main__":
+    serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1]) if sys.argv[1:] else 8000})
+    serve.run(build_openai_app([Assistant, Short]))
+    print("ready", flush=True)
+    sys.stdin.read()  # until it is closed, or Ctrl-C
+    serve.shutdown()

@@ -1,0 +1,132 @@
+"""Models in Serve applications of the caller's own: the examples, and what `llmrun export` prints, on a plain Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+import yaml
+
+from tests.conftest import BIN, REPO, SMOLLM2, Home, free_port, leftovers, new_processes, until, write_app
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+EXAMPLES = REPO / "examples/builders"
+PARIS = [{"role": "user", "content": "Name the capital of France."}]
+START_S = 150
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    """No cluster of llmrun's, nor of anybody's."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("LLMRUN_", "RAY_"))}
+    clean |= {"PATH": f"{BIN}:{clean['PATH']}", "LLMRUN_HOME": str(home), "MODEL": str(SMOLLM2)}
+    return {**clean, "RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_worker_prestart": "0", **more}
+
+
+@contextlib.contextmanager
+def running(script: Path, home: Path) -> Iterator[int]:
+    """An example, with a Ray of its own; the port of Serve's proxy. Nothing is left of it."""
+    processes, files, port = {process.pid for process in psutil.process_iter()}, leftovers(), free_port()
+    with (home.parent / f"{script.stem}.log").open("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, script, str(port)],
+            env=environment(home),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+        assert process.stdin and process.stdout
+        try:
+            started = next((True for line in iter(process.stdout.readline, "") if line.strip() == "ready"), False)
+            assert started, Path(log.name).read_text()[-4000:]
+            yield port
+        finally:
+            process.stdin.close()
+            process.stdout.close()
+            try:
+                process.wait(60)
+            finally:
+                process.kill()
+    until(lambda: new_processes(processes) == [], 30, "its processes have ended")
+    assert leftovers() - files == set()
+
+
+def test_two_models_behind_an_endpoint_of_serves_own(tmp_path: Path) -> None:
+    with running(EXAMPLES / "builder.py", tmp_path / "home") as port:
+        url = f"http://127.0.0.1:{port}"
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120, max_retries=0) as client:
+            assert [model.id for model in client.models.list()] == ["assistant", "short"]
+            asked = {"messages": PARIS, "temperature": 0, "max_tokens": 20}
+            whole = client.chat.completions.create(model="assistant", **asked)  # type: ignore[call-overload]
+            assert "Paris" in whole.choices[0].message.content
+            chunks = list(client.chat.completions.create(model="acme/assistant", stream=True, **asked))  # type: ignore[call-overload]
+            assert len(chunks) > 4 and "Paris" in "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+            hooked = client.chat.completions.create(model="short", **asked)  # type: ignore[call-overload]
+            assert hooked.usage.completion_tokens == 3
+            with pytest.raises(openai.NotFoundError, match="did you mean assistant"):
+                client.chat.completions.create(model="asistant", **asked)  # type: ignore[call-overload]
+            with pytest.raises(openai.BadRequestError):
+                client.chat.completions.create(**asked | {"model": "assistant", "messages": "none"})  # type: ignore[call-overload]
+        assert httpx.post(f"{url}/v1/embeddings", json={"model": "assistant"}, timeout=60).status_code == 404
+        assert httpx.post(f"{url}/v1/completions", content="no JSON", timeout=60).json()["error"]["message"]
+
+
+def test_a_model_in_an_application_of_ones_own(tmp_path: Path) -> None:
+    with running(EXAMPLES / "composed.py", tmp_path / "home") as port:
+        verse = httpx.post(f"http://127.0.0.1:{port}/", content="rain", timeout=120)
+        assert verse.status_code == 200 and len(verse.text.split()) > 5
+
+
+def test_serve_runs_what_export_prints(tmp_path: Path, home: Home) -> None:
+    app = write_app(
+        tmp_path / "exported" / "app.py",
+        f"@llm({str(SMOLLM2)!r}, name='one', accelerator='cpu', cpus=0.2, env={{'T': Secret('T')}})\nclass One: ...\n"
+        f"@llm({str(SMOLLM2)!r}, accelerator='cpu', cpus=0.2)\nclass Other:\n    def on_start(self) -> None: ...\n",
+    )
+    everything = yaml.safe_load(home.run("export", app).stdout)["applications"][0]["args"]["models"]
+    assert everything[0]["env"] == {"T": {"secret": "T"}} and everything[1]["app_file"] == str(app)
+    text = home.run("export", f"{app}::One").stdout
+    (tmp_path / "serve.yaml").write_text(text + f"http_options: {{port: {(port := free_port())}}}\n")
+    processes, files = {process.pid for process in psutil.process_iter()}, leftovers()
+    with (tmp_path / "serve.log").open("w+") as log:
+        env = environment(home.path, T="sesame")
+        serving = subprocess.Popen([BIN / "serve", "run", tmp_path / "serve.yaml"], env=env, stdout=log, stderr=log)
+        try:
+
+            def answer() -> str:
+                assert serving.poll() is None, Path(log.name).read_text()[-4000:]
+                body = {"model": "one", "messages": PARIS, "temperature": 0, "max_tokens": 20}
+                with contextlib.suppress(httpx.TransportError):
+                    return httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=60).text
+                return ""
+
+            until(lambda: "Paris" in answer(), START_S, "it answers")
+        finally:
+            serving.terminate()
+            try:
+                serving.wait(60)
+            finally:
+                serving.kill()
+    until(lambda: new_processes(processes) == [], 30, "its processes have ended")
+    assert leftovers() - files == set()
+
+
+def test_a_class_deploys_itself(cluster: Home) -> None:
+    env = {**cluster.env, "MODEL": str(SMOLLM2)}
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "deploy.py"], env=env, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"from-python {cluster.url}"
+    assert "Paris" in cluster.ask("from-python", PARIS[0]["content"], max_tokens=20).text
+    exported = yaml.safe_load(cluster.run("export", "--all").stdout)
+    assert "from-python" in [model["name"] for model in exported["applications"][0]["args"]["models"]]
+    cluster.ok("delete", "from-python", "--yes")
