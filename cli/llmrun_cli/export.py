@@ -50,9 +50,7 @@ def _deployed() -> list[dict[str, Any]]:
 
 def _fields(spec: ModelSpec) -> dict[str, Any]:
     """What was said of a model."""
-    said: dict[str, Any] = spec.model_dump(mode="json", exclude_defaults=True, exclude={"code"})
-    source = said["model"]
-    return said | {"model": source["source"] if source.keys() == {"source"} else source}
+    return spec.model_dump(mode="json", exclude_defaults=True, exclude={"code"})
 
 
 def _code(item: Loaded, file: str) -> dict[str, Any]:
