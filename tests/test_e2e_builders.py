@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -110,7 +111,7 @@ def test_serve_runs_what_export_prints(tmp_path: Path, home: Home) -> None:
 
             until(lambda: "Paris" in answer(), START_S, "it answers")
         finally:
-            serving.terminate()
+            serving.send_signal(signal.SIGINT)  # as Ctrl-C does
             try:
                 serving.wait(60)
             finally:

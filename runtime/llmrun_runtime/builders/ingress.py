@@ -23,9 +23,8 @@ class OpenAIIngress:
 
     def __init__(self, names: Mapping[str, str], **models: Any) -> None:
         self._names = dict(names)
-        self._models = {name.replace("_", "-"): handle.options(stream=True) for name, handle in models.items()}
-        self._paths = {name.replace("_", "-"): handle for name, handle in models.items()}
-        self._known: dict[str, list[str]] = {}
+        self._models = {name.replace("_", "-"): handle for name, handle in models.items()}
+        self._paths: dict[str, list[str]] = {}
 
     async def __call__(self, request: Request) -> Response:
         """Answer one request. Its errors have OpenAI's shape."""
@@ -48,25 +47,26 @@ class OpenAIIngress:
             return self._unknown(model)
         try:
             if path not in await self._paths_of(name):
-                return _refused(404, f"{name} has no {path}: it has {', '.join(self._known[name])}")
+                return _refused(404, f"{name} has no {path}: it has {', '.join(self._paths[name])}")
             content_type = request.headers.get("content-type", "application/json")
-            answer: AsyncIterator[Any] = self._models[name].ask.remote(path, body, content_type).__aiter__()
+            handle = self._models[name].options(stream=True)
+            answer: AsyncIterator[Any] = handle.ask.remote(path, body, content_type).__aiter__()
             head = await anext(answer)
+            status, kind = head["status"], head["content_type"]
+            if kind.startswith("text/event-stream"):
+                return StreamingResponse(answer, status, media_type=kind)
+            return Response(b"".join([piece async for piece in answer]), status, media_type=kind)
         except ray.exceptions.RayTaskError as error:
             cause = error.cause
             return _refused(503, str(cause) if isinstance(cause, EngineError) else f"{name} failed: {cause}")
         except (serve.exceptions.BackPressureError, serve.exceptions.DeploymentUnavailableError) as error:
             return _refused(429 if isinstance(error, serve.exceptions.BackPressureError) else 503, str(error))
-        kind = head["content_type"]
-        if kind.startswith("text/event-stream"):
-            return StreamingResponse(answer, head["status"], media_type=kind)
-        return Response(b"".join([piece async for piece in answer]), head["status"], media_type=kind)
 
     async def _paths_of(self, name: str) -> list[str]:
         """The inference paths of a model; it is woken to say them, once."""
-        if name not in self._known:
-            self._known[name] = await self._paths[name].paths.remote()
-        return self._known[name]
+        if name not in self._paths:
+            self._paths[name] = await self._models[name].paths.remote()
+        return self._paths[name]
 
     def _list(self, name: str) -> Response:
         if name and name not in self._names:

@@ -18,6 +18,7 @@ from llmrun_runtime.draining import LINGER_S, drained
 from llmrun_runtime.engines.base import TOKEN_HEADER, Launch, Member
 from llmrun_runtime.engines.kinds import get_engine
 from llmrun_runtime.engines.process import EngineProcess
+from llmrun_runtime.engines.scratch import sweep_scratch
 from llmrun_runtime.environments import Environments, environment
 from llmrun_runtime.launching import ReplicaConfig, find_weights, make_launch
 from llmrun_runtime.link.client import Client, LinkLostError, Links
@@ -40,6 +41,7 @@ class LLMServer:
         """Return when the engine answers. Raises LLMRunError: Serve tries again, and says why."""
         self._settings = Settings()
         self._settings.make_home()
+        await asyncio.to_thread(sweep_scratch)  # what a cluster that was killed has left here
         self._spec = ModelSpec.model_validate(spec)
         self._app_file = app_file
         self._links = Links(self._settings.connect_timeout)
