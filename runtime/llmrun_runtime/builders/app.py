@@ -28,8 +28,8 @@ Model = type | ModelSpec | Mapping[str, Any]
 APP_FILE, CLASS = "app_file", "cls"
 # What control and llmrun's ingress do, and nobody does here.
 OF_CONTROL = ("schedule", "min_uptime", "evictable", "rpm", "tpm", "max_in_flight")
-# A cold engine of Serve's own scaler comes as soon as somebody asks.
-SCALER = {"upscale_delay_s": 0, "metrics_interval_s": 1, "look_back_period_s": 2}
+# So that a model at zero comes when somebody asks.
+SCALER = {"upscale_delay_s": 0, "look_back_period_s": 2}
 
 
 def build_openai_app(models: Sequence[Model] | Mapping[str, Any]) -> serve.Application:
@@ -42,25 +42,25 @@ def build_openai_app(models: Sequence[Model] | Mapping[str, Any]) -> serve.Appli
     if not isinstance(found, Sequence) or isinstance(found, str) or not found:
         raise SpecError("build_openai_app: a list of classes with @llm, or {'models': […]}")
     names: dict[str, str] = {}
-    applications = {}
     for model in found:
-        spec, _ = _read(model)
+        spec, _ = _checked(model)
         for name in spec.served_names:
             if name in names:
                 raise SpecError(
                     f"{spec.name}: the name {name!r} belongs to {names[name]}: choose another name= or alias"
                 )
             names[name] = spec.name
-        # Serve's arguments are named as Python's are.
-        applications[spec.name.replace("-", "_")] = build_llm_deployment(model)
+    # Serve's arguments are named as Python's are.
+    applications = {_checked(model)[0].name.replace("-", "_"): build_llm_deployment(model) for model in found}
     limits = {"max_ongoing_requests": 10_000, "ray_actor_options": {"num_cpus": 0}}
     return serve.deployment(OpenAIIngress).options(name="ingress", **limits).bind(names, **applications)
 
 
 def build_llm_deployment(model: Model) -> serve.Application:
     """A deployment of one model, to be bound to an ingress or to a deployment of yours. Raises LLMRunError."""
-    spec, file = _read(model)
-    _check(spec)
+    spec, file = _checked(model)
+    if without := without_effect(spec):
+        log.warning("%s: %s= does nothing without control: `llmrun deploy`", spec.name, "=, ".join(without))
     if not ray.is_initialized():
         ray.init(namespace=SERVE_NAMESPACE)  # as `serve.run` would in a moment
     placement = resolve(spec, cluster_nodes())
@@ -82,6 +82,11 @@ def build_llm_deployment(model: Model) -> serve.Application:
         graceful_shutdown_timeout_s=Settings().drain_timeout,
     )
     return deployment.bind(spec.model_dump(mode="json"), file)
+
+
+def without_effect(spec: ModelSpec) -> list[str]:
+    """What was said of a model that only control or llmrun's ingress do."""
+    return [name for name in OF_CONTROL if getattr(spec, name) != ModelSpec.model_fields[name].default]
 
 
 def _read(model: Model) -> tuple[ModelSpec, str]:
@@ -107,14 +112,13 @@ def _with_code(spec: ModelSpec, file: str, cls: str, hooks: tuple[str, ...]) -> 
     return spec.model_copy(update={"code": code}), file
 
 
-def _check(spec: ModelSpec) -> None:
-    """Warn of what has no effect here. Raises SpecError for what cannot be."""
+def _checked(model: Model) -> tuple[ModelSpec, str]:
+    """As `_read`. Raises SpecError for what cannot be without control, too."""
+    spec, file = _read(model)
     if spec.lora:
         raise SpecError(f"{spec.name}: lora= needs control, which lists and brings adapters: `llmrun deploy`")
     if spec.nodes > 1:
         raise SpecError(f"{spec.name}: nodes= needs control: `llmrun deploy`")
     if why := get_engine(spec.engine).refuses(spec):
         raise SpecError(f"{spec.name}: {why}")
-    without = [name for name in OF_CONTROL if getattr(spec, name) != ModelSpec.model_fields[name].default]
-    if without:
-        log.warning("%s: %s= does nothing without control: `llmrun deploy`", spec.name, "=, ".join(without))
+    return spec, file
