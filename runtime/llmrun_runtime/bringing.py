@@ -48,6 +48,8 @@ class Bringer:
         self.devices = tuple(context.get_accelerator_ids().get("GPU", ()))
         self.log = log_path(Settings().root, config.spec.name, config.version, self.actor)
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.found = False
+        """Whether the weights lay here."""
 
     def member(self, rank: int = 0) -> Member:
         """This actor's place, as a member of an engine."""
@@ -96,6 +98,7 @@ class Bringer:
         """The folder that the engine loads; the node agent brings it if it is not here. Raises LLMRunError."""
         folder = await asyncio.to_thread(find_weights, self._config, self.where())
         pin = self._config.pin
+        self.found = folder is not None and pin is not None
         if folder or not pin:
             assert folder
             return folder

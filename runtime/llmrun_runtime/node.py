@@ -28,7 +28,7 @@ from llmrun_runtime.launching import ReplicaConfig, find_weights, make_launch
 from llmrun_runtime.logs import log_path, read_logs
 from llmrun_runtime.spare import keep_spare
 from llmrun_runtime.weights.adapters import Adapter
-from llmrun_runtime.weights.node import NodeWeights
+from llmrun_runtime.weights.node import CacheFacts, NodeWeights
 from llmrun_runtime.weights.pin import Pin
 from llmrun_runtime.weights.sync import Peer
 
@@ -138,6 +138,14 @@ class NodeAgent:
     async def progress(self, key: str) -> tuple[int, int]:
         """Bytes here and in all, of what is under way for a pin."""
         return self._weights.progress(key)
+
+    async def cache_facts(self) -> CacheFacts:
+        """See `NodeWeights.cache_facts`."""
+        return await self._weights.cache_facts()
+
+    async def found(self) -> None:
+        """A replica that has started found its weights here."""
+        self._weights.found()
 
     async def rows(self) -> list[WeightsRow]:
         """The weights that lie here."""

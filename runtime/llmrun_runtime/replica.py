@@ -26,7 +26,7 @@ from llmrun_runtime.engines.base import Launch
 from llmrun_runtime.engines.begin import Begun
 from llmrun_runtime.engines.headstart import adopt, headstart_socket
 from llmrun_runtime.engines.kinds import get_engine
-from llmrun_runtime.engines.meter import Row
+from llmrun_runtime.engines.meter import PaceRow, Row
 from llmrun_runtime.engines.process import EngineProcess
 from llmrun_runtime.launching import ReplicaConfig
 from llmrun_runtime.members import Others, free_port
@@ -50,6 +50,7 @@ class Replica:
         self._state: ReplicaState = "starting"
         self._counts: dict[str, Any] = {}
         self._told: dict[tuple[str, str], Row] = {}
+        self._told_paces: dict[str, PaceRow] = {}
         self._max_model_len = 0
         self._failed = ""
         self._answered = time.monotonic()
@@ -126,12 +127,14 @@ class Replica:
         with contextlib.suppress(ray.exceptions.RayError, ValueError):  # for the next replica; this one serves already
             agent = await asyncio.to_thread(agent_on, self._bringer.node)
             agent.warm.remote(self._config.spec.engine)
+            if self._bringer.found:
+                agent.found.remote()
 
     async def _start_engine(self, launch: Launch, begun: Begun | None = None) -> None:
         """Start it, if it has not been begun, and wait until it answers. Raises EngineError."""
         kind = get_engine(self._config.spec.engine)
         engine = self._engine = EngineProcess(kind, launch, begun, self._bringer.adapter)
-        self._told = {}
+        self._told, self._told_paces = {}, {}
         started = time.monotonic()
         await engine.start()
         self._moments["forked"] = engine.begun_at
@@ -197,6 +200,7 @@ class Replica:
         report = self._registration()
         if await self._tell_control("report", report):
             self._told |= {(row[0], row[1]): row for row in report.usage}
+            self._told_paces |= {row[0]: row for row, _ in report.paces}
 
     async def _tell_control(self, method: str, *args: Any) -> bool:
         """Call control; False while it is away (its table comes back with the next report)."""
@@ -209,6 +213,7 @@ class Replica:
 
     def _registration(self) -> Registration:
         engine = self._engine
+        paces = [(row, self._told_paces.get(row[0])) for row in map(tuple, self._counts.get("paces", ()))]
         return Registration(
             id=self._bringer.actor,
             model=self._config.spec.name,
@@ -227,6 +232,7 @@ class Replica:
             max_model_len=self._max_model_len,
             adapters=frozenset(self._counts.get("adapters", ())),
             usage=tuple(row for row in map(tuple, self._counts.get("usage", ())) if self._told.get(row[:2]) != row),
+            paces=tuple((row, told) for row, told in paces if row != told),
         )
 
     def _passed(self, part: str) -> None:

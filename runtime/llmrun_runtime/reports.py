@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from llmrun.wire import ReplicaState
-from llmrun_runtime.engines.meter import Row
+from llmrun_runtime.engines.meter import PaceRow, Row
 
 REPORT_S = 0.5
 # Who is silent for so long is taken to be gone.
@@ -41,6 +41,8 @@ class Registration:
     """The pins of the adapters that its engine has loaded."""
     usage: tuple[Row, ...] = ()
     """What was used since the engine's start: the rows that changed since the last report that arrived."""
+    paces: tuple[tuple[PaceRow, PaceRow | None], ...] = ()
+    """Likewise `meter.paces`, each row beside what it was in the last report that arrived; None if it was in none."""
 
     def __repr__(self) -> str:  # the token stays out of logs
         return f"Registration({self.id[:12]} {self.model} v{self.version} {self.state} {self.host}:{self.port})"

@@ -51,6 +51,7 @@ class Control:
         await self.start()
         changed = self._parts.registry.report(report, time.monotonic())
         self._parts.usage.report(report, time.time())
+        self._parts.metrics.report(report)
         self._parts.adapters.report(report, time.time())
         self._parts.deployer.heard(report)
         if changed:
@@ -72,6 +73,7 @@ class Control:
         if cause:
             self._parts.scaling.died(report, cause)
         self._parts.usage.report(report, time.time())
+        self._parts.metrics.report(report)
         self._parts.usage.gone(report.id)
         if self._parts.registry.remove(report.id):
             self._parts.scaling.kick()

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy.exc import SQLAlchemyError
 
 import llmrun
@@ -206,7 +206,7 @@ def make_api(parts: ControlParts) -> App:
 
     @api.get(METRICS)
     async def metrics() -> Response:
-        return Response(generate_latest(parts.metrics), media_type=CONTENT_TYPE_LATEST)
+        return Response(await parts.metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
     @api.get(f"{root}/logs/{{name:path}}")
     async def logs(name: str, tail: Annotated[int, Query(ge=0)] = 200, follow: bool = False) -> StreamingResponse:

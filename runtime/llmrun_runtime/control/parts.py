@@ -17,6 +17,7 @@ from llmrun_runtime.control.deploying import Deployer
 from llmrun_runtime.control.errands import Errands
 from llmrun_runtime.control.events import Jobs
 from llmrun_runtime.control.keys import Keys
+from llmrun_runtime.control.metrics import Metrics
 from llmrun_runtime.control.pushes import Pushes
 from llmrun_runtime.control.registry import Registry
 from llmrun_runtime.control.scaling import Scaling
@@ -47,8 +48,8 @@ class ControlParts:
         except (SQLAlchemyError, ImportError) as error:
             reason = str(error).splitlines()[0]
             raise ClusterError(f"the database cannot be used ({reason}): see LLMRUN_DATABASE_URL") from error
-        self.metrics = CollectorRegistry()
-        self.starts = Starts(self.database, self.metrics)
+        registry = CollectorRegistry()
+        self.starts = Starts(self.database, registry)
         self.keys = Keys(self.database)
         self.usage = Usage(self.database)
         self.registry = Registry()
@@ -70,6 +71,8 @@ class ControlParts:
             settings.node_idle_timeout,
             lambda: str(ray.get_runtime_context().get_node_id()),
         )
+        self.metrics = Metrics(registry, self.scaling, self.registry, self.starts)
+        self.usage.on_new = self.metrics.used
         self.scaling.on_proven = lambda row: self.database.put_version(row, in_force=True)
         self.scaling.on_wake = lambda row: head_start(row.placement, self.serving.config(row))
 

@@ -86,6 +86,8 @@ class Scaling:
         """Put a version in force; with a new engine, earlier failures are forgotten."""
         before = self.deployed.get(row.name)
         if not before or before.engine_version != row.engine_version:
+            if before:
+                self._starts.over(row.name, before.engine_version, "withdrawn")
             self._facts[row.name] = Facts()
         self.deployed[row.name] = row
         self.candidates.pop(row.name, None)
@@ -113,7 +115,7 @@ class Scaling:
         if not row or row.engine_version != report.version:
             return
         facts = self._facts[row.name]
-        self._starts.over(row.name, row.engine_version)
+        self._starts.over(row.name, row.engine_version, "failed")
         count = facts.failure.count + 1 if facts.failure else 1
         facts.failure, facts.by_hand_until = Failure(count, cause, time.monotonic()), 0
         log.warning("%s v%d did not start (%d in a row): %s", row.name, row.version, count, cause)
@@ -236,7 +238,7 @@ class Scaling:
             if not target and waiting:
                 self._starts.decided(row.name, row.engine_version, registry.waiting_since(row.name) or time.time())
         elif wanted < target and not placed:
-            self._starts.over(row.name, row.engine_version)
+            self._starts.over(row.name, row.engine_version, "withdrawn")
         sure = self._serving.is_sure(row.name, row.engine_version)
         if (wanted != target or not sure) and (facts.task is None or facts.task.done()):
             facts.task = asyncio.get_running_loop().create_task(self._set(row, wanted))
@@ -328,6 +330,11 @@ class Scaling:
     def _view(self, row: Deployed) -> View:
         target = self._serving.target(row.name, row.engine_version)
         return View(row, self._facts.get(row.name, Facts()), self._registry, target, row.name in self.held)
+
+    def targets(self) -> dict[str, int]:
+        """The target of every model, also of new ones that are being proven."""
+        rows = {name: candidate.row for name, candidate in self.candidates.items()} | self.deployed
+        return {name: self._serving.target(name, row.engine_version) for name, row in rows.items()}
 
     def statuses(self) -> tuple[ModelStatus, ...]:
         """All models as a person sees them: those in force, then new ones that are being proven."""

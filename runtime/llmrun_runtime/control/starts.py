@@ -11,9 +11,10 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Literal
 
-from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram
 from sqlalchemy.exc import SQLAlchemyError
 
 from llmrun.wire import START_PARTS, ColdStart
@@ -24,6 +25,8 @@ log = logging.getLogger("llmrun.control")
 FIRST_TOKEN_S = 60.0
 # Seconds; to 30 minutes, which a large model's first start on a node may take.
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 1800)
+Outcome = Literal["ready", "failed", "withdrawn"]
+OUTCOMES: tuple[Outcome, ...] = ("ready", "failed", "withdrawn")
 
 
 class Starts:
@@ -34,6 +37,7 @@ class Starts:
         self._wakes: dict[tuple[str, int], tuple[float, float]] = {}
         self._open: dict[str, ColdStart] = {}
         self._usual: dict[str, float] = {}
+        self._ended = Counter("llmrun_wakes", "Wakes that have ended, and how.", ("model", "outcome"), registry=metrics)
         self._parts = Histogram(
             "llmrun_cold_start_part_seconds",
             "How long each part of a cold start took.",
@@ -53,13 +57,25 @@ class Starts:
         """A model at zero gets a target, because somebody has been waiting since `asked` (unix time)."""
         self._wakes.setdefault((model, version), (asked, time.time()))
 
-    def over(self, model: str, version: int) -> None:
-        """That wake failed or was taken back."""
-        self._wakes.pop((model, version), None)
+    def over(self, model: str, version: int, outcome: Outcome) -> tuple[float, float] | None:
+        """The wake that has ended so: when it was asked for, and decided; None if there was none."""
+        wake = self._wakes.pop((model, version), None)
+        if wake:
+            self._ended.labels(model, outcome).inc()
+        return wake
+
+    def known(self, models: Iterable[str]) -> None:
+        """There are these: what has not happened to one of them is 0, or its first time would be no increase."""
+        for model in models:
+            for outcome in OUTCOMES:
+                self._ended.labels(model, outcome)
+            for part in START_PARTS:
+                self._parts.labels(model, part)
+            self._whole.labels(model)
 
     def ready(self, report: Registration) -> None:
         """A replica answers; the first one since a wake has ended it."""
-        wake = self._wakes.pop((report.model, report.version), None)
+        wake = self.over(report.model, report.version, "ready")
         if not wake:
             return
         moments = {**report.moments, "decided": wake[1], "registered": time.time()}
@@ -101,7 +117,8 @@ class Starts:
     def forget(self, model: str) -> None:
         """The model is gone."""
         self._usual.pop(model, None)
-        self._wakes = {key: wake for key, wake in self._wakes.items() if key[0] != model}
+        for key in [key for key in self._wakes if key[0] == model]:
+            self.over(*key, "withdrawn")
         self._open = {replica: start for replica, start in self._open.items() if start.model != model}
 
     def of(self, model: str) -> list[ColdStart]:

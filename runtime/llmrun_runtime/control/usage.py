@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 
 from sqlalchemy import delete, func, select
@@ -42,6 +42,8 @@ class Usage:
         self._gone: set[str] = set()
         self._new: dict[Where, list[float]] = {}
         self._tokens: dict[str, Window] = {}
+        self.on_new: Callable[[str, str, Sequence[int]], None] = lambda model, adapter, counts: None
+        """Called with what is new of each row of a report: COUNTS by model and adapter."""
 
     def load(self) -> None:
         """Read what of living replicas is stored."""
@@ -65,6 +67,7 @@ class Usage:
         sums = self._new.setdefault((_today(), key, report.model, adapter), [0.0] * (len(COUNTS) + 1))
         for place, amount in enumerate(new):
             sums[place] += amount
+        self.on_new(report.model, adapter, new)
         if tokens := new[1] + new[2]:
             for subject in ([key_subject(key)] if key else []) + [model_subject(report.model)]:
                 self._tokens.setdefault(subject, Window()).add(now, tokens)

@@ -6,12 +6,19 @@ Streams are not touched: who meters notes what the engine's core gives out.
 from __future__ import annotations
 
 import contextlib
+import time
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 Row = tuple[str, str, int, int, int, int]
 """Key, adapter, requests, tokens of prompts, of answers, and those of prompts that were cached."""
+# Seconds for each token after the first: from small models on large GPUs to what nobody calls a stream.
+PACE_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
+PaceRow = tuple[str, float, *tuple[int, ...]]
+"""Adapter, the sum of the times per output token of its streams, and how many of them fell into each of PACE_BUCKETS,
+the last number being those above."""
 
 
 @dataclass
@@ -41,7 +48,35 @@ class Request:
         counts.cached_tokens += cached
 
 
+class Stream:
+    """One answer that is given out bit by bit: how long a token after the first took, on the average."""
+
+    def __init__(self, adapter: str) -> None:
+        self._adapter = adapter
+        self._first = self._last = 0.0
+        self._after = 0
+
+    def came(self, tokens: int) -> None:
+        """So many more have been given out."""
+        now = time.perf_counter()
+        if self._first:
+            self._after += tokens
+            self._last = now
+        else:
+            self._first = now
+
+    def ended(self) -> None:
+        """Count it, if it had more than one bit: an answer that comes whole has no pace."""
+        if self._after:
+            pace = (self._last - self._first) / self._after
+            counts = _paces.setdefault(self._adapter, [0] * (len(PACE_BUCKETS) + 1))
+            counts[bisect_left(PACE_BUCKETS, pace)] += 1
+            _pace_sums[self._adapter] = _pace_sums.get(self._adapter, 0.0) + pace
+
+
 _counts: dict[tuple[str, str], Counts] = {}
+_paces: dict[str, list[int]] = {}
+_pace_sums: dict[str, float] = {}
 _current: ContextVar[Request | None] = ContextVar("llmrun_request", default=None)
 
 
@@ -66,3 +101,8 @@ def rows() -> list[Row]:
         (key, adapter, c.requests, c.prompt_tokens, c.completion_tokens, c.cached_tokens)
         for (key, adapter), c in _counts.items()
     ]
+
+
+def paces() -> list[PaceRow]:
+    """The times per output token of all streams so far, by adapter."""
+    return [(adapter, _pace_sums[adapter], *counts) for adapter, counts in _paces.items()]

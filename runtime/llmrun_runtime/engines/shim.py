@@ -136,6 +136,7 @@ class Shim:
             "served": self._served,
             "idle_s": round(idle, 3),
             "usage": meter.rows(),
+            "paces": meter.paces(),
             "paths": self._paths,
             "adapters": self._adapters.loaded() if self._adapters else [],
         }

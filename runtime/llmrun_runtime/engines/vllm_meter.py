@@ -34,18 +34,26 @@ def _metered(original: Any) -> Any:
         # Of an answer comes either all so far, or what is new.
         whole = getattr(params, "output_kind", None) == RequestOutputKind.CUMULATIVE
         first, seen = True, 0
-        async with aclosing(original(self, *args, **more)) as outputs:
-            async for output in outputs:
-                if request:
-                    parts = output.outputs if isinstance(output.outputs, list) else ()  # embeddings have none
-                    tokens = sum(len(part.token_ids) for part in parts)
-                    new, seen = (tokens - seen, tokens) if whole else (tokens, seen)
-                    if first:
-                        cached = output.num_cached_tokens or 0
-                        request.note(adapter, len(output.prompt_token_ids or ()), new, cached)
-                        first = False
-                    elif new:
-                        request.note(adapter, completion=new)
-                yield output
+        # Several answers to one prompt come in turns: their time is none of a token's.
+        stream = meter.Stream(adapter) if request and getattr(params, "n", 1) == 1 else None
+        try:
+            async with aclosing(original(self, *args, **more)) as outputs:
+                async for output in outputs:
+                    if request:
+                        parts = output.outputs if isinstance(output.outputs, list) else ()  # embeddings have none
+                        tokens = sum(len(part.token_ids) for part in parts)
+                        new, seen = (tokens - seen, tokens) if whole else (tokens, seen)
+                        if first:
+                            cached = output.num_cached_tokens or 0
+                            request.note(adapter, len(output.prompt_token_ids or ()), new, cached)
+                            first = False
+                        elif new:
+                            request.note(adapter, completion=new)
+                        if stream and new:
+                            stream.came(new)
+                    yield output
+        finally:
+            if stream:
+                stream.ended()
 
     return metered

@@ -77,7 +77,7 @@ class IngressActor:
 
     async def metrics(self) -> str:
         """This ingress's own, for another one."""
-        return self._metrics.own()
+        return await self._metrics.own()
 
     async def _revise(self, model: str, called: str) -> Revision:
         """See `Control.revision`; control goes on to ask when this has waited long enough."""

@@ -177,13 +177,14 @@ class Ingress:
         check_seen(key, model, target.adapter)
         check_path(model, scope["path"])
         check_awake(key, model)
-        request.model = model.name
+        request.model, request.adapter = model.name, self._metrics.adapter(model.name, target.adapter)
         limits = limits_of(key, model)
         early = EarlyStream(send, [(b"x-request-id", request.id.encode("latin-1"))])
 
         async def ask() -> None:
             pinned = await self._pinned(target)
-            caller = Caller(request.key, key is not None and not key.wake, asked.prefix, pinned.pin)
+            probe = key is not None and not key.wake
+            caller = Caller(request.key, probe, asked.prefix, pinned.pin, request.adapter)
             patience = Patience(self._waiting, target.name, limit, early if asked.stream else None, caller)
             headers = _asked_as(scope, request, caller, pinned)
             if asked.mended:
@@ -249,6 +250,7 @@ class Ingress:
 
                     def first(claim: Claim = claim) -> None:
                         request.first_byte = time.monotonic()
+                        request.streams = send.streams
                         self._waiting.answered(claim)
 
                     token = (TOKEN_HEADER, claim.replica.token)

@@ -29,6 +29,11 @@ class EarlyStream:
         """Whether it is a stream of events, which can end with one that says what went wrong."""
         self._refused: bytearray | None = None
 
+    @property
+    def streams(self) -> bool:
+        """Whether it is a stream of events of an answer, not of an engine's refusal."""
+        return self.events and self._refused is None
+
     async def comment(self, text: str) -> None:
         """Say something that clients do not show."""
         if not self.opened:

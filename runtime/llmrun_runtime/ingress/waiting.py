@@ -36,6 +36,8 @@ class Caller:
     """How its prompt begins."""
     adapter: str = ""
     """The pin of the adapter that it asks for."""
+    counted: str = ""
+    """How that adapter is called in metrics."""
 
 
 NOBODY = Caller()
@@ -78,6 +80,7 @@ class Waiting:
         self._by_model: Counter[str] = Counter()
         self._by_replica: Counter[str] = Counter()
         self._by_key: Counter[tuple[str, str]] = Counter()
+        self._by_adapter: Counter[tuple[str, str]] = Counter()
         self._first_tokens: dict[str, float] = {}
 
     def update(self, table: Table) -> None:
@@ -93,6 +96,16 @@ class Waiting:
         """What waits and what is in flight, by model; probes are not counted."""
         models = {*self._queues, *(+self._by_model)}
         return {m: Traffic(self._waiting(m), self._by_model[m], self._since.get(m, 0)) for m in models}
+
+    def by_adapter(self) -> tuple[Counter[tuple[str, str]], Counter[tuple[str, str]]]:
+        """What waits and what is in flight, probes too, by model and by what the adapter is called in metrics."""
+        waiting = Counter(
+            (model, waiter.caller.counted)
+            for model, queue in self._queues.items()
+            for waiters in queue.values()
+            for waiter in waiters
+        )
+        return waiting, self._by_adapter.copy()
 
     def first_tokens(self) -> dict[str, float]:
         """When (unix time) requests that had waited got their first bytes, by replica, since the last call."""
@@ -123,13 +136,17 @@ class Waiting:
 
     def _count(self, claim: Claim, change: int) -> None:
         replica, key = claim.replica.id, (claim.model, claim.caller.key)
+        adapter = (claim.model, claim.caller.counted)
         self._by_model[claim.model] += 0 if claim.caller.probe else change
         self._by_replica[replica] += change
         self._by_key[key] += change
+        self._by_adapter[adapter] += change
         if not self._by_replica[replica]:
             del self._by_replica[replica]
         if not self._by_key[key]:
             del self._by_key[key]
+        if not self._by_adapter[adapter]:
+            del self._by_adapter[adapter]
 
     def _take(self, model: ModelRoute, avoid: Collection[str], caller: Caller, *, waited: bool) -> Claim | None:
         """Claim a replica that has room, if there is one, and count it in the same step: nobody else gets its place."""

@@ -133,6 +133,14 @@ class Cache:
                 if manifest:
                     yield manifest, path.stat().st_mtime
 
+    def held(self) -> int:
+        """The bytes of all blobs."""
+        found = 0
+        for path in self.blobs.glob("*"):
+            with contextlib.suppress(FileNotFoundError):  # another process has just removed it
+                found += path.stat().st_size
+        return found
+
     def is_whole(self, entry: Entry) -> bool:
         """Whether the file is there, with the size and the time it had."""
         return entry.is_still(self.where(entry))
@@ -272,7 +280,7 @@ class Cache:
         """
         self.root.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.root).free - SPARE_BYTES
-        held = sum(path.stat().st_size for path in self.blobs.glob("*"))
+        held = self.held()
         short = max(needed - free, held + needed - self.max_bytes if self.max_bytes else 0)
         if short > 0:
             short -= self._drop_orphans(using)

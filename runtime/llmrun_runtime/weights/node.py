@@ -6,7 +6,10 @@ import asyncio
 import hmac
 import secrets
 import socket
+import time
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,21 @@ from llmrun_runtime.weights.workers import Workers
 
 # Asking a store takes seconds, or minutes where it must be asked again and again.
 PIN_TIMEOUT_S = 300
+# Another process may change the cache too (`LLMRUN_WEIGHTS_DIR` of two clusters): its size is looked at so often.
+SIZE_S = 60
+
+
+@dataclass(frozen=True)
+class CacheFacts:
+    """What lies in a node's cache, and what it was asked for since the agent's start."""
+
+    bytes: int
+    found: int
+    """Pins that were needed, and were here."""
+    brought: int
+    """Those that were not, and came."""
+    failed: int
+    """Those that did not come."""
 
 
 class NodeWeights:
@@ -40,6 +58,9 @@ class NodeWeights:
         self._runner: web.AppRunner | None = None
         self._given: dict[str, Manifest | None] = {}
         self._lock = asyncio.Lock()
+        self._needed: Counter[str] = Counter()
+        self._bytes = 0
+        self._sized: float | None = None
 
     async def pin(self, weights: Weights, env: Mapping[str, str]) -> Pin:
         """What the source means now, asked with this node's credentials. Raises WeightsError."""
@@ -72,9 +93,30 @@ class NodeWeights:
         """The folder of the complete pin; brought here if need be, once for all who ask. Raises WeightsError."""
         found = await asyncio.to_thread(self.cache.find, pin.id)
         if found:
+            self.found()
             self.cache.used(pin.id)
             return self.cache.folder(pin.id)
-        return Path(await self._once(pin.id, Errand(do="bring", pin=pin, peers=tuple(peers), keep=tuple(keep)), env))
+        first = ("bring", pin.id) not in self._running
+        errand = Errand(do="bring", pin=pin, peers=tuple(peers), keep=tuple(keep))
+        try:
+            folder = await self._once(pin.id, errand, env)
+        except WeightsError:
+            self._needed["failed"] += first
+            raise
+        self._needed["brought"] += first
+        return Path(folder)
+
+    def found(self) -> None:
+        """Note that a pin was needed, and was here."""
+        self._needed["found"] += 1
+
+    async def cache_facts(self) -> CacheFacts:
+        """For metrics; disks are looked at only if something may have changed."""
+        now = time.monotonic()
+        if self._sized is None or now - self._sized > SIZE_S:
+            self._sized = now
+            self._bytes = await asyncio.to_thread(self.cache.held)
+        return CacheFacts(self._bytes, *(self._needed[how] for how in ("found", "brought", "failed")))
 
     async def take(self, folder: str, weights: Weights, keep: Collection[str], env: Mapping[str, str]) -> Pin | None:
         """Import a folder of this node; None if there is no such folder here. Raises WeightsError."""
@@ -101,12 +143,16 @@ class NodeWeights:
 
     async def remove(self, pin_ids: Collection[str]) -> int:
         """Remove those pins that are here; the bytes freed."""
-        return sum([await asyncio.to_thread(self.cache.remove, manifest) for manifest in self._chosen(pin_ids)])
+        freed = [await asyncio.to_thread(self.cache.remove, manifest) for manifest in self._chosen(pin_ids)]
+        self._sized = None
+        return sum(freed)
 
     async def prune(self, keep: Collection[str]) -> int:
         """Remove all pins but `keep`, and what nothing uses; the bytes freed."""
         rest = [manifest.pin.id for manifest, _ in self.cache.manifests() if manifest.pin.id not in keep]
-        return await self.remove(rest) + await asyncio.to_thread(self.cache.prune)
+        freed = await self.remove(rest) + await asyncio.to_thread(self.cache.prune)
+        self._sized = None
+        return freed
 
     def _chosen(self, pin_ids: Collection[str]) -> list[Manifest]:
         return [manifest for manifest, _ in self.cache.manifests() if manifest.pin.id in pin_ids]
@@ -192,6 +238,7 @@ class NodeWeights:
     def _forget(self, do: str, key: str, task: asyncio.Task[Any]) -> None:
         del self._running[do, key]
         self._progress.pop(key, None)
+        self._sized = None
         if not task.cancelled():
             task.exception()  # whoever waited has it
 
