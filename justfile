@@ -48,8 +48,13 @@ setup:
 _smollm2: setup
     @[ -f {{weights}}/config.json ] || (echo "== making the weights of SmolLM2-135M-Instruct" && python examples/smollm2/make_weights.py {{weights}})
 
+# A real one, for the test of the dashboard; Debian's does not start by itself here.
+_prometheus:
+    @command -v prometheus promtool >/dev/null || [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null \
+        || (echo "== installing Prometheus" && apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus >/dev/null)
+
 # everything that CI runs: quick checks, then the tests
-test: setup _smollm2 check
+test: setup _smollm2 _prometheus check
     pytest
 
 # lint, format and types, in seconds
@@ -59,7 +64,7 @@ check: setup
     mypy
 
 # the tests that need a cluster and real engines (minutes)
-e2e *args: setup _smollm2
+e2e *args: setup _smollm2 _prometheus
     pytest -m e2e {{args}}
 
 # the tests that need neither (seconds)

@@ -122,7 +122,7 @@ def metrics(cluster: Home) -> list[Sample]:
 def running(cluster: Home) -> float:
     """vLLM's gauge of requests that it works on, for `keyed`."""
     found = [s for s in metrics(cluster) if s.name == "vllm:num_requests_running"]
-    return sum(s.value for s in found if s.labels["llmrun_model"] == "keyed")
+    return sum(s.value for s in found if s.labels["model"] == "keyed")
 
 
 def test_when_a_client_goes_the_engine_stops_within_a_second(cluster: Home, keyed: str) -> None:

@@ -46,11 +46,11 @@ def test_ray_serve_llms_file_is_deployed_as_it_is(cluster: Home, tmp_path: Path,
     assert answer.usage and answer.usage.completion_tokens == 4
     listed = {model["id"]: model["llmrun"] for model in httpx.get(f"{cluster.url}/v1/models").json()["data"]}
     assert listed["tiny-llama"]["aliases"] == ["acme/Tiny_Llama"] and listed["tiny-llama"]["max_model_len"] == 256
-    assert 'llmrun_model="tiny-llama"' not in httpx.get(f"{cluster.url}/metrics").text
+    assert 'model="tiny-llama",replica="' not in httpx.get(f"{cluster.url}/metrics").text
     assert "nothing has changed" in cluster.ok("deploy", path, "--name", "rays")
     path.write_text(path.read_text().replace("log_engine_metrics: false", "log_engine_metrics: true"))
     assert "without a restart" in cluster.ok("deploy", path, "--name", "rays")
-    assert 'llmrun_model="tiny-llama"' in httpx.get(f"{cluster.url}/metrics").text
+    assert 'model="tiny-llama",replica="' in httpx.get(f"{cluster.url}/metrics").text
     cluster.ok("delete", "tiny-llama", "--yes")
 
 

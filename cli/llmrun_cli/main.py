@@ -9,7 +9,7 @@ import typer
 
 import llmrun
 from llmrun.errors import AppError, LLMRunError
-from llmrun_cli import adapter, cluster, deploy, export, init, key, model, weights
+from llmrun_cli import adapter, cluster, dashboards, deploy, export, init, key, model, weights
 from llmrun_cli.terminal import error_line
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ app.add_typer(weights.weights, name="weights")
 app.add_typer(adapter.adapter, name="adapter")
 app.add_typer(key.key, name="key")
 app.command()(key.usage)
+app.command()(dashboards.dashboards)
 app.command()(cluster.up)
 app.command()(cluster.down)
 

@@ -56,9 +56,7 @@ class Metrics:
         self._facts: dict[str, CacheFacts] = {}
         self._prompt = self._counter("llmrun_prompt_tokens", "Tokens of prompts.")
         self._completion = self._counter("llmrun_completion_tokens", "Tokens of answers.")
-        self._cached = self._counter(
-            "llmrun_cached_prompt_tokens", "Tokens of prompts that the engine had in its cache."
-        )
+        self._cached = self._counter("llmrun_cached_prompt_tokens", "Tokens of prompts that engines had cached.")
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(name, text, ("model", "adapter"), registry=self._registry)
@@ -126,7 +124,7 @@ class Paces:
         seen = self._seen.setdefault(report.id, {})
         for (adapter, *numbers), told in report.paces:
             before = seen.get(adapter, told[1:] if told else _nothing())
-            if sum(numbers[1:]) < sum(before[1:]):  # it has started its engine anew
+            if any(number < old for number, old in zip(numbers, before, strict=True)):  # it has a new engine
                 before = _nothing()
             seen[adapter] = numbers
             sums = self._sums.setdefault((report.model, self._adapter(report.model, plain(adapter))), _nothing())

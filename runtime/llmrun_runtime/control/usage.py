@@ -61,7 +61,8 @@ class Usage:
         key, adapter, *counts = row
         before = seen.get((key, adapter), (0,) * len(COUNTS))
         # A replica that started its engine anew counts from zero again.
-        new = [c - b for c, b in zip(counts, before, strict=True)] if counts[0] >= before[0] else counts
+        new = [c - b for c, b in zip(counts, before, strict=True)]
+        new = new if min(new) >= 0 else counts
         seen[key, adapter] = tuple(counts)
         self._changed.add(report.id)
         sums = self._new.setdefault((_today(), key, report.model, adapter), [0.0] * (len(COUNTS) + 1))
