@@ -1,4 +1,4 @@
-"""`llmrun dashboards`: writes what Prometheus and Grafana need to show a cluster. Talks to neither, nor to the cluster."""
+"""`llmrun dashboards`: writes what Prometheus and Grafana need to show a cluster. Talks to none of them."""
 
 from __future__ import annotations
 
