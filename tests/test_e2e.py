@@ -148,7 +148,7 @@ def test_an_idle_cluster_takes_less_than_2_gib_beside_its_engines_and_their_warm
         ("s3://acme/model", "", ["s3://acme/model: access denied", "set AWS_ACCESS_KEY_ID", "on node 127.0.0.2"]),
         ("org/model", "", ["org/model: ", "cannot be asked", "llmrun weights import DIR --as org/model"]),
         ("./nowhere", "", ["nowhere'", "no such path"]),
-        ("org/model", 'engine="tgi"', ["engine='tgi'", "there are vllm"]),
+        ("org/model", 'engine="tgi"', ["engine='tgi'", "there are sglang, transformers, vllm"]),
         ("org/model", 'aliases=["smollm2"]', ["'smollm2' belongs to model smollm2 of app smollm2"]),
     ],
 )
