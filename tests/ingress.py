@@ -62,7 +62,7 @@ class Engine:
     async def answer(self, request: Request, send: Send) -> None:
         """Stream PIECES; `hang`, `stall`, `die_early`, `die_late` and `fail` misbehave."""
         if request.url.path == "/metrics":
-            text = b'# TYPE vllm:tokens counter\nvllm:tokens_total{model_name="one"} 7.0\n'
+            text = b'# TYPE vllm:tokens_total counter\nvllm:tokens_total{model_name="one"} 7.0\n'
             await asgi.answer_bytes(send, 200, text, "text/plain")
             return
         if self.leaving:

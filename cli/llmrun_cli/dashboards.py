@@ -1,4 +1,4 @@
-"""`llmrun dashboards`: writes what Prometheus and Grafana need to show a cluster. Talks to none of them."""
+"""`llmrun dashboards`: writes what Prometheus and Grafana need to show a cluster. Asks none of them."""
 
 from __future__ import annotations
 
@@ -104,6 +104,8 @@ def _address(url: str, option: str) -> tuple[str, str, str]:
 
 def _write(folder: Path, texts: Mapping[str, str], *, force: bool) -> dict[Path, str]:
     """Write all files, or none; what has become of each. Raises LLMRunError."""
+    if folder.exists() and not folder.is_dir():
+        raise LLMRunError(f"--out {folder}: it is a file: name a folder")
     try:
         there = {name: (folder / name).read_text() for name in texts if (folder / name).exists()}
         differ = [name for name, text in there.items() if text != texts[name]]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 HEADS = ("# HELP ", "# TYPE ")
+LABEL = re.compile(r'(\w+)="(?:[^"\\]|\\.)*"')
 
 
 @dataclass
@@ -30,7 +31,6 @@ def merge(pages: Iterable[tuple[str, Mapping[str, str]]]) -> str:
 
 def _take(families: dict[str, Family], text: str, labels: Mapping[str, str]) -> None:
     more = ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items())
-    taken = re.compile(rf'(?<!\w)({"|".join(labels)})="') if labels else None
     name, family = "", Family()
     for line in text.split("\n"):
         if line.startswith(HEADS):
@@ -41,16 +41,16 @@ def _take(families: dict[str, Family], text: str, labels: Mapping[str, str]) -> 
             if not name or not line.startswith(name):
                 name = re.split(r"[{ ]", line, maxsplit=1)[0]
                 family = families.setdefault(name, Family())
-            family.samples.append(_labelled(line, more, taken) if taken else line)
+            family.samples.append(_labelled(line, more, labels) if labels else line)
 
 
-def _labelled(line: str, more: str, taken: re.Pattern[str]) -> str:
+def _labelled(line: str, more: str, taken: Mapping[str, str]) -> str:
     name, brace, rest = line.partition("{")
     if not brace:
         name, _, value = line.partition(" ")
         return f"{name}{{{more}}} {value}"
     comma = "" if rest.startswith("}") else ","
-    own = taken.sub(r'exported_\1="', rest)
+    own = LABEL.sub(lambda pair: f"exported_{pair[0]}" if pair[1] in taken else pair[0], rest)
     return f"{name}{{{more}{comma}{own}"
 
 
