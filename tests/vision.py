@@ -84,13 +84,18 @@ def make_tiny_vlm(folder: Path) -> Path:
     return folder
 
 
-def data_url(color: tuple[int, int, int]) -> str:
-    """A small picture of one colour."""
+def picture(color: tuple[int, int, int]) -> bytes:
+    """A small PNG of one colour."""
     from PIL import Image
 
     data = io.BytesIO()
     Image.new("RGB", (IMAGE_SIDE, IMAGE_SIDE), color).save(data, "PNG")
-    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+    return data.getvalue()
+
+
+def data_url(color: tuple[int, int, int]) -> str:
+    """The same as requests carry it."""
+    return "data:image/png;base64," + base64.b64encode(picture(color)).decode()
 
 
 def make_needy_vlm(folder: Path, tokenizer: Path) -> Path:
