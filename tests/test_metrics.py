@@ -66,14 +66,6 @@ def test_pages_become_one() -> None:
     assert merge([]) == merge([("", {"a": "b"})]) == ""
 
 
-def test_an_engines_large_page_is_merged_quickly() -> None:
-    line = 'vllm:some_seconds_bucket{engine="0",le="0.5",model_name="one"} 17.0\n'
-    text = "# TYPE vllm:some_seconds histogram\n" + line * 10_000
-    begun = time.perf_counter()
-    assert merge([(text, {"model": "one", "replica": "r"})]).count('{model="one",replica="r",engine') == 10_000
-    assert time.perf_counter() - begun < 1  # 20 ms; a parse takes half a second
-
-
 def test_adapters_have_labels_until_there_are_too_many() -> None:
     label = AdapterLabels()
     assert (label("one", ""), label("one", "sql"), label("one", "sql@v2")) == ("", "sql", "sql")

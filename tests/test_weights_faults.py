@@ -18,7 +18,7 @@ import pytest
 from llmrun.errors import WeightsError
 from llmrun.settings import Settings
 from llmrun.weights import Weights
-from llmrun_runtime.weights.node import NodeWeights
+from llmrun_runtime.weights.node import CacheFacts, NodeWeights
 from llmrun_runtime.weights.pin import File
 from llmrun_runtime.weights.transfer import PART_BYTES, Job, Transfer
 from tests.conftest import until
@@ -333,3 +333,20 @@ async def test_another_node_is_asked_before_the_store(
     assert (row.pin, row.bytes, row.files) == (pin.id, pin.total, 4)
     await first.close()
     await second.close()
+
+
+async def test_what_nodes_tell_of_their_caches(node: Node, buckets: Path, s3: S3) -> None:
+    make_model(buckets / "acme" / "model", (MIB,))
+    weights, env = NodeWeights(Settings(home=node.home), "127.0.0.1"), node.environment
+    assert await weights.cache_facts() == CacheFacts(bytes=0, found=0, brought=0, failed=0)
+    pin = await weights.pin(on_s3(s3), env)
+    small = env | {"LLMRUN_WEIGHTS_MAX_BYTES": "1"}
+    for found in await asyncio.gather(*(weights.bring(pin, small, [], []) for _ in range(2)), return_exceptions=True):
+        assert isinstance(found, WeightsError)
+    await asyncio.gather(*(weights.bring(pin, env, [], []) for _ in range(3)))
+    assert await weights.cache_facts() == CacheFacts(bytes=pin.total, found=0, brought=1, failed=1)
+    await weights.bring(pin, env, [], [])
+    weights.found()
+    assert await weights.remove([pin.id]) == pin.total
+    assert await weights.cache_facts() == CacheFacts(bytes=0, found=2, brought=1, failed=1)
+    await weights.close()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 HEADS = ("# HELP ", "# TYPE ")
-LABEL = re.compile(r'(\w+)="(?:[^"\\]|\\.)*"')
+PAIR = re.compile(r'(\w+)(="(?:[^"\\]|\\.)*")')
 
 
 @dataclass
@@ -44,14 +44,15 @@ def _take(families: dict[str, Family], text: str, labels: Mapping[str, str]) -> 
             family.samples.append(_labelled(line, more, labels) if labels else line)
 
 
-def _labelled(line: str, more: str, taken: Mapping[str, str]) -> str:
+def _labelled(line: str, more: str, labels: Iterable[str]) -> str:
     name, brace, rest = line.partition("{")
     if not brace:
         name, _, value = line.partition(" ")
         return f"{name}{{{more}}} {value}"
     comma = "" if rest.startswith("}") else ","
-    own = LABEL.sub(lambda pair: f"exported_{pair[0]}" if pair[1] in taken else pair[0], rest)
-    return f"{name}{{{more}{comma}{own}"
+    if any(f'{label}="' in rest for label in labels):
+        rest = PAIR.sub(lambda pair: f"exported_{pair[0]}" if pair[1] in labels else pair[0], rest)
+    return f"{name}{{{more}{comma}{rest}"
 
 
 def _escaped(value: str) -> str:
