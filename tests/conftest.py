@@ -43,6 +43,11 @@ def until(condition: Callable[[], Any], timeout: float, what: str) -> Any:
     return value
 
 
+def alive(process: psutil.Process) -> bool:
+    """Whether it runs (a zombie does not)."""
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
 def free_port() -> int:
     """A port that nothing listens on."""
     with socket.create_server(("127.0.0.1", 0)) as sock:

@@ -20,7 +20,7 @@ import psutil
 import pytest
 from openai import OpenAI
 
-from tests.conftest import BIN, ENGINE_START_S, REPO, SMOLLM2, Home, free_port, second_node, until, write_app
+from tests.conftest import BIN, ENGINE_START_S, REPO, SMOLLM2, Home, alive, free_port, second_node, until, write_app
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 EXAMPLE = REPO / "examples/smollm2/app.py"
@@ -309,11 +309,6 @@ def test_what_is_killed_comes_back(cluster: Home) -> None:
 def family_of(pid: int, title: str) -> list[psutil.Process]:
     """The processes below `pid` with that in their titles."""
     return [p for p in psutil.Process(pid).children(recursive=True) if alive(p) and title in " ".join(p.cmdline())]
-
-
-def alive(process: psutil.Process) -> bool:
-    """Whether it runs (a zombie does not)."""
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def find_actor(cluster: Home, title: str) -> psutil.Process:

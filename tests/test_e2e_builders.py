@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.conftest import BIN, REPO, SMOLLM2, Home, free_port, leftovers, new_processes, until, write_app
+from tests.conftest import BIN, REPO, SMOLLM2, Home, alive, free_port, leftovers, until, write_app
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 EXAMPLES = REPO / "examples/builders"
@@ -34,7 +34,7 @@ def environment(home: Path, **more: str) -> dict[str, str]:
 @contextlib.contextmanager
 def running(script: Path, home: Path) -> Iterator[int]:
     """An example, with a Ray of its own; the port of Serve's proxy. Nothing is left of it."""
-    processes, files, port = {process.pid for process in psutil.process_iter()}, leftovers(), free_port()
+    files, port = leftovers(), free_port()
     with (home.parent / f"{script.stem}.log").open("w+") as log:
         process = subprocess.Popen(
             [sys.executable, script, str(port)],
@@ -50,13 +50,15 @@ def running(script: Path, home: Path) -> Iterator[int]:
             assert started, Path(log.name).read_text()[-4000:]
             yield port
         finally:
+            family = psutil.Process(process.pid).children(recursive=True)
             process.stdin.close()
             process.stdout.close()
             try:
                 process.wait(60)
             finally:
                 process.kill()
-    until(lambda: new_processes(processes) == [], 30, "its processes have ended")
+    assert len(family) > 5
+    until(lambda: not any(map(alive, family)), 30, "its processes have ended")
     assert leftovers() - files == set()
 
 
@@ -96,7 +98,7 @@ def test_serve_runs_what_export_prints(tmp_path: Path, home: Home) -> None:
     assert everything[0]["env"] == {"T": {"secret": "T"}} and everything[1]["app_file"] == str(app)
     text = home.run("export", f"{app}::One").stdout
     (tmp_path / "serve.yaml").write_text(text + f"http_options: {{port: {(port := free_port())}}}\n")
-    processes, files = {process.pid for process in psutil.process_iter()}, leftovers()
+    files = leftovers()
     with (tmp_path / "serve.log").open("w+") as log:
         env = environment(home.path, T="sesame")
         serving = subprocess.Popen([BIN / "serve", "run", tmp_path / "serve.yaml"], env=env, stdout=log, stderr=log)
@@ -111,12 +113,13 @@ def test_serve_runs_what_export_prints(tmp_path: Path, home: Home) -> None:
 
             until(lambda: "Paris" in answer(), START_S, "it answers")
         finally:
+            family = psutil.Process(serving.pid).children(recursive=True)
             serving.send_signal(signal.SIGINT)  # as Ctrl-C does
             try:
                 serving.wait(60)
             finally:
                 serving.kill()
-    until(lambda: new_processes(processes) == [], 30, "its processes have ended")
+    until(lambda: not any(map(alive, family)), 30, "its processes have ended")
     assert leftovers() - files == set()
 
 

@@ -14,7 +14,7 @@ import openai
 import psutil
 import pytest
 
-from tests.conftest import ENGINE_START_S, SMOLLM2, Home, until, write_app
+from tests.conftest import ENGINE_START_S, SMOLLM2, Home, alive, until, write_app
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 ENGINES = ("vllm", "transformers")
@@ -102,7 +102,7 @@ def test_what_is_killed_takes_its_engine_along_and_comes_back(kind: str, cluster
     title = f"ray::ServeReplica:llmrun-{kind}"
     (replica,) = [p for p in parent.children(recursive=True) if " ".join(p.cmdline()).startswith(title)]
     replica.kill()
-    until(lambda: not any(map(lives, before)), 15, "the engine has ended with its replica")
+    until(lambda: not any(map(alive, before)), 15, "the engine has ended with its replica")
     assert cluster.ask(kind, PARIS).status_code == 200
     leaf = [process for process in family(cluster, kind) if not process.children()][-1]
     leaf.kill()
@@ -126,7 +126,7 @@ def test_it_goes_to_zero_when_a_stream_has_ended_and_comes_back(kind: str, clust
     caller.join()
     assert said[-1] == "data: [DONE]" and len(said) > 10
     cluster.wait_for(kind, "cold", 60)
-    until(lambda: not any(map(lives, before)), 15, "no process of it is left")
+    until(lambda: not any(map(alive, before)), 15, "no process of it is left")
     begun = time.monotonic()
     assert cluster.ask(kind, PARIS).status_code == 200
     print(f"{kind}: {time.monotonic() - begun:.1f} s from zero")
@@ -152,11 +152,6 @@ def family(cluster: Home, kind: str) -> list[psutil.Process]:
     """All processes of the model's engines."""
     engines = cluster.engines(kind)
     return [process for engine in engines for process in (engine, *engine.children(recursive=True))]
-
-
-def lives(process: psutil.Process) -> bool:
-    """Whether it runs; a zombie does not."""
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def quiet(processes: list[psutil.Process]) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.conftest import REPO, Home, another_node, free_port, until, write_app
+from tests.conftest import REPO, Home, alive, another_node, free_port, until, write_app
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 A10G, H100S = "127.0.0.6", ("127.0.0.7", "127.0.0.8")
@@ -141,7 +141,7 @@ def test_an_engine_spans_nodes_and_lives_and_ends_as_one(stub: StubHome, tmp_pat
         assert len(before) == 2
         psutil.Process(places[1]["pid"]).kill()
         until(lambda: "the engine died: its member on node" in stub.status("one")["cause"], 20, "status says so")
-        until(lambda: not any(map(lives, before)), 20, "the first one has ended with it")
+        until(lambda: not any(map(alive, before)), 20, "the first one has ended with it")
         again = stub.places("one")
         assert {place["host"] for place in again} == set(H100S) and {p["pid"] for p in again}.isdisjoint(
             p["pid"] for p in places
@@ -150,7 +150,7 @@ def test_an_engine_spans_nodes_and_lives_and_ends_as_one(stub: StubHome, tmp_pat
         before = stubs()
         (replica,) = [process for process in psutil.process_iter(["cmdline"]) if is_replica(process)]
         replica.kill()
-        until(lambda: not any(map(lives, before)), 20, "all members have ended with the replica")
+        until(lambda: not any(map(alive, before)), 20, "all members have ended with the replica")
         assert len(stub.places("one")) == 2
 
 
@@ -167,8 +167,3 @@ def test_what_no_set_of_nodes_can_give_is_refused(stub: StubHome, tmp_path: Path
 def is_replica(process: psutil.Process) -> bool:
     """Whether it is a replica of the model `one`."""
     return "ServeReplica:llmrun-one" in " ".join(process.info["cmdline"] or ())
-
-
-def lives(process: psutil.Process) -> bool:
-    """Whether it runs; a zombie does not."""
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
