@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from llmrun_runtime.engines import adapters as room
 from llmrun_runtime.engines.adapters import AdapterError, Adapters, Likely
 from llmrun_runtime.engines.canary import Canary
 
@@ -82,6 +83,64 @@ async def test_the_least_recently_used_goes_and_one_in_use_stays() -> None:
             assert not waiting.done() and sorted(adapters.loaded()) == ["a", "d"]
         await asyncio.wait_for(waiting, 1)
     assert sorted(adapters.loaded()) == ["a", "e"]
+
+
+async def test_a_store_that_hangs_costs_those_that_are_loaded_nothing() -> None:
+    away = asyncio.Event()
+
+    async def slow(name: str, pin: str) -> Path:
+        if name.startswith("cold"):
+            await away.wait()
+        return Path(pin)
+
+    fake = Fake()
+    adapters = Adapters(fake, 2, slow)
+
+    async def use(name: str) -> None:
+        async with adapters.using(name, name):
+            pass
+
+    await use("a")
+    await use("b")
+    cold = [asyncio.create_task(use(f"cold{number}")) for number in range(6)]
+    for _ in range(20):
+        await asyncio.wait_for(use("a"), 0.5)
+        await asyncio.wait_for(use("b"), 0.5)
+    assert fake.loads == ["a", "b"] and sorted(adapters.loaded()) == ["a", "b"]
+    away.set()
+    await asyncio.wait_for(asyncio.gather(*cold), 5)
+    assert fake.most == 2
+
+
+async def test_adapters_that_are_always_in_use_keep_none_out_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(room, "WAIT_S", 1.0)
+    fake, ended = Fake(), asyncio.Event()
+    adapters = Adapters(fake, 2, bring)
+
+    async def use(name: str, seconds: float) -> None:
+        async with adapters.using(name, name):
+            await asyncio.sleep(seconds)
+
+    async def always(name: str) -> None:
+        while not ended.is_set():
+            async with asyncio.TaskGroup() as overlapping:
+                overlapping.create_task(use(name, 0.05))
+                await asyncio.sleep(0.02)
+                overlapping.create_task(use(name, 0.05))
+
+    callers = [asyncio.create_task(always(name)) for name in ("a", "b") for _ in range(3)]
+    await asyncio.sleep(0.05)
+    await asyncio.wait_for(use("c", 0), 0.9)
+    assert "c" in fake.loads
+    ended.set()
+    await asyncio.wait_for(asyncio.gather(*callers), 5)
+    async with adapters.using("a", "a"), adapters.using("b", "b"):
+        with pytest.raises(AdapterError, match=r"all 2 places .* in use after 1 s \(max_loaded\)") as full:
+            await use("c" if "c" not in adapters.loaded() else "d", 0)
+    assert full.value.status == 503
+    await use("a", 0)
+    assert not fake.used and fake.most == 2
 
 
 async def test_one_load_for_all_who_ask_and_none_is_spoilt_by_one_who_leaves() -> None:

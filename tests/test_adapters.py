@@ -71,7 +71,18 @@ def test_the_rank_is_that_of_the_adapters() -> None:
     assert lora.settled([200], before).max_rank == 256
     assert lora.settled([24], LoRA("s3://other", max_rank=128)).max_rank == 128, "nor for other places"
     assert LoRA("s3://a/b", max_rank=8).settled([24], before).max_rank == 8
-    for config in ("[]", "{}", '{"r": "x"}', '{"r": 1e999}', '{"r": 0}', "[" * 100_000, "no", b"\xff"):
+    assert read_rank('{"r": 8, "rank_pattern": {"q_proj": 64, "v_proj": 4}}') == 64
+    for config in (
+        "[]",
+        '{"r": 8, "rank_pattern": [64]}',
+        "{}",
+        '{"r": "x"}',
+        '{"r": 1e999}',
+        '{"r": 0}',
+        "[" * 100_000,
+        "no",
+        b"\xff",
+    ):
         with pytest.raises(ValueError):
             read_rank(config)
 
@@ -260,6 +271,47 @@ async def test_a_listing_that_fails_or_is_empty_removes_nothing_and_control_may_
     database.remove(["one"])
     async with catalogue(Source("new"), database) as (_, told):
         assert told == {}
+    database.close()
+
+
+async def test_a_redeploy_while_the_address_is_empty_removes_nothing(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/control.db")
+    source = Source("legal", "sql")
+    async with catalogue(source, database) as (made, told):
+        await eventually(lambda: "one" in told)
+        source.hold()
+        spec = ModelSpec(name="one", model="org/one", lora=LORA, max_replicas=2)
+        await made.settle(spec, Placement(1, 0), ask=True)
+        made.tell("one")
+        assert told["one"][0].keys() == {"legal", "sql"}
+    database.close()
+
+
+async def test_one_source_that_is_away_holds_up_no_other(tmp_path: Path) -> None:
+    class Each:
+        """A folder of one adapter for each source."""
+
+        def __init__(self) -> None:
+            self.away: set[str] = set()
+            self.version = "1"
+
+        async def adapters(self, weights: Weights, *_: Any) -> list[Adapter]:
+            if weights.source in self.away:
+                raise WeightsError(f"{weights.source} is away")
+            names = ("adapter_config.json", "adapter_model.safetensors")
+            listed = tuple(File(name=name, size=1, version=self.version) for name in names)
+            return list(find_adapters(Pin(weights=weights, files=listed)).values())
+
+    database, each = Database(f"sqlite:///{tmp_path}/control.db"), Each()
+    named = LoRA(adapters={"a": "s3://acme/a", "b": "s3://acme/b"}, refresh=1)
+    async with catalogue(each, database, named) as (made, told):  # type: ignore[arg-type]
+        await eventually(lambda: "one" in told)
+        before = told["one"][0]
+        each.away, each.version = {"s3://acme/a"}, "2"
+        await eventually(lambda: told["one"][0]["b"] != before["b"])
+        assert told["one"][0]["a"] == before["a"]
+        with pytest.raises(WeightsError, match="s3://acme/a is away"):
+            await made.settle(ModelSpec(name="one", model="org/one", lora=named), Placement(1, 0), ask=True)
     database.close()
 
 

@@ -44,6 +44,8 @@ def test_what_does_not_fit_says_why(base: dict[str, tuple[int, ...]], tmp_path: 
 
     assert "q_proj takes 128 values, here 96" in said(make_adapter(tmp_path / "in", 1, shapes={"q_proj": (128, 128)}))
     assert "q_proj gives 64 values, here 128" in said(make_adapter(tmp_path / "out", 1, shapes={"q_proj": (96, 64)}))
+    deep = make_adapter(tmp_path / "deep", 1, shapes={"q_proj": (96, 128)}, layers=3)
+    assert "it changes model.layers.2.self_attn.q_proj, which is not in this one" in said(deep)
     assert "its rank is 16, and the engine was started for 8 at most: deploy again" in said(
         make_adapter(tmp_path / "rank", 1, rank=16)
     )

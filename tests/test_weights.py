@@ -24,7 +24,7 @@ from tests.servers import AWS, S3, Hub, Proxy, gcs_server, proxy_to, s3_server
 from tests.weights import MIB, Node, make_model, on_s3, taken
 
 # `LLMRUN_TEST_ADAPTERS=10000` is the size of docs/performance.md.
-MANY = int(os.environ.get("LLMRUN_TEST_ADAPTERS", "500"))
+MANY = int(os.environ.get("LLMRUN_TEST_ADAPTERS", "600"))
 
 
 # What is taken of a source.

@@ -120,10 +120,11 @@ def split_revision(called: str) -> tuple[str, str]:
 
 
 def read_rank(config: str | bytes) -> int:
-    """The rank that an adapter's configuration says. Raises ValueError if it says none."""
+    """The largest rank that an adapter's configuration says. Raises ValueError if it says none."""
     try:
-        rank = int(json.loads(config)["r"])
-    except (LookupError, TypeError, OverflowError, RecursionError) as error:
+        said = json.loads(config)
+        rank = max(int(said["r"]), *(int(rank) for rank in (said.get("rank_pattern") or {}).values()), 0)
+    except (LookupError, TypeError, OverflowError, RecursionError, AttributeError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
     if rank < 1:
         raise ValueError(f"its rank is {rank}")

@@ -104,7 +104,10 @@ class Adapters:
             return spec
         known = next((c for c in (self._planned.get(name), self._known.get(name)) if c and c.is_of(lora)), None)
         if ask or not known:
-            found = await self._ask(lora, spec.env, placement, known)
+            found = await self._ask(lora, spec.env, placement, known, strict=True)
+            if not found and known and known.adapters:
+                log.warning("the adapters of %s: %s is empty now; those that were there stay", name, lora.places)
+                found = known.adapters
             known = self._planned[name] = Catalogue(lora, found, looked=time.monotonic())
         row = self._scaling.deployed.get(name)
         settled = lora.settled(known.ranks.values(), row.spec.lora if row else None)
@@ -276,15 +279,37 @@ class Adapters:
         self._scaling.set_adapters(model, found | self._revisions.pins(model, lora.refresh))
 
     async def _ask(
-        self, lora: LoRA, env: Mapping[str, Secret | str], placement: Placement, known: Catalogue | None
+        self,
+        lora: LoRA,
+        env: Mapping[str, Secret | str],
+        placement: Placement,
+        known: Catalogue | None,
+        *,
+        strict: bool = False,
     ) -> dict[str, Adapter]:
-        """All adapters there are now; the ranks of those that are `known` are not read. Raises LLMRunError."""
+        """All adapters there are now; the ranks of those that are `known` are not read. Raises LLMRunError.
+
+        Of those that are named one by one, each whose source cannot be listed stays as it is known, unless `strict`.
+        """
         if lora.path:
             found = await self._stock.adapters(lora.path, env, placement, known.ranks if known else {})
             return {adapter.name: adapter for adapter in found}
         before = known.adapters if known else {}
         one = [self._one(name, where, env, placement, before.get(name)) for name, where in lora.adapters.items()]
-        return {adapter.name: adapter for adapter in await asyncio.gather(*one)}
+        there: dict[str, Adapter] = {}
+        errors: list[LLMRunError] = []
+        for name, said in zip(lora.adapters, await asyncio.gather(*one, return_exceptions=True), strict=True):
+            if isinstance(said, LLMRunError) and not strict:
+                log.warning("the adapter %s: %s", name, said)
+                errors.append(said)
+                there |= {name: before[name]} if name in before else {}
+            elif isinstance(said, BaseException):
+                raise said
+            else:
+                there[name] = said
+        if len(errors) == len(lora.adapters):
+            raise errors[0]
+        return there
 
     async def _one(
         self, name: str, where: Weights, env: Mapping[str, Secret | str], placement: Placement, known: Adapter | None

@@ -15,6 +15,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 log = logging.getLogger("llmrun.adapters")
+# Adapters that are brought at once; a store that hangs must not be asked by everybody.
+BRINGS = 16
+# So long those that are in use may keep others out, and so long one waits for a place at all.
+PATIENCE_S, WAIT_S = 2.0, 30.0
 
 
 Likely = dict[str, float]
@@ -58,6 +62,7 @@ class Slot:
     ready: asyncio.Future[Any]
     users: int = 0
     leaving: bool = False
+    """It gets no new users; it is unloaded when it has none."""
 
     @property
     def adapter(self) -> Any:
@@ -84,6 +89,8 @@ class Adapters:
         self._slots: dict[str, Slot] = {}
         """By pin, the least recently used first."""
         self._changed = asyncio.Condition()
+        self._coming: dict[str, asyncio.Task[Path]] = {}
+        self._turns = asyncio.Semaphore(BRINGS)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def loaded(self) -> list[str]:
@@ -100,37 +107,92 @@ class Adapters:
                 yield
         finally:
             slot.users -= 1
+            if slot.leaving and not slot.users and slot.adapter:
+                self._start(self._unload(slot))
             async with self._changed:
                 self._changed.notify_all()
 
     async def _take(self, name: str, pin: str) -> Slot:
-        """The adapter's slot, with one user more.
+        """The adapter's slot, with one user more. Raises AdapterError.
 
-        1. One that is there, or on its way, is shared.
-        2. Where there is room, it is loaded.
-        3. Else the least recently used that nobody uses makes room; while all are in use, and until it has, wait.
+        1. One that is there, or on its way into the engine, is shared.
+        2. Its files are brought, which takes no slot: a store that is slow or away costs those that are loaded nothing.
+        3. Where there is room, it is loaded.
+        4. Else the least recently used that nobody uses makes room, and one waits until it has.
+        5. Where all are in use for PATIENCE_S, the least recently used gets no new users, and goes after its last.
         """
         loop = asyncio.get_running_loop()
+        # 1.
+        if slot := self._shared(pin):
+            return slot
+        # 2.
+        folder = await self._brought(name, pin)
+        began = loop.time()
         async with self._changed:
             while True:
-                slot = self._slots.get(pin)
-                # 1.
-                if slot and not slot.leaving:
-                    self._slots[pin] = self._slots.pop(pin)
-                    slot.users += 1
+                if slot := self._shared(pin):
                     return slot
-                # 2.
-                if slot is None and len(self._slots) < self._most:
-                    self._slots[pin] = slot = Slot(name, pin, loop.create_future(), users=1)
-                    self._start(self._load(slot))
-                    return slot
+                waited = loop.time() - began
                 # 3.
-                if not any(other.leaving for other in self._slots.values()):
-                    idle = next((other for other in self._slots.values() if other.adapter and not other.users), None)
-                    if idle:
-                        idle.leaving = True
-                        self._start(self._unload(idle))
-                await self._changed.wait()
+                if pin not in self._slots and len(self._slots) < self._most:
+                    self._slots[pin] = slot = Slot(name, pin, loop.create_future(), users=1)
+                    self._start(self._load(slot, folder))
+                    return slot
+                if waited >= WAIT_S:
+                    text = f"all {self._most} places for adapters are in use after {WAIT_S:g} s (max_loaded)"
+                    raise AdapterError(text, 503)
+                others = [other for other in self._slots.values() if other.adapter]
+                leaving = [other for other in others if other.leaving]
+                idle = next((other for other in others if not other.users), None)
+                # 4.
+                if idle and not idle.leaving:
+                    self._leave(idle)
+                # 5.
+                elif others and not leaving and waited >= PATIENCE_S:
+                    self._leave(others[0])
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout((PATIENCE_S if waited < PATIENCE_S else WAIT_S) - waited):
+                        await self._changed.wait()
+
+    def _shared(self, pin: str) -> Slot | None:
+        """The slot of one that is there and stays, with one user more."""
+        slot = self._slots.get(pin)
+        if not slot or slot.leaving:
+            return None
+        self._slots[pin] = self._slots.pop(pin)
+        slot.users += 1
+        return slot
+
+    def _leave(self, slot: Slot) -> None:
+        """It gets no new users; without any, it is unloaded now."""
+        slot.leaving = True
+        if not slot.users:
+            self._start(self._unload(slot))
+
+    async def _brought(self, name: str, pin: str) -> Path:
+        """Its folder, brought once for all who ask. Raises AdapterError."""
+        task = self._coming.get(pin)
+        if not task:
+            work = self._bring_in_turn(name, pin)
+            task = self._coming[pin] = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+            task.add_done_callback(lambda done: self._arrived(pin, done))
+        return await asyncio.shield(task)
+
+    def _arrived(self, pin: str, task: asyncio.Task[Path]) -> None:
+        del self._coming[pin]
+        if not task.cancelled():
+            task.exception()  # perhaps nobody waits any more
+
+    async def _bring_in_turn(self, name: str, pin: str) -> Path:
+        try:
+            async with asyncio.timeout(WAIT_S):
+                await self._turns.acquire()
+        except TimeoutError:
+            raise AdapterError(f"{BRINGS} others are still being brought after {WAIT_S:g} s", 503) from None
+        try:
+            return await self._bring(name, pin)
+        finally:
+            self._turns.release()
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         """In a task of its own: it goes on if whoever asked has left, for others may wait for it.
@@ -141,9 +203,9 @@ class Adapters:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _load(self, slot: Slot) -> None:
+    async def _load(self, slot: Slot, folder: Path) -> None:
         try:
-            adapter = await self._loader.load(slot.name, await self._bring(slot.name, slot.pin))
+            adapter = await self._loader.load(slot.name, folder)
             await self._probe(slot, adapter)
         except Exception as error:  # noqa: BLE001 - it is raised in those who wait
             del self._slots[slot.pin]

@@ -19,8 +19,9 @@ Shapes = dict[str, tuple[int, ...]]
 def check_adapter(folder: Path, base: Mapping[str, tuple[int, ...]], max_rank: int) -> None:
     """Raises AdapterError for one that is damaged, of too high a rank, or for another model.
 
-    `base`: the shapes of the base model's tensors; modules that are not among them (packed, quantized) are the engine's
-    to judge: vLLM copies what is too small into a part of its slot and says nothing.
+    `base`: the shapes of the base model's tensors. Modules of a kind that it has not (packed, quantized) are the
+    engine's to judge. vLLM copies what is too small into a part of its slot, leaves out layers that it has not, and
+    says nothing.
     """
     try:
         rank = read_rank((folder / ADAPTER_CONFIG).read_bytes())
@@ -36,14 +37,25 @@ def check_adapter(folder: Path, base: Mapping[str, tuple[int, ...]], max_rank: i
         shapes = read_shapes(folder / ADAPTER_WEIGHTS)
     except (OSError, ValueError) as error:
         raise AdapterError(f"its {ADAPTER_WEIGHTS} is damaged ({error})", 400) from None
+    tails, kinds = {_tail(name) for name in base}, {name.split(".")[-2] for name in base if "." in name}
     for name, shape in shapes.items():
         for end, side in ((A, 1), (B, 0)):
             module = name.removeprefix(PREFIX).removesuffix(end)
+            if not name.endswith(end):
+                continue
             wanted = base.get(f"{module}.weight")
-            if name.endswith(end) and wanted and len(shape) == 2 == len(wanted) and shape[side] != wanted[side]:
+            if not wanted and module.rpartition(".")[2] in kinds and _tail(f"{module}.weight") not in tails:
+                raise AdapterError(f"it is for another base model: it changes {module}, which is not in this one", 400)
+            if wanted and len(shape) == 2 == len(wanted) and shape[side] != wanted[side]:
                 what = "takes" if end == A else "gives"
                 text = f"it is for another base model: its {module} {what} {shape[side]} values, here {wanted[side]}"
                 raise AdapterError(text, 400)
+
+
+def _tail(name: str) -> str:
+    """From its layer on: what is before that differs between names of one model."""
+    _, layers, rest = name.rpartition("layers.")
+    return layers + rest
 
 
 def read_base(folder: Path) -> Shapes:
