@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -97,13 +98,25 @@ async def serve(said: dict[str, Any], others: list[dict[str, Any]]) -> None:
         await uvicorn.Server(uvicorn.Config(Shim(app), ws="none", lifespan="on")).serve(sockets=[sock])
 
 
+def meet(where: tuple[str, int]) -> socket.socket:
+    """A connection to the first member, which may not listen yet. Raises OSError after MEET_S."""
+    deadline = time.monotonic() + MEET_S
+    while True:
+        try:
+            return socket.create_connection(where, timeout=MEET_S)
+        except ConnectionRefusedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
 def main() -> None:
     """One member."""
     lease.hold()
     said = json.loads(sys.argv[1])
     where = (said["hosts"][0], said["port"])
     if said["rank"]:
-        with socket.create_connection(where, timeout=MEET_S) as first:
+        with meet(where) as first:
             first.settimeout(None)
             first.sendall(json.dumps(place(said)).encode() + b"\n")
             first.recv(1)  # until it ends
