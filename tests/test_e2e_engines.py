@@ -93,7 +93,8 @@ def test_a_caller_who_leaves_is_in_flight_no_more(kind: str, cluster: Home) -> N
     body = {"model": kind, "prompt": COUNTING, "max_tokens": 1500, "stream": True, "temperature": 0}
     body |= {"ignore_eos": True} if kind == "vllm" else {}
     with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=ENGINE_START_S) as stream:
-        next(stream.iter_lines())
+        lines = stream.iter_lines()  # httpx closes the stream when nobody holds them any more
+        next(lines)
         until(lambda: cluster.status(kind)["in_flight"] == 1, 10, "it is in flight")
     until(lambda: cluster.status(kind)["in_flight"] == 0, 20, "nothing is in flight")
     until(lambda: quiet(family(cluster, kind)), 60, "the engine does no more work")
