@@ -40,6 +40,11 @@ def test_what_cannot_be_built_is_said_before_anything_starts(models: Any, words:
     assert words in str(wrong.value) and "\n" not in str(wrong.value)
 
 
+def test_paths_start_at_the_classs_file() -> None:
+    here = llm("./weights", name="one")(type("One", (), {"__module__": __name__}))
+    assert builders._read(here)[0].path == str(Path(__file__).parent / "weights")
+
+
 def test_what_does_nothing_without_control_is_known() -> None:
     spec, _ = builders._read(model(rpm=5, schedule="Mon-Fri 08:00-18:00 UTC"))
     assert builders.without_effect(spec) == ["schedule", "rpm"]

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from llmrun.decorator import build_spec
 from llmrun.errors import AppError, DeployError
+from llmrun.loading import absolute
 from llmrun.settings import Settings
 from llmrun.spec import DNS_LABEL, Code, ModelSpec, to_label
 from llmrun.weights import is_path
@@ -20,7 +21,7 @@ from llmrun.wire import Change, DeployRequest, Plan
 from llmrun_cli import cluster
 from llmrun_cli.client import Client
 from llmrun_cli.follow import follow
-from llmrun_cli.load import Loaded, absolute, load_app
+from llmrun_cli.load import Loaded, load_app
 from llmrun_cli.package import pack
 from llmrun_cli.terminal import err, note, out
 from llmrun_cli.yamlapp import SUFFIXES, read_yaml

@@ -19,10 +19,8 @@ from pydantic import BaseModel
 
 from llmrun.decorator import hooks_of, spec_of
 from llmrun.errors import AppError, SpecError
-from llmrun.loading import load_file
-from llmrun.lora import LoRA
+from llmrun.loading import absolute, load_file
 from llmrun.spec import ModelSpec
-from llmrun.weights import Weights
 
 LOAD_TIMEOUT_S = 120
 LOADING = "LLMRUN_LOADING"
@@ -103,24 +101,6 @@ def _inspect(path: Path) -> dict[str, Any]:
         spec = absolute(spec, path.absolute().parent)
         models.append(Loaded(cls=cls.__qualname__, hooks=hooks_of(cls), spec=spec).model_dump(mode="json"))
     return {"models": models}
-
-
-def absolute(spec: ModelSpec, folder: Path) -> ModelSpec:
-    """The same, paths in it from the app's folder on."""
-    lora = spec.lora and _absolute_lora(spec.lora, folder)
-    return spec.model_copy(update={"model": _absolute(spec.model, folder), "lora": lora})
-
-
-def _absolute(where: Weights, folder: Path) -> Weights:
-    """The same, a path from the app's folder on."""
-    if not where.path or where.path.startswith("~"):
-        return where
-    return Weights(os.path.normpath(folder / where.path))
-
-
-def _absolute_lora(lora: LoRA, folder: Path) -> LoRA:
-    found = {name: _absolute(where, folder) for name, where in lora.adapters.items()}
-    return lora.model_copy(update={"path": lora.path and _absolute(lora.path, folder), "adapters": found})
 
 
 def _place(path: Path, error: BaseException) -> str:

@@ -1,11 +1,16 @@
-"""Imports an app file as a module of its own, the same way for the command line and beside the engine."""
+"""Imports an app file as a module of its own, and reads paths in it, the same way for all who do."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
+
+from llmrun.lora import LoRA
+from llmrun.spec import ModelSpec
+from llmrun.weights import Weights
 
 
 def load_file(path: Path) -> ModuleType:
@@ -22,3 +27,21 @@ def load_file(path: Path) -> ModuleType:
     sys.modules[path.stem] = module
     loader.loader.exec_module(module)
     return module
+
+
+def absolute(spec: ModelSpec, folder: Path) -> ModelSpec:
+    """The same, paths in it from the app's folder on."""
+    lora = spec.lora and _absolute_lora(spec.lora, folder)
+    return spec.model_copy(update={"model": _absolute(spec.model, folder), "lora": lora})
+
+
+def _absolute(where: Weights, folder: Path) -> Weights:
+    """The same, a path from the app's folder on."""
+    if not where.path or where.path.startswith("~"):
+        return where
+    return Weights(os.path.normpath(folder / where.path))
+
+
+def _absolute_lora(lora: LoRA, folder: Path) -> LoRA:
+    found = {name: _absolute(where, folder) for name, where in lora.adapters.items()}
+    return lora.model_copy(update={"path": lora.path and _absolute(lora.path, folder), "adapters": found})

@@ -99,6 +99,11 @@ def environment(said: Mapping[str, Secret | str], where: str) -> dict[str, str]:
     return env
 
 
+def worker_environment(said: Mapping[str, Secret | str], where: str) -> dict[str, str]:
+    """As `environment`, for a process of llmrun's own: with llmrun's settings. Raises EngineError."""
+    return environment(said, where) | {key: value for key, value in os.environ.items() if key.startswith("LLMRUN_")}
+
+
 def _requirement(line: str) -> str:
     """What uv would install, as it takes it: it prints `name==1.0 (from URL)` for what came by a URL."""
     match = re.fullmatch(r"([^= ]+)==\S+ \(from (.+)\)", line)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import os
 import secrets
 import socket
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ from llmrun_runtime.engines.headstart import HeadStarts, headstart_socket
 from llmrun_runtime.engines.keeper import Keeper, warm_socket
 from llmrun_runtime.engines.kinds import get_engine
 from llmrun_runtime.engines.scratch import sweep_scratch
-from llmrun_runtime.environments import Environments, environment
+from llmrun_runtime.environments import Environments, environment, worker_environment
 from llmrun_runtime.launching import ReplicaConfig, find_weights, make_launch
 from llmrun_runtime.logs import log_path, read_logs
 from llmrun_runtime.spare import keep_spare
@@ -177,8 +176,7 @@ class NodeAgent:
 
     def _environment(self, env: Mapping[str, Secret | str]) -> dict[str, str]:
         """For a worker: the node's variables with the spec's, and llmrun's own settings."""
-        ours = {key: value for key, value in os.environ.items() if key.startswith("LLMRUN_")}
-        return environment(env, self._where()) | ours
+        return worker_environment(env, self._where())
 
     def _where(self) -> str:
         return f"node {self._host} ({socket.gethostname()})"

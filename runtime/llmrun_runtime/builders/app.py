@@ -14,6 +14,7 @@ from ray.serve._private.constants import SERVE_NAMESPACE
 
 from llmrun.decorator import build_spec, hooks_of, spec_of
 from llmrun.errors import SpecError
+from llmrun.loading import absolute
 from llmrun.settings import Settings
 from llmrun.spec import Code, ModelSpec
 from llmrun_runtime.builders.ingress import OpenAIIngress
@@ -97,7 +98,8 @@ def _read(model: Model) -> tuple[ModelSpec, str]:
         spec, hooks = spec_of(model), hooks_of(model)
         if not spec:
             raise SpecError(f"{model.__name__} is no model: put @llm on it")
-        return _with_code(spec, str(Path(inspect.getfile(model)).absolute()), model.__qualname__, hooks)
+        file = Path(inspect.getfile(model)).absolute()
+        return _with_code(absolute(spec, file.parent), str(file), model.__qualname__, hooks)
     if isinstance(model, Mapping):
         fields = dict(model)
         file, cls, hooks = fields.pop(APP_FILE, ""), fields.pop(CLASS, ""), tuple(fields.pop("hooks", ()))

@@ -19,7 +19,7 @@ from llmrun_runtime.engines.base import TOKEN_HEADER, Launch, Member
 from llmrun_runtime.engines.kinds import get_engine
 from llmrun_runtime.engines.process import EngineProcess
 from llmrun_runtime.engines.scratch import sweep_scratch
-from llmrun_runtime.environments import Environments, environment
+from llmrun_runtime.environments import Environments, worker_environment
 from llmrun_runtime.launching import ReplicaConfig, find_weights, make_launch
 from llmrun_runtime.link.client import Client, LinkLostError, Links
 from llmrun_runtime.logs import log_path
@@ -160,7 +160,7 @@ class LLMServer:
 
     async def _pin(self, where: str) -> Pin:
         """What the source means now; its weights are here then. Raises LLMRunError."""
-        env, node = environment(self._spec.env, where), NodeWeights(self._settings, self._host)
+        env, node = worker_environment(self._spec.env, where), NodeWeights(self._settings, self._host)
         imported = node.imported(self._spec.model)
         pin = imported[1] if imported else await node.pin(self._spec.model, env)
         await node.bring(pin, env, (), ())
