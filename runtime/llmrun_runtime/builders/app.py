@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def build_llm_deployment(model: Model) -> serve.Application:
     if without := without_effect(spec):
         log.warning("%s: %s= does nothing without control: `llmrun deploy`", spec.name, "=, ".join(without))
     if not ray.is_initialized():
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a Ray that is started here reports to nobody
         ray.init(namespace=SERVE_NAMESPACE)  # as `serve.run` would in a moment
     placement = resolve(spec, cluster_nodes())
     scaling = {

@@ -56,7 +56,7 @@ class LLMServer:
     async def ask(self, path: str, body: bytes, content_type: str = "application/json") -> AsyncIterator[Any]:
         """Ask the engine: first `{"status", "content_type"}`, then the answer's bytes as they come.
 
-        Whoever stops listening ends the engine's work. Raises EngineError if the engine goes away.
+        `.cancel()` of the call ends the engine's work. Raises EngineError if the engine goes away.
         """
         headers = [(TOKEN_HEADER, self._engine.token), ("content-type", content_type)]
         headers.append(("content-length", str(len(body))))
