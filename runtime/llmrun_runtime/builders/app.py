@@ -44,8 +44,8 @@ def build_openai_app(models: Sequence[Model] | Mapping[str, Any]) -> serve.Appli
     if not isinstance(found, Sequence) or isinstance(found, str) or not found:
         raise SpecError("build_openai_app: a list of classes with @llm, or {'models': […]}")
     names: dict[str, str] = {}
-    for model in found:
-        spec, _ = _checked(model)
+    checked = [_checked(model) for model in found]  # all of them, before anything starts
+    for spec, _ in checked:
         for name in spec.served_names:
             if name in names:
                 raise SpecError(
@@ -53,14 +53,17 @@ def build_openai_app(models: Sequence[Model] | Mapping[str, Any]) -> serve.Appli
                 )
             names[name] = spec.name
     # Serve's arguments are named as Python's are.
-    applications = {_checked(model)[0].name.replace("-", "_"): build_llm_deployment(model) for model in found}
+    applications = {spec.name.replace("-", "_"): _deployment(spec, file) for spec, file in checked}
     limits = {"max_ongoing_requests": 10_000, "ray_actor_options": {"num_cpus": 0}}
     return serve.deployment(OpenAIIngress).options(name="ingress", **limits).bind(names, **applications)
 
 
 def build_llm_deployment(model: Model) -> serve.Application:
     """A deployment of one model, to be bound to an ingress or to a deployment of yours. Raises LLMRunError."""
-    spec, file = _checked(model)
+    return _deployment(*_checked(model))
+
+
+def _deployment(spec: ModelSpec, file: str) -> serve.Application:
     if without := without_effect(spec):
         log.warning("%s: %s= does nothing without control: `llmrun deploy`", spec.name, "=, ".join(without))
     if not ray.is_initialized():

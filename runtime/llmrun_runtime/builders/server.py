@@ -28,7 +28,6 @@ from llmrun_runtime.weights.pin import Pin
 
 VERSION = 0
 """There are none without control; the engine's log and cache are called so."""
-ANSWER_S = 10
 
 
 class LLMServer:
