@@ -33,7 +33,15 @@ def prometheus(folder: Path) -> Iterator[str]:
     command = ["prometheus", f"--config.file={folder / 'prometheus.yml'}", f"--web.listen-address={address}"]
     with (folder / "prometheus.log").open("wb") as log:
         process = subprocess.Popen([*command, f"--storage.tsdb.path={folder / 'data'}"], stdout=log, stderr=log)
+
+        def ready() -> bool:
+            assert process.poll() is None, (folder / "prometheus.log").read_text()
+            with contextlib.suppress(httpx.TransportError):
+                return httpx.get(f"http://{address}/-/ready", timeout=5).is_success
+            return False
+
         try:
+            until(ready, 30, "Prometheus is ready")
             yield f"http://{address}"
         finally:
             process.terminate()
