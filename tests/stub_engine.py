@@ -1,11 +1,13 @@
 """An engine that makes no text: it answers where its members are and with which devices. `python -m` is one member.
 
-Members of rank 1 and more say so to the first one, at the port where they meet, as real engines do.
+Members of rank 1 and more say so to the first one, at the port where they meet, as real engines do. A request with
+`"hold": PATH` gets a stream that goes on until its caller leaves; a file is there as long.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -15,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
 import uvicorn
 
 from llmrun.errors import EngineError
@@ -25,8 +28,29 @@ from llmrun_runtime.engines import lease
 from llmrun_runtime.engines.base import Launch
 from llmrun_runtime.engines.shim import Shim
 
+REPO = Path(__file__).parent.parent
 CHAT = "/v1/chat/completions"
 MEET_S = 30
+
+
+def install(folder: Path) -> dict[str, str]:
+    """Have this engine as an installed package would bring it; the variables that make it known."""
+    info = folder / "llmrun_stub-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: llmrun-stub\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[llmrun.engines]\nstub = tests.stub_engine:Stub\n")
+    # Warm parents would be vLLM's.
+    return {"PYTHONPATH": os.pathsep.join([str(folder), str(REPO)]), "LLMRUN_WARM_PARENT": "0"}
+
+
+def stubs() -> list[psutil.Process]:
+    """The members of all engines that live."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if "tests.stub_engine" in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 class Stub:
@@ -47,7 +71,8 @@ class Stub:
     def arguments(self, launch: Launch) -> list[str]:
         """What it must know of the others."""
         hosts = [member.host for member in launch.members]
-        return [json.dumps({"hosts": hosts, "rank": launch.rank, "port": launch.port, "share": launch.gpu_share})]
+        said = {"hosts": hosts, "rank": launch.rank, "port": launch.port, "share": launch.gpu_share}
+        return [json.dumps({**said, "weights": launch.weights})]
 
     def libraries(self) -> tuple[str, ...]:
         """None."""
@@ -77,7 +102,23 @@ def place(said: dict[str, Any]) -> dict[str, Any]:
         "share": said["share"],
         "home": os.environ.get("STUB_HOME", ""),
         "pid": os.getpid(),
+        "files": sorted(path.name for path in Path(said["weights"]).iterdir()),
     }
+
+
+async def hold(place: Path, receive: Receive, send: Send) -> None:
+    """Stream events until the caller leaves."""
+    place.touch()
+    left = asyncio.ensure_future(receive())
+    try:
+        head = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        while not left.done():
+            await send({"type": "http.response.body", "body": b'data: {"held": true}\n\n', "more_body": True})
+            await asyncio.sleep(0.05)
+    finally:
+        place.unlink()
+        left.cancel()
 
 
 async def serve(said: dict[str, Any], others: list[dict[str, Any]]) -> None:
@@ -91,7 +132,15 @@ async def serve(said: dict[str, Any], others: list[dict[str, Any]]) -> None:
             await receive()
             await send({"type": "lifespan.shutdown.complete"})
         else:
-            await asgi.answer(send, 200, {"places": places})
+            body, more = b"", True
+            while more:
+                message = await receive()
+                body, more = body + message.get("body", b""), message.get("more_body", False)
+            request = json.loads(body)
+            if "hold" in request:
+                await hold(Path(request["hold"]), receive, send)
+            else:
+                await asgi.answer(send, 200, {"places": places})
 
     with socket.create_server((said["hosts"][0], 0)) as sock:
         lease.tell(port=sock.getsockname()[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -17,6 +18,9 @@ import pytest
 import yaml
 
 from tests.conftest import BIN, REPO, SMOLLM2, Home, alive, free_port, leftovers, until, write_app
+from tests.servers import AWS, S3
+from tests.stub_engine import install, stubs
+from tests.weights import make_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 EXAMPLES = REPO / "examples/builders"
@@ -28,17 +32,17 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     """No cluster of llmrun's, nor of anybody's."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("LLMRUN_", "RAY_"))}
     clean |= {"PATH": f"{BIN}:{clean['PATH']}", "LLMRUN_HOME": str(home), "MODEL": str(SMOLLM2)}
-    return {**clean, "RAY_USAGE_STATS_ENABLED": "0", "RAY_enable_worker_prestart": "0", **more}
+    return {**clean, "RAY_enable_worker_prestart": "0", **more}
 
 
 @contextlib.contextmanager
-def running(script: Path, home: Path) -> Iterator[int]:
+def running(script: Path, home: Path, **more: str) -> Iterator[int]:
     """An example, with a Ray of its own; the port of Serve's proxy. Nothing is left of it."""
     files, port = leftovers(), free_port()
     with (home.parent / f"{script.stem}.log").open("w+") as log:
         process = subprocess.Popen(
             [sys.executable, script, str(port)],
-            env=environment(home),
+            env=environment(home, **more),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -48,6 +52,8 @@ def running(script: Path, home: Path) -> Iterator[int]:
         try:
             started = next((True for line in iter(process.stdout.readline, "") if line.strip() == "ready"), False)
             assert started, Path(log.name).read_text()[-4000:]
+            head = next(p for p in psutil.Process(process.pid).children() if p.name() == "gcs_server")
+            assert head.environ()["RAY_USAGE_STATS_ENABLED"] == "0", "Ray reports to nobody"
             yield port
         finally:
             family = psutil.Process(process.pid).children(recursive=True)
@@ -79,7 +85,99 @@ def test_two_models_behind_an_endpoint_of_serves_own(tmp_path: Path) -> None:
             with pytest.raises(openai.BadRequestError):
                 client.chat.completions.create(**asked | {"model": "assistant", "messages": "none"})  # type: ignore[call-overload]
         assert httpx.post(f"{url}/v1/embeddings", json={"model": "assistant"}, timeout=60).status_code == 404
-        assert httpx.post(f"{url}/v1/completions", content="no JSON", timeout=60).json()["error"]["message"]
+        assert "is no JSON" in httpx.post(f"{url}/v1/completions", content="{", timeout=60).json()["error"]["message"]
+        assert httpx.delete(f"{url}/v1/completions", timeout=60).status_code == 405
+
+
+def test_models_bound_to_an_ingress_by_hand(tmp_path: Path) -> None:
+    with running(EXAMPLES / "bind.py", tmp_path / "home") as port:
+        url = f"http://127.0.0.1:{port}/llm/v1"
+        with openai.OpenAI(base_url=url, api_key="none", timeout=120, max_retries=0) as client:
+            assert client.models.retrieve("gpt-4o").id == "gpt-4o"
+            asked = {"messages": PARIS, "temperature": 0, "max_tokens": 20}
+            whole = client.chat.completions.create(model="gpt-4o", **asked)  # type: ignore[call-overload]
+            assert "Paris" in whole.choices[0].message.content
+            schema = {"type": "object", "properties": {"city": {"enum": ["Paris"]}}, "required": ["city"]}
+            bare = {"type": "json_schema", "json_schema": schema}  # as Ray Serve LLM's guide has it
+            whole = client.chat.completions.create(model="assistant", response_format=bare, **asked)  # type: ignore[call-overload]
+            assert json.loads(whole.choices[0].message.content) == {"city": "Paris"}
+
+
+STUB = """
+import sys
+from ray import serve
+from llmrun import llm
+from llmrun.errors import RequestError
+from llmrun_runtime.builders import build_llm_deployment, build_openai_app
+
+@llm("s3://acme/model", engine="stub", accelerator="cpu", cpus=0.1, idle_timeout=1)
+class One: ...
+
+class Asking:
+    def __init__(self, one):
+        self._one = one.options(stream=True)
+
+    async def __call__(self, request):
+        try:
+            async for answer in self._one.embeddings.remote({"input": "x"}):
+                return answer
+        except RequestError as error:
+            return [error.status, str(error), error.body["error"]["code"]]
+
+application = build_openai_app([One])
+asking = serve.deployment(Asking).bind(build_llm_deployment(One))
+serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
+serve.run(application, name="one", route_prefix="/")
+serve.run(asking, name="asking", route_prefix="/asking")
+print("ready", flush=True)
+sys.stdin.read()
+serve.shutdown()
+"""
+
+
+def test_weights_by_name_callers_that_leave_a_kill_and_zero(tmp_path: Path, s3: S3, buckets: Path) -> None:
+    make_model(buckets / "acme" / "model")
+    (script := tmp_path / "served.py").write_text(STUB)
+    more = install(tmp_path / "packages") | AWS | {"AWS_ENDPOINT_URL": s3.url}
+    with running(script, tmp_path / "home", **more) as port:
+        url, held = f"http://127.0.0.1:{port}/v1/chat/completions", tmp_path / "held"
+
+        def ask() -> httpx.Response:
+            return httpx.post(url, json={"model": "one"}, timeout=60)
+
+        (place,) = ask().json()["places"]
+        assert place["files"] == ["config.json", "model-0.safetensors", "tokenizer.json"]
+        workers = [p for p in psutil.process_iter(["cmdline"]) if "llmrun_runtime.weights.worker" in p.cmdline()]
+        assert not workers, "who fetched them has ended"
+        hidden = httpx.post(url.replace("chat/completions", "load_lora_adapter"), json={"model": "one"}, timeout=60)
+        assert hidden.status_code == 404 and hidden.json()["error"]["code"] == "path_not_found"
+        refused = httpx.get(f"http://127.0.0.1:{port}/asking", timeout=60).json()
+        assert refused[0] == 404 and "one has no /v1/embeddings" in refused[1] and refused[2] == "path_not_found"
+
+        asked = {"model": "one", "hold": str(held), "stream": True}
+        with httpx.stream("POST", url, json=asked, timeout=60) as stream:
+            assert next(stream.iter_lines()).startswith("data: ")
+            assert held.exists()
+        until(lambda: not held.exists(), 10, "the engine has heard that its caller left")
+
+        with httpx.stream("POST", url, json=asked, timeout=60) as stream:
+            lines = stream.iter_lines()
+            assert next(lines).startswith("data: ")
+            replica = psutil.Process(place["pid"]).parent()
+            assert replica and "LLMServer" in " ".join(replica.cmdline())
+            replica.kill()
+            *_, last = (line for line in lines if line)
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "stream_broken_off"
+        until(lambda: not psutil.pid_exists(place["pid"]), 10, "its engine ends with it")
+
+        def again() -> bool:
+            answer = ask()
+            assert answer.status_code == 200 or answer.json()["error"]["code"] in ("replica_gone", "model_failed")
+            return answer.status_code == 200
+
+        until(again, 60, "another replica answers")
+        until(lambda: not stubs(), 90, "nobody asks: zero")
+        assert ask().status_code == 200
 
 
 def test_a_model_in_an_application_of_ones_own(tmp_path: Path) -> None:

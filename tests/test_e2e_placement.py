@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from tests.conftest import REPO, Home, alive, another_node, free_port, until, write_app
+from tests.conftest import Home, alive, another_node, free_port, until, write_app
+from tests.stub_engine import install, stubs
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 A10G, H100S = "127.0.0.6", ("127.0.0.7", "127.0.0.8")
@@ -23,13 +23,12 @@ A10G, H100S = "127.0.0.6", ("127.0.0.7", "127.0.0.8")
 class StubHome(Home):
     """A home whose cluster knows the engine `stub`, as an installed package would bring it."""
 
-    packages: Path = Path()
+    knowing: dict[str, str] = field(default_factory=dict)
 
     @property
     def env(self) -> dict[str, str]:
-        """Warm parents would be vLLM's."""
-        python = os.pathsep.join([str(self.packages), str(REPO)])
-        return {**super().env, "PYTHONPATH": python, "LLMRUN_WARM_PARENT": "0"}
+        """See `install`."""
+        return {**super().env, **self.knowing}
 
     def places(self, model: str) -> list[dict[str, Any]]:
         """Where the members of the engine that answers are."""
@@ -42,12 +41,7 @@ class StubHome(Home):
 @pytest.fixture(scope="module")
 def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StubHome]:
     """A cluster of a head without GPUs, a node with two A10Gs, and two with two H100s each."""
-    packages = tmp_path_factory.mktemp("packages")
-    info = packages / "llmrun_stub-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: llmrun-stub\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[llmrun.engines]\nstub = tests.stub_engine:Stub\n")
-    home = StubHome(tmp_path_factory.mktemp("stub"), free_port(), packages)
+    home = StubHome(tmp_path_factory.mktemp("stub"), free_port(), install(tmp_path_factory.mktemp("packages")))
     home.ok("up", "--node-ip", "127.0.0.5")
     try:
         with contextlib.ExitStack() as nodes:
@@ -70,16 +64,6 @@ def inventory(home: Home, folder: Path, count: int, kind: str) -> bool:
     text = f'@llm({str(folder)!r}, engine="stub", accelerator="none")\nclass Nobody: ...\n'
     said = home.run("deploy", write_app(folder / "app.py", text), "--dry-run").stderr
     return said.count(f"2 × {kind}") == count
-
-
-def stubs() -> list[psutil.Process]:
-    """The members of all engines that live."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if "tests.stub_engine" in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
 
 
 @contextlib.contextmanager

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
 
+from llmrun.alone import lost_alone, refused_alone
 from llmrun.errors import AppError
 from llmrun.settings import Settings
 from llmrun.spec import ModelSpec
@@ -26,32 +27,41 @@ def export(
     """Print the `serve` config that serves these models: `serve run` takes it, without llmrun's control and ingress."""
     if bool(target) == everything:
         raise AppError("say what: an app file, `llmrun export app.py`, or --all, which is all that is deployed")
-    models = _deployed() if everything else _in_file(target)
+    found = _deployed() if everything else _in_file(target)
+    models = [_written(item, str(path)) for path, item in found if _can_be_alone(item.spec)]
+    if not models:
+        raise AppError("there is nothing that could be exported")
     application = {"name": "llmrun", "route_prefix": "/", "import_path": BUILDER, "args": {"models": models}}
     print(yaml.safe_dump({"applications": [application]}, sort_keys=False, allow_unicode=True), end="")
 
 
-def _in_file(target: str) -> list[dict[str, Any]]:
+def _in_file(target: str) -> list[tuple[Path, Loaded]]:
     path, loaded = choose(target)
-    return [_fields(item.spec) | _code(item, str(path.absolute())) for item in loaded]
+    return [(path.absolute(), item) for item in loaded]
 
 
-def _deployed() -> list[dict[str, Any]]:
-    """Raises AppError if there is none."""
-    specs: Sequence[ModelSpec] = Client(Settings()).specs()
-    kept = [spec for spec in specs if not spec.code]
-    for spec in specs:
-        if spec.code:
-            note(f"! {spec.name} is left out: its class's code lies in control: export its file", "yellow")
-    if not kept:
-        raise AppError("nothing is deployed that could be exported")
-    return [_fields(spec) for spec in kept]
+def _deployed() -> list[tuple[Path, Loaded]]:
+    return [(Path(), Loaded(cls="", hooks=(), spec=spec)) for spec in Client(Settings()).specs()]
 
 
-def _fields(spec: ModelSpec) -> dict[str, Any]:
-    """What was said of a model."""
-    return spec.model_dump(mode="json", exclude_defaults=True, exclude={"code"})
+def _can_be_alone(spec: ModelSpec) -> bool:
+    """Whether the model can be served without control; what is lost is said."""
+    if spec.code:
+        note(f"! {spec.name} is left out: its class's code lies in control: export its file", "yellow")
+        return False
+    if why := refused_alone(spec):
+        note(f"! left out: {why}", "yellow")
+        return False
+    if lost := lost_alone(spec):
+        note(f"! {lost}", "yellow")
+    return True
 
 
-def _code(item: Loaded, file: str) -> dict[str, Any]:
-    return {"app_file": file, "cls": item.cls, "hooks": list(item.hooks)} if item.hooks else {}
+def _written(item: Loaded, file: str) -> dict[str, Any]:
+    """What was said of a model, and where the code is that runs beside its engine."""
+    fields = item.spec.model_dump(mode="json", exclude_defaults=True, exclude={"code"})
+    if not item.hooks:
+        return fields
+    hooks = " and ".join(item.hooks)
+    note(f"! {item.spec.name}: for {hooks} {file} must lie there on every node", "yellow")
+    return fields | {"app_file": file, "cls": item.cls, "hooks": list(item.hooks)}

@@ -23,8 +23,6 @@ from llmrun.loading import absolute, load_file
 from llmrun.spec import ModelSpec
 
 LOAD_TIMEOUT_S = 120
-LOADING = "LLMRUN_LOADING"
-"""In the environment of the process that imports an app file: there is nothing to deploy from within it."""
 EXAMPLE = """\
     from llmrun import llm
 
@@ -54,7 +52,6 @@ def load_app(path: Path) -> list[Loaded]:
         try:
             code = subprocess.run(
                 command,
-                env={**os.environ, LOADING: "1"},
                 stdout=sys.stderr.fileno(),
                 stdin=subprocess.DEVNULL,
                 timeout=LOAD_TIMEOUT_S,

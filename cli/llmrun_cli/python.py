@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import os
 from dataclasses import dataclass
 
 from llmrun.decorator import spec_of
 from llmrun.errors import AppError
+from llmrun.loading import is_loading
 from llmrun.settings import Settings
 from llmrun_cli.deploy import deploy
-from llmrun_cli.load import LOADING
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ def deploy_class(cls: type) -> Deployment:
 
     Raises LLMRunError.
     """
-    if LOADING in os.environ:
+    if is_loading():
         raise AppError(
             f"{cls.__name__}.deploy() runs when its file is imported: put it under `if __name__ == '__main__':`"
         )

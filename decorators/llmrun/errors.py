@@ -11,8 +11,13 @@ LLMRunError                what happened, why, what to type
 ├── WeightsError           weights cannot be found, fetched, checked or kept; names the source and the node
 │   └── NotThere           the source answers, and has no such thing
 ├── EngineError            an engine did not start or died; the message is one line
+├── RequestError           a model refused a request, or failed at it; `.status` and `.body` are its answer
 └── HookError              a hook raised, took too long or answered with no request; names it
 """
+
+from __future__ import annotations
+
+from typing import Any
 
 
 class LLMRunError(Exception):
@@ -66,6 +71,19 @@ class NotThere(WeightsError):
 
 class EngineError(LLMRunError):
     """An engine did not start, or died."""
+
+
+class RequestError(LLMRunError):
+    """A model refused a request, or failed at it: `status` is the HTTP status, `body` what it said, JSON or text."""
+
+    def __init__(self, message: str, status: int, body: Any) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = body
+
+    def __reduce__(self) -> tuple[type, tuple[str, int, Any]]:
+        """It goes from the model's process to the caller's."""
+        return type(self), (str(self), self.status, self.body)
 
 
 class HookError(LLMRunError):

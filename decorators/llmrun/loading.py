@@ -5,12 +5,20 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
 
 from llmrun.lora import LoRA
 from llmrun.spec import ModelSpec
 from llmrun.weights import Weights
+
+_loading = ContextVar("_loading", default=False)
+
+
+def is_loading() -> bool:
+    """Whether an app file is being imported here: its classes are described then, and nothing is deployed."""
+    return _loading.get()
 
 
 def load_file(path: Path) -> ModuleType:
@@ -25,7 +33,11 @@ def load_file(path: Path) -> ModuleType:
         raise ImportError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(loader)
     sys.modules[path.stem] = module
-    loader.loader.exec_module(module)
+    token = _loading.set(True)
+    try:
+        loader.loader.exec_module(module)
+    finally:
+        _loading.reset(token)
     return module
 
 

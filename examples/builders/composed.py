@@ -27,8 +27,9 @@ class Poet:
 
 
 if __name__ == "__main__":
+    application = serve.deployment(Poet).bind(build_llm_deployment(Assistant))
     serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1]) if sys.argv[1:] else 8000})
-    serve.run(serve.deployment(Poet).bind(build_llm_deployment(Assistant)))
+    serve.run(application)
     print("ready", flush=True)
     sys.stdin.read()
     serve.shutdown()

@@ -13,25 +13,23 @@ import ray
 from ray import serve
 from ray.serve._private.constants import SERVE_NAMESPACE
 
-from llmrun.decorator import build_spec, hooks_of, spec_of
+from llmrun.alone import lost_alone, refused_alone
+from llmrun.decorator import HOOKS, build_spec, hooks_of, spec_of
 from llmrun.errors import SpecError
-from llmrun.loading import absolute
+from llmrun.loading import absolute, is_loading
 from llmrun.settings import Settings
 from llmrun.spec import Code, ModelSpec
 from llmrun_runtime.builders.ingress import OpenAIIngress
 from llmrun_runtime.builders.server import LLMServer
-from llmrun_runtime.control.placing import resolve
+from llmrun_runtime.control.placing import Placement, resolve
 from llmrun_runtime.control.serving import cluster_nodes
 from llmrun_runtime.engines.kinds import get_engine
 from llmrun_runtime.serveconfig import actor_options
 
 log = logging.getLogger("ray.serve")
 Model = type | ModelSpec | Mapping[str, Any]
-APP_FILE, CLASS = "app_file", "cls"
-# What control and llmrun's ingress do, and nobody does here.
-OF_CONTROL = ("schedule", "min_uptime", "evictable", "rpm", "tpm", "max_in_flight")
-# So that a model at zero comes when somebody asks.
-SCALER = {"upscale_delay_s": 0, "look_back_period_s": 2}
+# Beside a spec's fields in a mapping, all of them or none: where the code is that runs beside the engine.
+OF_CODE = ("app_file", "cls", "hooks")
 
 
 def build_openai_app(models: Sequence[Model] | Mapping[str, Any]) -> serve.Application:
@@ -64,68 +62,90 @@ def build_llm_deployment(model: Model) -> serve.Application:
 
 
 def _deployment(spec: ModelSpec, file: str) -> serve.Application:
-    if without := without_effect(spec):
-        log.warning("%s: %s= does nothing without control: `llmrun deploy`", spec.name, "=, ".join(without))
-    if not ray.is_initialized():
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a Ray that is started here reports to nobody
-        ray.init(namespace=SERVE_NAMESPACE)  # as `serve.run` would in a moment
-    placement = resolve(spec, cluster_nodes())
+    if lost := lost_alone(spec):
+        log.warning(lost)
     scaling = {
         "min_replicas": spec.min_replicas,
         "max_replicas": spec.max_replicas,
         "initial_replicas": max(1, spec.min_replicas),  # it shows at once whether the engine starts
         "target_ongoing_requests": spec.target_ongoing_requests,
+        "upscale_delay_s": 0,  # a model at zero comes when somebody asks
         "downscale_delay_s": spec.idle_timeout,
-        **SCALER,
     }
     deployment = serve.deployment(LLMServer).options(
         name=spec.name,
         autoscaling_config=scaling,
         max_ongoing_requests=spec.max_ongoing_requests,
         max_queued_requests=spec.max_queued,
-        ray_actor_options=actor_options(placement),
+        ray_actor_options=actor_options(_place(spec)),
         health_check_period_s=5,
         graceful_shutdown_timeout_s=Settings().drain_timeout,
     )
     return deployment.bind(spec.model_dump(mode="json"), file)
 
 
-def without_effect(spec: ModelSpec) -> list[str]:
-    """What was said of a model that only control or llmrun's ingress do."""
-    return [name for name in OF_CONTROL if getattr(spec, name) != ModelSpec.model_fields[name].default]
+def _place(spec: ModelSpec) -> Placement:
+    """What a replica takes. Starts a Ray if there is none, as `serve.run` would in a moment. Raises LLMRunError."""
+    if is_loading():
+        return Placement(spec.cpus, 0)  # the application is only described: whoever serves it builds it again
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a Ray that is started here reports to nobody
+        ray.init(namespace=SERVE_NAMESPACE)
+    return resolve(spec, cluster_nodes())
 
 
 def _read(model: Model) -> tuple[ModelSpec, str]:
     """The spec, and the file of its class if that has code to run beside the engine. Raises SpecError."""
     if isinstance(model, ModelSpec):
+        if model.code:
+            raise SpecError(f"{model.name}: its class's code lies in control: give the class itself")
         return model, ""
     if isinstance(model, type):
-        spec, hooks = spec_of(model), hooks_of(model)
-        if not spec:
-            raise SpecError(f"{model.__name__} is no model: put @llm on it")
-        file = Path(inspect.getfile(model)).absolute()
-        return _with_code(absolute(spec, file.parent), str(file), model.__qualname__, hooks)
+        return _read_class(model)
     if isinstance(model, Mapping):
         fields = dict(model)
-        file, cls, hooks = fields.pop(APP_FILE, ""), fields.pop(CLASS, ""), tuple(fields.pop("hooks", ()))
-        return _with_code(build_spec(fields), file, cls, hooks)
+        file, cls, hooks = (fields.pop(name, None) for name in OF_CODE)
+        spec = build_spec(fields)
+        return _with_code(spec, file, cls, hooks) if file or cls or hooks else (spec, "")
     raise SpecError(f"{model!r} is no model: a class with @llm, a spec, or its fields")
 
 
-def _with_code(spec: ModelSpec, file: str, cls: str, hooks: tuple[str, ...]) -> tuple[ModelSpec, str]:
+def _read_class(cls: type) -> tuple[ModelSpec, str]:
+    spec, hooks = spec_of(cls), hooks_of(cls)
+    if not spec:
+        raise SpecError(f"{cls.__name__} is no model: put @llm on it")
+    try:
+        file = Path(inspect.getfile(cls)).absolute()
+    except (TypeError, OSError):  # of a console, or of a notebook
+        if hooks:
+            text = f"{cls.__name__} has {' and '.join(hooks)} and is in no file: nodes read it from one: write it there"
+            raise SpecError(text) from None
+        return spec, ""
+    spec = absolute(spec, file.parent)
     if not hooks:
         return spec, ""
-    code = Code(package="", file=Path(file).name, cls=cls, hooks=hooks)
+    if "<locals>" in cls.__qualname__:
+        raise SpecError(f"{cls.__qualname__}: a class with hooks stands at the top of its file, not in a function")
+    return _with_code(spec, str(file), cls.__qualname__, hooks)
+
+
+def _with_code(spec: ModelSpec, file: Any, cls: Any, hooks: Any) -> tuple[ModelSpec, str]:
+    if not (isinstance(file, str) and file and isinstance(cls, str) and cls and isinstance(hooks, Sequence) and hooks):
+        raise SpecError(f"{spec.name}: {', '.join(OF_CODE)} go together: `llmrun export` writes them")
+    if unknown := [hook for hook in hooks if hook not in HOOKS]:
+        raise SpecError(f"{spec.name}: hooks={unknown!r}: there are {', '.join(HOOKS)}")
+    code = Code(package="", file=Path(file).name, cls=cls, hooks=tuple(hooks))
     return spec.model_copy(update={"code": code}), file
 
 
 def _checked(model: Model) -> tuple[ModelSpec, str]:
     """As `_read`. Raises SpecError for what cannot be without control, too."""
     spec, file = _read(model)
-    if spec.lora:
-        raise SpecError(f"{spec.name}: lora= needs control, which lists and brings adapters: `llmrun deploy`")
-    if spec.nodes > 1:
-        raise SpecError(f"{spec.name}: nodes= needs control: `llmrun deploy`")
+    if why := refused_alone(spec):
+        raise SpecError(why)
+    for path in filter(None, (spec.path, file)):
+        if not Path(path).expanduser().is_absolute():
+            raise SpecError(f"{spec.name}: {path} is looked for on each node: write the whole path")
     if why := get_engine(spec.engine).refuses(spec):
         raise SpecError(f"{spec.name}: {why}")
     return spec, file

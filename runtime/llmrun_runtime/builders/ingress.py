@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import AsyncIterator, Mapping
+import contextlib
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
-import ray
 from ray import serve
+from ray.exceptions import RayError, RayTaskError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from llmrun.errors import EngineError
-from llmrun_runtime.asgi import error_body
+from llmrun.settings import Settings
+from llmrun_runtime.ingress.admission import Refusal, no_model, read_request
+from llmrun_runtime.ingress.relay import EVENTS, broken_off, read_body
 
 MODELS = "/v1/models"
 
@@ -23,65 +25,80 @@ class OpenAIIngress:
 
     def __init__(self, names: Mapping[str, str], **models: Any) -> None:
         self._names = dict(names)
-        self._models = {name.replace("_", "-"): handle for name, handle in models.items()}
-        self._paths: dict[str, list[str]] = {}
+        self._models = {name.replace("_", "-"): handle.options(stream=True) for name, handle in models.items()}
+        self._started = int(time.time())
+        self._max_body = Settings().max_body_bytes
 
     async def __call__(self, request: Request) -> Response:
         """Answer one request. Its errors have OpenAI's shape."""
-        path = request.url.path[len(request.scope.get("root_path", "")) :] or "/"
-        if request.method == "GET" and (path == MODELS or path.startswith(MODELS + "/")):
-            return self._list(path.removeprefix(MODELS).lstrip("/"))
-        if request.method == "GET" and path == "/health":
+        try:
+            return await self._answer(request)
+        except Refusal as refusal:
+            headers = {"retry-after": str(refusal.retry_after)} if refusal.retry_after is not None else {}
+            return JSONResponse(refusal.body(), refusal.status, headers)
+
+    async def _answer(self, request: Request) -> Response:
+        path, method = request.url.path.removeprefix(request.scope.get("root_path", "")) or "/", request.method
+        if path == "/health":
             return JSONResponse({"status": "ok"})
-        if request.method != "POST":
-            return _refused(405 if path.startswith("/v1/") else 404, f"there is no {request.method} {path} here")
-        body = await request.body()
-        try:
-            asked = json.loads(body)
-            model = asked["model"]
-        except (ValueError, LookupError, TypeError):
-            text = "the body is no JSON object with a `model` (forms need llmrun's own ingress: `llmrun deploy`)"
-            return _refused(400, text)
-        name = self._names.get(model) if isinstance(model, str) else None
-        if not name:
-            return self._unknown(model)
-        try:
-            if path not in await self._paths_of(name):
-                return _refused(404, f"{name} has no {path}: it has {', '.join(self._paths[name])}")
-            content_type = request.headers.get("content-type", "application/json")
-            handle = self._models[name].options(stream=True)
-            answer: AsyncIterator[Any] = handle.ask.remote(path, body, content_type).__aiter__()
-            head = await anext(answer)
+        if path == MODELS or path.startswith(MODELS + "/"):
+            if method not in ("GET", "HEAD"):
+                raise Refusal(405, f"{path} takes GET", "method_not_allowed")
+            return JSONResponse(self._list(path.removeprefix(MODELS).lstrip("/")))
+        if not path.startswith("/v1/") and method != "POST":
+            raise Refusal(404, f"there is no {path} here", "path_not_found")
+        if method != "POST":
+            raise Refusal(405, f"{path} takes POST", "method_not_allowed")
+        body = await read_body(request.scope, request.receive, self._max_body)
+        content_type = request.headers.get("content-type", "application/json")
+        asked = read_request(body, content_type.encode())
+        name = self._model(asked.model)
+        with _refused(name):
+            answer: AsyncIterator[Any] = self._models[name].ask.remote(path, asked.mended or body, content_type)
+            head = await anext(aiter(answer))
             status, kind = head["status"], head["content_type"]
-            if kind.startswith("text/event-stream"):
-                return StreamingResponse(answer, status, media_type=kind)
+            if kind.encode().startswith(EVENTS):
+                return StreamingResponse(_events(name, answer), status, media_type=kind)
             return Response(b"".join([piece async for piece in answer]), status, media_type=kind)
-        except ray.exceptions.RayTaskError as error:
-            cause = error.cause
-            return _refused(503, str(cause) if isinstance(cause, EngineError) else f"{name} failed: {cause}")
-        except (serve.exceptions.BackPressureError, serve.exceptions.DeploymentUnavailableError) as error:
-            return _refused(429 if isinstance(error, serve.exceptions.BackPressureError) else 503, str(error))
 
-    async def _paths_of(self, name: str) -> list[str]:
-        """The inference paths of a model; it is woken to say them, once."""
-        if name not in self._paths:
-            self._paths[name] = await self._models[name].paths.remote()
-        return self._paths[name]
+    def _model(self, name: str) -> str:
+        """The model that is called so. Raises Refusal."""
+        if name not in self._names:
+            raise no_model(name, self._names)
+        return self._names[name]
 
-    def _list(self, name: str) -> Response:
-        if name and name not in self._names:
-            return self._unknown(name)
-        data = [{"id": each, "object": "model", "created": 0, "owned_by": "llmrun"} for each in self._models]
+    def _list(self, name: str) -> dict[str, Any]:
+        """One model, by any of its names, or all. Raises Refusal."""
         if name:
-            return JSONResponse(data[list(self._models).index(self._names[name])] | {"id": name})
-        return JSONResponse({"object": "list", "data": data})
-
-    def _unknown(self, name: Any) -> Response:
-        near = difflib.get_close_matches(str(name), list(self._names), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(self._names))}"
-        return _refused(404, f"the model {name!r} does not exist: {hint}", "model_not_found")
+            self._model(name)
+            return {"id": name, "object": "model", "created": self._started, "owned_by": "llmrun"}
+        return {"object": "list", "data": [self._list(each) for each in self._models]}
 
 
-def _refused(status: int, text: str, code: str = "") -> Response:
-    kind = "invalid_request_error" if status < 429 else "service_unavailable"
-    return JSONResponse(error_body(text, kind, code or kind), status)
+@contextlib.contextmanager
+def _refused(model: str) -> Iterator[None]:
+    """What goes wrong between here and the model's replica, as an answer to the client: a Refusal."""
+    try:
+        yield
+    except serve.exceptions.BackPressureError as error:
+        raise Refusal(429, str(error), "queue_full", "rate_limit_error", retry_after=1) from None
+    except serve.exceptions.DeploymentUnavailableError as error:
+        raise Refusal(503, str(error), "model_failed", "service_unavailable", retry_after=5) from None
+    except RayTaskError as error:
+        if not isinstance(error.cause, EngineError):
+            raise Refusal(500, f"{model} failed: {error.cause}", "internal_error", "internal_error") from error
+        raise Refusal(503, str(error.cause), "replica_gone", "service_unavailable", retry_after=5) from None
+    except RayError as error:  # its process, or its node, is gone
+        text = f"the replica of {model} went away ({type(error).__name__}): ask again"
+        raise Refusal(503, text, "replica_gone", "service_unavailable", retry_after=5) from None
+
+
+async def _events(model: str, answer: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The pieces of a stream of events; it ends with an error event if the model goes away."""
+    last = b""
+    try:
+        with _refused(model):
+            async for last in answer:
+                yield last
+    except Refusal as refusal:
+        yield broken_off(last, f"went away: {refusal.text}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from llmrun.errors import EngineError
+from llmrun.errors import EngineError, RequestError
 from llmrun.settings import Settings
 from llmrun.spec import ModelSpec
 from llmrun_runtime.draining import LINGER_S, drained
@@ -20,6 +20,7 @@ from llmrun_runtime.engines.kinds import get_engine
 from llmrun_runtime.engines.process import EngineProcess
 from llmrun_runtime.engines.scratch import sweep_scratch
 from llmrun_runtime.environments import Environments, worker_environment
+from llmrun_runtime.ingress.admission import no_path
 from llmrun_runtime.launching import ReplicaConfig, find_weights, make_launch
 from llmrun_runtime.link.client import Client, LinkLostError, Links
 from llmrun_runtime.logs import log_path
@@ -48,15 +49,22 @@ class LLMServer:
         try:
             await self._engine.start()
             await self._engine.ready(self._settings.start_timeout)
+            spoken = (await self._engine.state())["paths"]
         except BaseException:
             await self._engine.end()
             raise
+        self._paths = get_engine(self._spec.engine).paths.intersection(spoken)
 
     async def ask(self, path: str, body: bytes, content_type: str = "application/json") -> AsyncIterator[Any]:
-        """Ask the engine: first `{"status", "content_type"}`, then the answer's bytes as they come.
+        """Ask one of the engine's inference paths: first `{"status", "content_type"}`, then bytes as they come.
 
         `.cancel()` of the call ends the engine's work. Raises EngineError if the engine goes away.
         """
+        if path not in self._paths:
+            refusal = no_path(self._spec.name, path, self._paths)
+            yield {"status": refusal.status, "content_type": "application/json"}
+            yield json.dumps(refusal.body()).encode()
+            return
         headers = [(TOKEN_HEADER, self._engine.token), ("content-type", content_type)]
         headers.append(("content-length", str(len(body))))
         try:
@@ -72,7 +80,10 @@ class LLMServer:
             raise EngineError(f"the engine of {self._spec.name} went away: {error or type(error).__name__}") from None
 
     async def chat(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """`/v1/chat/completions`: one answer, or each event of a stream (`"stream": True`). Raises EngineError."""
+        """`/v1/chat/completions`: one answer, or each event of a stream (`"stream": True`).
+
+        Raises RequestError with the model's status and answer if it refuses, EngineError if the engine goes away.
+        """
         async for item in self._items("/v1/chat/completions", request):
             yield item
 
@@ -85,11 +96,6 @@ class LLMServer:
         """`/v1/embeddings`, as `chat`."""
         async for item in self._items("/v1/embeddings", request):
             yield item
-
-    async def paths(self) -> list[str]:
-        """The inference paths that the engine has."""
-        known = get_engine(self._spec.engine).paths
-        return sorted(known.intersection((await self._engine.state())["paths"]))
 
     async def check_health(self) -> None:
         """Raise once the engine has died: Serve then replaces this replica."""
@@ -122,13 +128,25 @@ class LLMServer:
                 *lines, rest = (rest + piece).split(b"\n")
                 for line in lines:
                     if line.startswith(b"data: {"):
-                        yield json.loads(line[6:])
+                        yield self._checked(json.loads(line.removeprefix(b"data: ")), head["status"])
             return
         whole = b"".join([piece async for piece in answer])
-        said = json.loads(whole)
-        if head["status"] >= 400:
-            raise EngineError(f"{self._spec.name} answered {head['status']}: {said.get('error', {}).get('message')}")
-        yield said
+        try:
+            said = json.loads(whole)
+        except ValueError:
+            said = whole.decode(errors="replace")
+        yield self._checked(said, head["status"])
+
+    def _checked(self, said: Any, status: int) -> dict[str, Any]:
+        """What the engine said, if that is an answer or a part of one. Raises RequestError."""
+        error = said.get("error") if isinstance(said, dict) else said
+        if status < 400 and not error:
+            found: dict[str, Any] = said
+            return found
+        if status < 400 and isinstance(error, dict) and isinstance(error.get("code"), int):
+            status = error["code"]  # what went wrong in the middle of a stream
+        text = error.get("message") if isinstance(error, dict) else error or said
+        raise RequestError(f"{self._spec.name} answered {status}: {str(text)[:1000]}", status, said)
 
     async def _launch(self) -> Launch:
         """What the engine is started from, brought to this node. Raises LLMRunError."""
@@ -160,9 +178,12 @@ class LLMServer:
     async def _pin(self, where: str) -> Pin:
         """What the source means now; its weights are here then. Raises LLMRunError."""
         env, node = worker_environment(self._spec.env, where), NodeWeights(self._settings, self._host)
-        imported = node.imported(self._spec.model)
-        pin = imported[1] if imported else await node.pin(self._spec.model, env)
-        await node.bring(pin, env, (), ())
+        try:
+            imported = node.imported(self._spec.model)
+            pin = imported[1] if imported else await node.pin(self._spec.model, env)
+            await node.bring(pin, env, (), ())
+        finally:
+            await node.close()
         return pin
 
 

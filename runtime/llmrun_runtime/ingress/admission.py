@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ import python_multipart
 from rapidfuzz import fuzz, process
 
 from llmrun.lora import REVISION, split_revision
-from llmrun_runtime.asgi import Scope
+from llmrun_runtime.asgi import Scope, error_body
 from llmrun_runtime.ingress.dialects import mended
 from llmrun_runtime.table import ModelRoute, Table
 
@@ -37,6 +37,10 @@ class Refusal(Exception):
     kind: str = "invalid_request_error"
     param: str | None = None
     retry_after: int | None = None
+
+    def body(self) -> dict[str, Any]:
+        """What the client reads."""
+        return error_body(self.text, self.kind, self.code, self.param)
 
 
 @dataclass(frozen=True)
@@ -152,13 +156,19 @@ def find_model(table: Table, name: str, seen: Seen = everything) -> ModelRoute:
     model = table.names.get(name)
     if model is not None:
         return table.models[model]
-    names = sorted(name for model in table.models.values() if seen(model) for name in model.names)
-    if not names:
-        raise Refusal(404, f"the model {name!r} does not exist: nothing is deployed", "model_not_found", param="model")
-    near = close_names(name, names, 1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    text = f"the model {name!r} does not exist: {hint}there are {', '.join(names)}"
-    raise Refusal(404, text, "model_not_found", param="model")
+    raise no_model(name, [name for model in table.models.values() if seen(model) for name in model.names])
+
+
+def no_model(name: str, names: Collection[str]) -> Refusal:
+    """There is no model `name`; `names` are those that there are."""
+    text = f"the model {name!r} does not exist: "
+    if names:
+        near = close_names(name, names, 1)
+        text += f"did you mean {near[0]!r}? " if near else ""
+        text += f"there are {', '.join(sorted(names))}"
+    else:
+        text += "nothing is deployed"
+    return Refusal(404, text, "model_not_found", param="model")
 
 
 @dataclass(frozen=True)
@@ -223,4 +233,9 @@ def close_names(name: str, names: Iterable[str], most: int) -> list[str]:
 def check_path(model: ModelRoute | None, path: str) -> None:
     """Raises Refusal if the model's engine does not speak `path`."""
     if model and path not in model.paths:
-        raise Refusal(404, f"{model.name} has no {path}: it has {', '.join(sorted(model.paths))}", "path_not_found")
+        raise no_path(model.name, path, model.paths)
+
+
+def no_path(model: str, path: str, paths: Iterable[str]) -> Refusal:
+    """A model's engine speaks `paths`, and not this one."""
+    return Refusal(404, f"{model} has no {path}: it has {', '.join(sorted(paths))}", "path_not_found")

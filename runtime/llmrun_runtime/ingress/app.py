@@ -102,9 +102,7 @@ class Ingress:
             if refusal.retry_after is not None:
                 headers.append((b"retry-after", str(refusal.retry_after).encode()))
             headers += request.headers
-            await answer_error(
-                watched, refusal.status, refusal.text, refusal.kind, refusal.code, refusal.param, headers
-            )
+            await answer(watched, refusal.status, refusal.body(), headers)
         except Exception as error:
             if request.status:
                 raise  # the server closes the connection: nobody takes half an answer for a whole one

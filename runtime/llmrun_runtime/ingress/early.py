@@ -43,7 +43,7 @@ class EarlyStream:
 
     async def refuse(self, refusal: Refusal) -> None:
         """End with an error event."""
-        body = error_body(refusal.text, refusal.kind, refusal.code, refusal.param)
+        body = refusal.body()
         await self._end(json.dumps(body, ensure_ascii=False).encode())
 
     async def __call__(self, message: Message) -> None:

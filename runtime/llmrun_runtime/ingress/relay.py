@@ -105,7 +105,9 @@ async def _stream(answer: Answer, send: Send, on_first: Callable[[], None], betw
         except (LinkLostError, TimeoutError) as error:
             if not events:
                 raise
-            await send({"type": "http.response.body", "body": _broken_off(last, error)})
+            late = isinstance(error, TimeoutError)
+            why = "paused for too long (LLMRUN_IDLE_STREAM_TIMEOUT)" if late else "went away: `llmrun logs` says why"
+            await send({"type": "http.response.body", "body": broken_off(last, why)})
             return
         if not last:
             on_first()
@@ -115,11 +117,9 @@ async def _stream(answer: Answer, send: Send, on_first: Callable[[], None], betw
         last = piece
 
 
-def _broken_off(last: bytes, error: Exception) -> bytes:
+def broken_off(last: bytes, why: str) -> bytes:
     """The event that ends a stream whose engine is gone, after its `last` piece."""
-    late = isinstance(error, TimeoutError)
-    text = "paused for too long (LLMRUN_IDLE_STREAM_TIMEOUT)" if late else "went away: `llmrun logs` says why"
-    body = error_body(f"the stream ends early: its engine {text}", "service_unavailable", "stream_broken_off")
+    body = error_body(f"the stream ends early: its engine {why}", "service_unavailable", "stream_broken_off")
     event = b"data: " + json.dumps(body).encode() + b"\n\n"
     return event if not last or last.endswith(b"\n\n") else b"\n\n" + event
 
