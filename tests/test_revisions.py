@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from llmrun import Weights
 from llmrun.errors import NotThere, WeightsError
 from llmrun.wire import KeyFacts
+from llmrun_runtime.control import revisions as control
 from llmrun_runtime.control.revisions import Revisions
 from llmrun_runtime.engines.base import ADAPTER_HEADER
 from llmrun_runtime.reports import Revision
@@ -68,6 +71,26 @@ async def test_a_commit_is_asked_for_once_and_a_branch_again() -> None:
     assert (await revisions.find("one", "legal@v 8", 60)).missing and asked[-1] == "main"
     before = len(asked)
     assert (await revisions.find("one", branch, 0)).missing and len(asked) == before, "a wrong one is not asked again"
+
+
+async def test_a_source_that_hangs_does_not_hold_up_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "PATIENCE_S", 0.05)
+    pins = [Pin(weights=Weights("org/a"), revision=letter * 40, files=()) for letter in "ab"]
+    hang = asyncio.Event()
+
+    async def ask(model: str, name: str, revision: str) -> Adapter:
+        if len(pins) == 1:
+            await hang.wait()
+        return Adapter(name=name, pin=pins.pop(0))
+
+    revisions = Revisions(ask)
+    first = (await revisions.find("one", "legal@main", 0)).pin
+    async with asyncio.timeout(2):
+        assert (await revisions.find("one", "legal@main", 0)).pin == first
+        assert (await revisions.find("one", "legal@main", 0)).pin == first
+    hang.set()
+    await asyncio.sleep(0.05)
+    assert (await revisions.find("one", "legal@main", 60)).pin != first, "the question that hung was answered after all"
 
 
 async def test_what_callers_name_is_bounded() -> None:

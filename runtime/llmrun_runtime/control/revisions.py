@@ -19,6 +19,8 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 # Callers choose them, so what is kept is bounded, and so is what is asked for at once.
 KEPT, AT_ONCE, MOST_ASKED = 1000, 4, 64
 WRONG_S = 10.0
+# A source that is slower than this does not keep callers from what their revision meant when it was last asked.
+PATIENCE_S = 2.0
 Ask = Callable[[str, str, str], Awaitable[Adapter]]
 """Model, adapter, revision. Raises LLMRunError; NotThere if there is none."""
 
@@ -57,13 +59,14 @@ class Revisions:
             return entry.said
         if wrong and now - wrong.asked < WRONG_S:
             return wrong.said
-        if key not in self._asking:
+        task = self._asking.get(key)
+        if task is None:
             if len(self._asking) >= MOST_ASKED:
-                return Revision(trouble=f"{MOST_ASKED} other revisions are being asked for")
-            task = asyncio.get_running_loop().create_task(self._look(key))
-            self._asking[key] = task
+                return entry.said if entry else Revision(trouble=f"{MOST_ASKED} other revisions are being asked for")
+            task = self._asking[key] = asyncio.get_running_loop().create_task(self._look(key))
             task.add_done_callback(lambda _: self._asking.pop(key))
-        return (await asyncio.shield(self._asking[key])).said
+        await asyncio.wait({task}, timeout=PATIENCE_S if entry else None)
+        return entry.said if entry and not task.done() else task.result().said
 
     def adapters(self, model: str, called: str) -> list[Adapter]:
         """What it means, and what it meant before that, for requests under way."""
