@@ -8,12 +8,14 @@ import math
 import re
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.adapters import make_adapter
 from tests.conftest import REPO, Home, free_port, until, write_app
@@ -61,6 +63,21 @@ def questions(folder: Path) -> dict[str, str]:
     return found
 
 
+def on_the_page(text: str) -> dict[str, tuple[str, frozenset[str]]]:
+    """llmrun's metrics there: type and labels."""
+    return {
+        family.name: (family.type, frozenset(label for sample in family.samples for label in sample.labels) - {"le"})
+        for family in text_string_to_metric_families(text)
+        if family.name.startswith("llmrun_")
+    }
+
+
+def in_the_docs() -> dict[str, tuple[str, frozenset[str]]]:
+    """The same of the table in docs/metrics.md."""
+    rows = re.findall(r"^\| `(llmrun_\w+)`[^|]*\| (\w+) \| ([^|]+) \|", (REPO / "docs/metrics.md").read_text(), re.M)
+    return {name: (kind, frozenset(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
+
+
 def answers(url: str, asked: str) -> list[float]:
     """The finite values of an instant query."""
     answer = httpx.get(f"{url}/api/v1/query", params={"query": asked}, timeout=10)
@@ -82,10 +99,17 @@ def test_prometheus_answers_every_question_of_the_dashboard(cluster: Home, tmp_p
         until(lambda: answers(url, "up") == [1], 30, "it is scraped")
         cluster.ok("deploy", write_app(tmp_path / "measured" / "app.py", text), "--lazy")
 
+        asked = Counter[str]()
+
         def ask(model: str) -> None:
             body = {"model": model, "prompt": "Once upon a time", "max_tokens": 20, "ignore_eos": True, "stream": True}
+            body["stream_options"] = {"include_usage": True}
             answer = httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=240)
             assert answer.status_code == 200, answer.text
+            usage = json.loads(answer.text.split("data: ")[-2])["usage"]
+            asked[model] += 1
+            asked[f"{model} prompt"] += usage["prompt_tokens"]
+            asked[f"{model} completion"] += usage["completion_tokens"]
 
         ask("measured")  # from zero
         left = questions(out)
@@ -102,24 +126,34 @@ def test_prometheus_answers_every_question_of_the_dashboard(cluster: Home, tmp_p
             until(all_answered, 60, "every question is answered")
         assert left == {}
 
-        page = httpx.get(f"{cluster.url}/metrics").text
-        table = (REPO / "docs/metrics.md").read_text()
-        shown = {name.removesuffix("_total") for name in re.findall(r"^# TYPE (llmrun_\w+)", page, re.M)}
-        assert shown == set(re.findall(r"^\| `(llmrun_\w+)`", table, re.M))
+        assert on_the_page(httpx.get(f"{cluster.url}/metrics").text) == in_the_docs()
 
         def value(asked: str) -> float:
             return sum(answers(url, asked))
+
+        def counted() -> bool:
+            return all(
+                value(f'llmrun_{metric}{{model="measured",adapter="{adapter}"{more}}}') == asked[model + of]
+                for model, adapter in (("measured", ""), ("measured:legal", "legal"))
+                for metric, of, more in (
+                    ("requests_total", "", ',status="200"'),
+                    ("time_to_first_token_seconds_count", "", ""),
+                    ("time_per_output_token_seconds_count", "", ""),
+                    ("prompt_tokens_total", " prompt", ""),
+                    ("completion_tokens_total", " completion", ""),
+                )
+            )
+
+        until(counted, 30, f"the counts are those of {asked}")
 
         assert value('llmrun_model_state{model="measured",state="hot"}') == 1
         assert (
             value('llmrun_replicas_ready{model="measured"}') == value('llmrun_replicas_target{model="measured"}') == 1
         )
         assert value('llmrun_wakes_total{model="measured",outcome="ready"}') == 1
-        assert value('llmrun_completion_tokens_total{model="measured",adapter="legal"}') >= 20
-        assert value('llmrun_requests_total{model="measured",adapter="legal",status="200"}') >= 1
         cluster.ok("unload", "measured")
         until(lambda: value('llmrun_model_state{model="measured",state="cold"}') == 1, 60, "it is cold again")
-        assert value('llmrun_completion_tokens_total{model="measured",adapter=""}') >= 40, "they outlive the replica"
+        assert counted(), "they outlive the replica"
     cluster.ok("delete", "measured", "--yes")
 
 
