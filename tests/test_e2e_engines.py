@@ -84,6 +84,17 @@ def test_usage_is_counted(kind: str, cluster: Home) -> None:
     until(lambda: used() - before >= wanted, 20, f"{wanted} tokens more are in the usage")
 
 
+def test_the_pace_of_streams_is_measured(kind: str, cluster: Home) -> None:
+    def streams() -> float:
+        count = f'llmrun_time_per_output_token_seconds_count{{adapter="",model="{kind}"}} '
+        lines = httpx.get(f"{cluster.url}/metrics").text.splitlines()
+        return sum(float(line.removeprefix(count)) for line in lines if line.startswith(count))
+
+    before = streams()
+    assert cluster.ask(kind, PARIS, stream=True).status_code == 200
+    until(lambda: streams() == before + 1, 20, "one stream more")
+
+
 def test_only_the_ingress_reaches_it(kind: str, cluster: Home) -> None:
     address = cluster.wait_for(kind, "hot")["details"][0]["address"]
     assert httpx.get(f"http://{address}/v1/models").status_code == 401

@@ -22,7 +22,7 @@ from llmrun_runtime.asgi import Send
 from llmrun_runtime.control.database import Database
 from llmrun_runtime.control.metrics import Paces
 from llmrun_runtime.control.starts import Starts
-from llmrun_runtime.engines import meter
+from llmrun_runtime.engines import meter, sidecar
 from llmrun_runtime.engines.meter import PACE_BUCKETS, PaceRow
 from llmrun_runtime.ingress import metrics as metrics_room
 from llmrun_runtime.ingress.merging import merge
@@ -141,6 +141,22 @@ def test_the_time_per_output_token_of_a_stream(monkeypatch: pytest.MonkeyPatch) 
     (row,) = [row for row in meter.paces() if row[0] == "test:pace"]
     assert row[1] == pytest.approx(0.02) and sum(row[2:]) == 1 and len(row) == 2 + len(PACE_BUCKETS) + 1
     assert json.loads(json.dumps(row)) == list(row)
+
+
+def test_the_pace_of_an_answer_whose_bits_are_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 10.1, 11.0, 12.0, 12.5])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    before = {row[0]: row for row in meter.paces()}.get("", ("", 0.0))
+    pace, several = sidecar._Pace(), sidecar._Pace()
+    for text in ("a b c", "d e f"):
+        pace.heard({"choices": [{"index": 0, "delta": {"content": text}}]}, 0)
+    pace.heard({"choices": [], "usage": {}}, 6)
+    for index in (0, 1, 0):
+        several.heard({"choices": [{"index": index, "text": "a"}]}, 0)
+    pace.ended()
+    several.ended()
+    (row,) = [row for row in meter.paces() if row[0] == ""]
+    assert row[1] - before[1] == pytest.approx(0.1 / 5)
 
 
 def pace(total: float, *counts: int) -> PaceRow:

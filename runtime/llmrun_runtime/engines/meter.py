@@ -65,10 +65,13 @@ class Stream:
         else:
             self._first = now
 
-    def ended(self) -> None:
-        """Count it, if it had more than one bit: an answer that comes whole has no pace."""
+    def ended(self, tokens: int = 0) -> None:
+        """Count it, if it had more than one bit: an answer that comes whole has no pace.
+
+        `tokens`: all that it had, where that is known better than by its bits.
+        """
         if self._after:
-            pace = (self._last - self._first) / self._after
+            pace = (self._last - self._first) / (tokens - 1 if tokens > 1 else self._after)
             counts = _paces.setdefault(self._adapter, [0] * (len(PACE_BUCKETS) + 1))
             counts[bisect_left(PACE_BUCKETS, pace)] += 1
             _pace_sums[self._adapter] = _pace_sums.get(self._adapter, 0.0) + pace

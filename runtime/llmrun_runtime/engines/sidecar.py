@@ -147,31 +147,64 @@ class Sidecar:
 
         What comes between them stays as it is.
         """
-        async with answer:
-            async for line in answer.content:
-                ends = b"" if line.startswith(ends) else ends
-                if not line.startswith(b"data: {"):
-                    yield line
-                    continue
-                try:
-                    said = json.loads(line[6:])
-                except ValueError:
-                    yield line
-                    continue
-                self._note(said, counts)
-                yield b"data: " + json.dumps(said, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-        if ends:
-            yield ends + b"\n\n"
+        pace = _Pace()
+        try:
+            async with answer:
+                async for line in answer.content:
+                    ends = b"" if line.startswith(ends) else ends
+                    if not line.startswith(b"data: {"):
+                        yield line
+                        continue
+                    try:
+                        said = json.loads(line[6:])
+                    except ValueError:
+                        yield line
+                        continue
+                    pace.heard(said, self._note(said, counts))
+                    yield b"data: " + json.dumps(said, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+            if ends:
+                yield ends + b"\n\n"
+        finally:
+            pace.ended()
 
-    def _note(self, said: dict[str, Any], counts: meter.Request | None) -> None:
-        """Put the model's name right, and count what an answer (or `/v1/responses`'s event of one) says it used."""
+    def _note(self, said: dict[str, Any], counts: meter.Request | None) -> int:
+        """Put the model's name right, and count what an answer (or `/v1/responses`'s event of one) says it used.
+
+        The tokens of the answer, if it says that.
+        """
+        completion = 0
         for part in (said, said.get("response")):
             if not isinstance(part, dict):
                 continue
             if "model" in part:
                 part["model"] = self._beside.name
             if counts and isinstance(usage := part.get("usage"), dict):
-                counts.note(prompt=_tokens(usage, "prompt", "input"), completion=_tokens(usage, "completion", "output"))
+                completion = _tokens(usage, "completion", "output")
+                counts.note(prompt=_tokens(usage, "prompt", "input"), completion=completion)
+        return completion
+
+
+class _Pace:
+    """How fast the tokens of a stream come. Of several answers at once the time between events is no token's."""
+
+    def __init__(self) -> None:
+        self._stream: meter.Stream | None = meter.Stream("")
+        self._tokens = 0
+
+    def heard(self, event: Mapping[str, Any], tokens: int) -> None:
+        """An event has come; `tokens` are those of the whole answer, if it says so."""
+        self._tokens = tokens or self._tokens
+        choices = event.get("choices")
+        for choice in choices if isinstance(choices, list) else ():
+            if not isinstance(choice, dict) or choice.get("index"):
+                self._stream = None
+            elif self._stream and (choice.get("text") or (choice.get("delta") or {}).get("content")):
+                self._stream.came(1)
+
+    def ended(self) -> None:
+        """Count it."""
+        if self._stream:
+            self._stream.ended(self._tokens)
 
 
 def _tokens(usage: Mapping[str, Any], *kinds: str) -> int:
