@@ -34,7 +34,6 @@ ON_HEAD = {"node:__internal_head__": 0.001}
 def start(host: str, port: int, url: str, insecure: bool) -> None:
     """Start Serve without its proxies, control and the ingress. Raises ClusterError."""
     settings = Settings()
-    serve.start(proxy_location="Disabled")
     options: dict[str, Any] = {
         "namespace": NAMESPACE,
         "lifetime": "detached",
@@ -55,12 +54,19 @@ def start(host: str, port: int, url: str, insecure: bool) -> None:
 
 
 def _start_actors(options: dict[str, Any], data: dict[str, Any], url: str, ingress_args: tuple[str, int, bool]) -> None:
+    def ingress(name: str) -> Any:
+        return ray.remote(IngressActor).options(name=name, **options).remote(name, data, *ingress_args)
+
+    # Processes take a second each to come up, so they do it side by side. Control begins when there is Serve. The first
+    # ingress asks control at once, so it is made then; and it sees whether the port is free, before there are others.
     control = ray.remote(Control).options(name=CONTROL, **options).remote(data, url)
-    # Should the head be full, a task would wait for ever: own the deadline.
+    serve.start(proxy_location="Disabled")
+    name, *others = ingress_names(data["ingresses"])
+    first = ingress(name)
     _get(control.start.remote())
-    for name in ingress_names(data["ingresses"]):
-        ingress = ray.remote(IngressActor).options(name=name, **options).remote(name, data, *ingress_args)
-        _get(ingress.start.remote())
+    _get(first.start.remote())
+    for actor in [ingress(other) for other in others]:
+        _get(actor.start.remote())
 
 
 def stop() -> None:
@@ -114,9 +120,11 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--url", default="")
     parser.add_argument("--insecure", action="store_true")
-    parser.add_argument("--stay", action="store_true", help="remain Serve's job until standard input hangs up")
+    parser.add_argument("--stay", action="store_true", help="begin at a line of standard input; end with it")
     args = parser.parse_args()
     result: dict[str, str] = {}
+    if args.stay:
+        sys.stdin.readline()
     try:
         ray.init(namespace=NAMESPACE, logging_level=logging.WARNING, log_to_driver=False)
         if args.action == "start":

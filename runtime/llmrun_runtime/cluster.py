@@ -66,6 +66,8 @@ class Cluster:
         self._temp.mkdir(mode=0o700)
         logs = self._settings.root / "logs"
         logs.mkdir(exist_ok=True)
+        args = ["--stay", *ingress_args(self._host, self._port, self._insecure)]
+        self._boot = begin_boot("start", env, args, logs / "boot.log")  # it imports what it needs while Ray starts
         with (logs / "ray.log").open("wb") as log:
             self._ray = subprocess.Popen(
                 [
@@ -86,8 +88,7 @@ class Cluster:
                 start_new_session=True,
             )
         self._wait_for_ray(ray_port)
-        args = ["--stay", *ingress_args(self._host, self._port, self._insecure)]
-        self._boot = boot("start", env, args, logs / "boot.log")
+        hear_boot(self._boot, logs / "boot.log", stays=True)
         write_cluster_file(
             self._settings,
             {"url": self.url, "pid": os.getpid(), "temp": str(self._temp), "ray_address": env["RAY_ADDRESS"]},
@@ -159,12 +160,24 @@ def url_of(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def boot(action: str, env: dict[str, str], args: list[str], log: Path) -> subprocess.Popen[bytes]:
-    """Run `llmrun_runtime.boot` until it has said how it went; with `--stay` it lives on. Raises ClusterError."""
+def boot(action: str, env: dict[str, str], args: list[str], log: Path) -> None:
+    """Run `llmrun_runtime.boot`. Raises ClusterError."""
+    hear_boot(begin_boot(action, env, args, log), log)
+
+
+def begin_boot(action: str, env: dict[str, str], args: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start `llmrun_runtime.boot`."""
     command = [sys.executable, "-m", "llmrun_runtime.boot", action, *args]
     with log.open("wb") as errors:
-        process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
-    assert process.stdout
+        return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
+
+
+def hear_boot(process: subprocess.Popen[bytes], log: Path, *, stays: bool = False) -> None:
+    """Wait until it has said how it went; one that `stays` is told that Ray runs, and lives on. Raises ClusterError."""
+    assert process.stdin and process.stdout
+    with contextlib.suppress(BrokenPipeError):  # it has died: that it says nothing tells
+        process.stdin.write(b"\n")
+        process.stdin.flush()
     overdue = threading.Timer(START_TIMEOUT_S, process.kill)
     overdue.start()
     # Ray says things there, too.
@@ -174,11 +187,10 @@ def boot(action: str, env: dict[str, str], args: list[str], log: Path) -> subpro
     result = json.loads(line) if line else {"error": f"it failed: see {log}"}
     if late:
         result = {"error": f"the cluster did not answer within {START_TIMEOUT_S} s: see {log}"}
-    if "error" in result or "--stay" not in args:
+    if "error" in result or not stays:
         process.communicate()
     if "error" in result:
         raise ClusterError(result["error"])
-    return process
 
 
 def ingress_args(host: str, port: int, insecure: bool) -> list[str]:
