@@ -21,7 +21,8 @@ MODELS = "/v1/models"
 
 
 class OpenAIIngress:
-    """`names`: for each name that clients may ask for, the model that is meant; `models`: a handle to each model."""
+    """`names`: for each name that clients may ask for, its own or an alias, the model's own name; `models`: handles by
+    that (`_` for `-`)."""
 
     def __init__(self, names: Mapping[str, str], **models: Any) -> None:
         self._names = dict(names)

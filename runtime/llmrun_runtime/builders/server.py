@@ -53,7 +53,8 @@ class LLMServer:
         except BaseException:
             await self._engine.end()
             raise
-        self._paths = get_engine(self._spec.engine).paths.intersection(spoken)
+        known = get_engine(self._spec.engine).paths
+        self._paths = known.intersection(spoken) or known  # not every server says what it has
 
     async def ask(self, path: str, body: bytes, content_type: str = "application/json") -> AsyncIterator[Any]:
         """Ask one of the engine's inference paths: first `{"status", "content_type"}`, then bytes as they come.
