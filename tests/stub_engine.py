@@ -1,7 +1,8 @@
 """An engine that makes no text: it answers where its members are and with which devices. `python -m` is one member.
 
 Members of rank 1 and more say so to the first one, at the port where they meet, as real engines do. A request with
-`"hold": PATH` gets a stream that goes on until its caller leaves; a file is there as long.
+`"hold": PATH` gets a stream that goes on until its caller leaves; a file with the
+member's number is there as long.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def place(said: dict[str, Any]) -> dict[str, Any]:
 
 async def hold(place: Path, receive: Receive, send: Send) -> None:
     """Stream events until the caller leaves."""
-    place.touch()
+    place.write_text(str(os.getpid()))
     left = asyncio.ensure_future(receive())
     try:
         head = [(b"content-type", b"text/event-stream")]

@@ -163,12 +163,13 @@ def test_weights_by_name_callers_that_leave_a_kill_and_zero(tmp_path: Path, s3: 
         with httpx.stream("POST", url, json=asked, timeout=60) as stream:
             lines = stream.iter_lines()
             assert next(lines).startswith("data: ")
-            replica = psutil.Process(place["pid"]).parent()
-            assert replica and "LLMServer" in " ".join(replica.cmdline())
+            engine = psutil.Process(int(held.read_text()))
+            replica = engine.parent()
+            assert replica and replica.cmdline()[0].startswith("ray::ServeReplica:one:one")
             replica.kill()
             *_, last = (line for line in lines if line)
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "stream_broken_off"
-        until(lambda: not psutil.pid_exists(place["pid"]), 10, "its engine ends with it")
+        until(lambda: not alive(engine), 10, "its engine ends with it")
 
         def again() -> bool:
             answer = ask()
