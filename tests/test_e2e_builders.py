@@ -54,6 +54,7 @@ def running(script: Path, home: Path, **more: str) -> Iterator[int]:
             assert started, Path(log.name).read_text()[-4000:]
             head = next(p for p in psutil.Process(process.pid).children() if p.name() == "gcs_server")
             assert head.environ()["RAY_USAGE_STATS_ENABLED"] == "0", "Ray reports to nobody"
+            assert "Warning" not in Path(log.name).read_text()
             yield port
         finally:
             family = psutil.Process(process.pid).children(recursive=True)
@@ -110,7 +111,7 @@ from llmrun import llm
 from llmrun.errors import RequestError
 from llmrun_runtime.builders import build_llm_deployment, build_openai_app
 
-@llm("s3://acme/model", engine="stub", accelerator="cpu", cpus=0.1, idle_timeout=1)
+@llm("s3://acme/model", engine="stub", accelerator="cpu", cpus=0.1, idle_timeout=6)
 class One: ...
 
 class Asking:

@@ -28,6 +28,8 @@ from llmrun_runtime.serveconfig import actor_options
 
 log = logging.getLogger("ray.serve")
 Model = type | ModelSpec | Mapping[str, Any]
+# A model at zero comes when somebody asks; as Serve has it by itself, it hears of that up to ten seconds later.
+SCALER = {"upscale_delay_s": 0, "metrics_interval_s": 1, "look_back_period_s": 2}
 # Beside a spec's fields in a mapping, all of them or none: where the code is that runs beside the engine.
 OF_CODE = ("app_file", "cls", "hooks")
 
@@ -69,8 +71,8 @@ def _deployment(spec: ModelSpec, file: str) -> serve.Application:
         "max_replicas": spec.max_replicas,
         "initial_replicas": max(1, spec.min_replicas),  # it shows at once whether the engine starts
         "target_ongoing_requests": spec.target_ongoing_requests,
-        "upscale_delay_s": 0,  # a model at zero comes when somebody asks
         "downscale_delay_s": spec.idle_timeout,
+        **SCALER,
     }
     deployment = serve.deployment(LLMServer).options(
         name=spec.name,
