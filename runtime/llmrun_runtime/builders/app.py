@@ -24,7 +24,7 @@ from llmrun_runtime.builders.server import LLMServer
 from llmrun_runtime.control.placing import Placement, resolve
 from llmrun_runtime.control.serving import cluster_nodes
 from llmrun_runtime.engines.kinds import get_engine
-from llmrun_runtime.serveconfig import actor_options
+from llmrun_runtime.serveconfig import HEALTH_CHECK_S, actor_options
 
 log = logging.getLogger("ray.serve")
 Model = type | ModelSpec | Mapping[str, Any]
@@ -80,7 +80,7 @@ def _deployment(spec: ModelSpec, file: str) -> serve.Application:
         max_ongoing_requests=spec.max_ongoing_requests,
         max_queued_requests=spec.max_queued,
         ray_actor_options=actor_options(_place(spec)),
-        health_check_period_s=5,
+        health_check_period_s=HEALTH_CHECK_S,
         graceful_shutdown_timeout_s=Settings().drain_timeout,
     )
     return deployment.bind(spec.model_dump(mode="json"), file)
