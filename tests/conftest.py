@@ -140,6 +140,13 @@ class Home:
         status: dict[str, Any] = until(reached, timeout, f"{model} is {state}")
         return status
 
+    def starts(self, model: str) -> list[dict[str, Any]]:
+        """The model's last cold starts."""
+        key = (self.path / "admin.key").read_text()
+        answer = httpx.get(f"{self.url}/llmrun/v1/starts/{model}", headers={"authorization": f"Bearer {key}"})
+        rows: list[dict[str, Any]] = answer.json()
+        return rows
+
     def ask(
         self,
         model: str,

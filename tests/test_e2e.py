@@ -50,7 +50,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hooked_app(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path, wheel: Path) -> Path:
-    """An app of two tiny models, one of them with hooks, a helper module, a requirement and a secret."""
+    """An app of three tiny models: with hooks, a helper module and a secret, with a requirement beside, and plain."""
     path = tmp_path_factory.mktemp("apps") / "tools" / "app.py"
     (path.parent).mkdir()
     (path.parent / "helper.py").write_text("def shout(text):\n    return text.upper()\n")
@@ -60,12 +60,12 @@ def hooked_app(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path, whe
 import os
 import time
 
-@llm({str(tiny_weights)!r}, cpus=0.3, idle_timeout=3, requirements=[{str(wheel)!r}],
-     env={{"WORD": Secret("WORD_FOR_TESTS"), "PLAIN": "plain"}})
+ENV = {{"WORD": Secret("WORD_FOR_TESTS"), "PLAIN": "plain"}}
+
+@llm({str(tiny_weights)!r}, cpus=0.3, idle_timeout=3, env=ENV)
 class Hooked:
     def on_start(self):
-        import llmrun_word
-        self.word, self.starts = llmrun_word.WORD, 1
+        self.word, self.starts = "no wheel", 1
 
     def on_request(self, request):
         from helper import shout
@@ -76,6 +76,12 @@ class Hooked:
             return None
         request["max_tokens"] = 3 if said == "short" else request["max_tokens"]
         return request
+
+@llm({str(tiny_weights)!r}, cpus=0.2, idle_timeout=3, requirements=[{str(wheel)!r}], env=ENV)
+class Wheeled(Hooked):
+    def on_start(self):
+        import llmrun_word
+        self.word, self.starts = llmrun_word.WORD, 1
 
 @llm({str(tiny_weights)!r}, cpus=0.3, idle_timeout=300)
 class Plain: ...
@@ -165,14 +171,16 @@ def test_hooks_run_beside_the_engine(cluster: Home, hooked_app: Path) -> None:
     assert "+ hooked" in said and "not started (--lazy)" in said
     assert cluster.status("plain")["state"] == "cold" and not cluster.status("hooked")["proven"]
 
-    refused = cluster.ask("hooked", "tell")
+    refused = cluster.ask("wheeled", "tell")
     assert refused.status_code == 500
-    assert refused.json()["error"]["message"] == "Hooked.on_request raised ValueError: from the wheel, sesame, PLAIN, 1"
+    assert (
+        refused.json()["error"]["message"] == "Wheeled.on_request raised ValueError: from the wheel, sesame, PLAIN, 1"
+    )
     assert cluster.ask("hooked", "none").json()["error"]["code"] == "hook_failed"
     short = cluster.ask("hooked", "short", max_tokens=50).json()
     assert short["usage"]["completion_tokens"] == 3
     assert cluster.status("hooked")["proven"]
-    log = cluster.ok("logs", "hooked")
+    log = cluster.ok("logs", "wheeled")
     assert "ValueError: from the wheel" in log and "app.py" in log and "engine ready after" in log
 
 
@@ -218,7 +226,7 @@ def test_idle_models_go_to_zero_streams_are_not_cut_and_the_next_request_wakes_t
     for caller in callers:
         caller.join()
     assert [answer.status_code for answer in answers] == [200, 200, 200]
-    assert "from the wheel, sesame, PLAIN, 1" in cluster.ask("hooked", "tell").text
+    assert "no wheel, sesame, PLAIN, 1" in cluster.ask("hooked", "tell").text
 
 
 def test_a_failed_redeploy_leaves_the_version_before_it_in_force(cluster: Home, hooked_app: Path) -> None:
@@ -335,7 +343,7 @@ def test_models_that_left_the_file_stay_until_pruned(cluster: Home, hooked_app: 
     hooked_app.write_text(hooked_app.read_text() + "\n# another package\n")
     assert "removed" in cluster.ok("deploy", hooked_app, "--lazy", "--prune")
     assert cluster.ask("plain").json()["error"]["code"] == "model_not_found"
-    assert "from the wheel" in cluster.ask("hooked", "tell").text
+    assert "no wheel" in cluster.ask("hooked", "tell").text
     hooked_app.write_text(text)
 
 
@@ -350,12 +358,12 @@ def test_no_room_for_the_proof_is_said_with_who_holds_it(cluster: Home, tmp_path
 def test_two_nodes(cluster: Home, tmp_path: Path, hooked_app: Path) -> None:
     second = tmp_path / "second"
     with second_node(cluster, second) as node:
-        text = hooked_app.read_text().partition("@llm(")
+        text = hooked_app.read_text()
         away = tmp_path / "away" / "app.py"
         away.parent.mkdir()
         (away.parent / "helper.py").write_text((hooked_app.parent / "helper.py").read_text())
         away.write_text(
-            "".join(text).replace("class Hooked", "class Away").replace("cpus=0.3,", 'accelerator="A10G",', 1)
+            "".join(text).replace("class Wheeled", "class Away").replace("cpus=0.2,", 'accelerator="A10G",')
         )
         until(
             lambda: "cluster has" not in cluster.run("deploy", f"{away}::Away", "--dry-run").stderr,
@@ -371,7 +379,6 @@ def test_two_nodes(cluster: Home, tmp_path: Path, hooked_app: Path) -> None:
         assert "engine ready after" in cluster.ok("logs", "away")
         cluster.wait_for("away", "cold", 30)
         assert not cluster.engines("away")
-        assert cluster.ask("away", "Hello").status_code == 200
         assert "removed away" in cluster.ok("delete", "--app", "away", "--yes")
         until(lambda: not family_of(node.pid, "ServeReplica"), 30, "the replica and its engine have ended")
 
@@ -408,7 +415,7 @@ def test_two_homes_on_two_ports_do_not_meet(cluster: Home, tmp_path: Path, tiny_
     stale = {"url": other.url, "pid": 2**22 - 1, "temp": str(tmp_path / "gone"), "ray_address": ""}
     (other.path / "cluster.json").write_text(json.dumps(stale))  # as a parent leaves it that was killed
     app = write_app(tmp_path / "app.py", f'@llm("{tiny_weights}")\nclass One: ...\n')
-    said = other.ok("deploy", app, "--dry-run", LLMRUN_URL="")
+    said = other.ok("deploy", app, "--dry-run", LLMRUN_URL="", LLMRUN_WARM_PARENT="0")
     assert f"nothing listens at {other.url}: starting a cluster" in said and f"+ one  {tiny_weights}, on CPU" in said
     try:
         assert "nothing is deployed" in other.ok("status")
@@ -420,6 +427,13 @@ def test_two_homes_on_two_ports_do_not_meet(cluster: Home, tmp_path: Path, tiny_
         sockets = [c for p in parent.children(recursive=True) for c in p.net_connections("tcp") if c.status == "LISTEN"]
         assert len(sockets) > 5
         assert {c.laddr.ip for c in sockets} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+        # It was told to keep no warm parent: engines start plainly.
+        assert "is ready" in other.ok("deploy", app)
+        assert other.ask("one").status_code == 200
+        family = [" ".join(p.cmdline()) for p in parent.children(recursive=True)]
+        assert len(family) > 5 and not any("warm parent" in line for line in family)
+        row = until(lambda: other.starts("one"), 10, "its start is noted")[0]
+        assert not row["forked"]
     finally:
         other.ok("down")
     assert cluster.status("smollm2")["name"] == "smollm2"

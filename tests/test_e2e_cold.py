@@ -64,14 +64,6 @@ def warm_parents(cluster: Home) -> list[psutil.Process]:
     return titled(cluster, "llmrun: warm parent")
 
 
-def starts(cluster: Home, model: str) -> list[dict[str, Any]]:
-    """The model's last cold starts."""
-    key = (cluster.path / "admin.key").read_text()
-    answer = httpx.get(f"{cluster.url}/llmrun/v1/starts/{model}", headers={"authorization": f"Bearer {key}"})
-    rows: list[dict[str, Any]] = answer.json()
-    return rows
-
-
 def asking(cluster: Home, model: str, **more: Any) -> Future[httpx.Response]:
     """Ask in a thread; `.result()` is the answer."""
     pool = ThreadPoolExecutor(1)
@@ -83,7 +75,7 @@ def asking(cluster: Home, model: str, **more: Any) -> Future[httpx.Response]:
 def test_a_wake_is_a_fork_and_its_parts_are_told(cluster: Home, tiny: str) -> None:
     until(lambda: warm_parents(cluster), 60, "the warm parent came by itself")
     assert cluster.ask("one").status_code == 200
-    (row,) = until(lambda: starts(cluster, "one"), 10, "the start is noted")
+    (row,) = until(lambda: cluster.starts("one"), 10, "the start is noted")
     assert row["forked"] and tuple(row["parts"]) == START_PARTS
     parts = row["parts"]
     times = [parts[part] for part in START_PARTS if part != "forked"]
@@ -94,7 +86,7 @@ def test_a_wake_is_a_fork_and_its_parts_are_told(cluster: Home, tiny: str) -> No
     begun = time.monotonic()
     assert cluster.ask("one").status_code == 200
     assert time.monotonic() - begun < 8  # 2 s on a quiet machine; a plain start takes 20
-    parts = starts(cluster, "one")[0]["parts"]
+    parts = cluster.starts("one")[0]["parts"]
     assert parts["forked"] < parts["placed"]  # the engine had a head start
     shown = cluster.ok("status", "one")
     assert "FIRST TOKEN" in shown and "median" in shown and "forked" in shown
@@ -283,13 +275,3 @@ def test_cycles_leave_nothing_behind(cluster: Home, tiny: str) -> None:
         if name in before:
             assert fds <= before[name][0] + 12, (name, fds, before[name])
             assert mib <= before[name][1] + 40 + 0.3 * CYCLES, (name, mib, before[name])
-
-
-def test_llmrun_without_warm_parents_starts_engines_plainly(cluster: Home, tiny: str) -> None:
-    everything_cold(cluster)
-    cluster.ok("down")
-    cluster.ok("up", "--node-ip", "127.0.0.2", LLMRUN_WARM_PARENT="0")
-    assert cluster.ask("one").status_code == 200
-    assert not warm_parents(cluster) and not until(lambda: starts(cluster, "one"), 10, "noted")[0]["forked"]
-    cluster.ok("down")
-    cluster.ok("up", "--node-ip", "127.0.0.2")

@@ -224,9 +224,12 @@ def test_what_the_openapi_document_allows_never_breaks_it(cluster: Home, keyed: 
     assert asked > 100
 
 
-def test_two_ingresses_agree_and_one_may_die(tmp_path: Path, tiny_weights: Path) -> None:
+def test_two_ingresses_agree_one_may_die_and_beyond_loopback_needs_a_key(tmp_path: Path, tiny_weights: Path) -> None:
     home, other = Home(tmp_path / "two", free_port()), Home(tmp_path / "other", free_port())
-    home.ok("up", LLMRUN_INGRESSES="2")
+    everywhere = ("up", "--host", "0.0.0.0")
+    assert "--host 0.0.0.0: there is no API key yet" in home.fails(*everywhere)
+    assert not (home.path / "cluster.json").exists()
+    home.ok(*everywhere, "--insecure", LLMRUN_INGRESSES="2")
     try:
         said = other.fails("up", "--port", str(home.port), LLMRUN_INGRESSES="2")
         assert "cannot be listened on" in said and not (other.path / "cluster.json").exists()
@@ -260,17 +263,8 @@ def test_two_ingresses_agree_and_one_may_die(tmp_path: Path, tiny_weights: Path)
         home.ok("key", "create", "last")
         home.ok("key", "revoke", "more")
         until(lambda: set(statuses(8)) == {401}, 2, "both have heard of it")
+        home.ok("down")
+        home.ok(*everywhere)
+        assert httpx.get(f"{home.url}/v1/models").status_code == 401
     finally:
         home.ok("down")
-
-
-def test_beyond_loopback_needs_a_key_or_insecure(tmp_path: Path) -> None:
-    home = Home(tmp_path / "open", free_port())
-    assert "--host 0.0.0.0: there is no API key yet" in home.fails("up", "--host", "0.0.0.0")
-    assert not (home.path / "cluster.json").exists()
-    home.ok("up", "--host", "0.0.0.0", "--insecure")
-    home.ok("key", "create", "first")
-    home.ok("down")
-    home.ok("up", "--host", "0.0.0.0")
-    assert httpx.get(f"{home.url}/v1/models").status_code == 401
-    home.ok("down")
