@@ -21,7 +21,7 @@ from tests.servers import AWS, commit_of, hub_server, s3_server
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 ADAPTERS, LOADED = 12, 4
-CALLERS, REQUESTS = 64, int(os.environ.get("LLMRUN_TEST_REQUESTS", "1500"))
+CALLERS, REQUESTS = 64, int(os.environ.get("LLMRUN_TEST_REQUESTS", "600"))
 PROMPTS = [f"Number {number}: once upon a time" for number in range(10)]
 # Between the two likeliest first tokens, in log-probability: batches change the last digits only.
 MARGIN = 0.5
