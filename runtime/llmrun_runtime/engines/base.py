@@ -138,7 +138,7 @@ class Engine(Protocol):
         ...
 
     def libraries(self) -> tuple[str, ...]:
-        """Shared libraries that a warm parent must load first (LD_PRELOAD), as the engine's own start does."""
+        """Shared libraries that its processes must load first (LD_PRELOAD)."""
         ...
 
     def environment(self, env: Mapping[str, str], cache: Path | None) -> dict[str, str]:

@@ -14,6 +14,7 @@ import secrets
 import signal
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +87,12 @@ class Begun:
         self.log.unlink(missing_ok=True)
 
 
+def preloading(engine: Engine, env: Mapping[str, str]) -> dict[str, str]:
+    """`env` with the engine's shared libraries in LD_PRELOAD, before those that are there."""
+    libraries = ":".join(filter(None, [*engine.libraries(), env.get("LD_PRELOAD", "")]))
+    return {**env, **({"LD_PRELOAD": libraries} if libraries else {})}
+
+
 async def begin(engine: Engine, launch: Launch, *, spawn: bool = True) -> Begun:
     """Begin one, forked from the node's warm parent if that can be used, else as a plain process.
 
@@ -112,7 +119,7 @@ async def begin(engine: Engine, launch: Launch, *, spawn: bool = True) -> Begun:
                 if launch.warm:
                     log.write(f"[llmrun] the engine starts as a plain process: {error}\n".encode())
                     log.flush()
-                child = Spawned(engine.command(launch), env, log)
+                child = Spawned(engine.command(launch), preloading(engine, env), log)
     except BaseException as error:
         lease.close()  # a process that was forked all the same ends
         scratch.remove()

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llmrun_runtime.engines.base import Engine
+from llmrun_runtime.engines.begin import preloading
 from llmrun_runtime.engines.child import listen_at
 from llmrun_runtime.engines.warm import LD_PRELOAD_BEFORE
 
@@ -76,9 +77,7 @@ class Keeper:
     async def _run(self) -> None:
         """One parent, from its start to its end."""
         assert self._listener
-        before = self._env.get("LD_PRELOAD", "")
-        libraries = ":".join(filter(None, [*self._engine.libraries(), before]))
-        env = {**self._env, LD_PRELOAD_BEFORE: before} | ({"LD_PRELOAD": libraries} if libraries else {})
+        env = {**preloading(self._engine, self._env), LD_PRELOAD_BEFORE: self._env.get("LD_PRELOAD", "")}
         descriptor = self._listener.fileno()
         self._output.parent.mkdir(parents=True, exist_ok=True)
         with self._output.open("wb") as output:

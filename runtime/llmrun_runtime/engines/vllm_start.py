@@ -49,6 +49,7 @@ from vllm.v1.executor import Executor
 from vllm.v1.worker import gpu_model_runner
 
 from llmrun_runtime.engines import lease
+from llmrun_runtime.engines.vllm import VLLM
 from llmrun_runtime.engines.vllm_meter import meter_vllm
 from llmrun_runtime.engines.vllm_server import cpu_defaults
 
@@ -158,8 +159,8 @@ def run(argv: list[str]) -> None:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     if _prepared.to_fork:
         plugins.plugins_loaded = False  # the lease is one: each process loads them
-        if _prepared.quick and current_platform.is_cpu():
-            _fork_cores()
+    if _prepared.quick and current_platform.is_cpu() and (_prepared.to_fork or _preloaded()):
+        _fork_cores()
     args = _prepared.parser.parse_args(argv)
     entry.configure_logging_from_args(args)
     validate_parsed_serve_args(args)
@@ -189,10 +190,16 @@ def _look_at_classes_here() -> None:
     registry._run_in_subprocess = lambda look: look()
 
 
+def _preloaded() -> bool:
+    """Whether this process has loaded what vLLM has its engine cores load."""
+    there = os.environ.get("LD_PRELOAD", "").split(":")
+    return all(library in there for library in VLLM().libraries())
+
+
 def _fork_cores() -> None:
     """Fork the engine core, which then has everything imported, where vLLM would spawn one (on CPU). Saves 8-10 s.
 
-    vLLM's reason is the environment that OpenMP reads when it is loaded (LD_PRELOAD); the warm parent has it already.
+    vLLM's reason is the environment that OpenMP reads when it is loaded (LD_PRELOAD): see `_preloaded`.
     """
     platform = type(current_platform)
     original = platform.check_and_update_config
