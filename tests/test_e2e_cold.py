@@ -171,6 +171,8 @@ def test_two_models_on_one_gpu_make_room_for_one_another(cluster: Home, tiny: st
     app = write_app(tmp_path / "gpu" / "app.py", text)
     with second_node(cluster, tmp_path / "second"):
         until(lambda: cluster.run("deploy", app, "--lazy").returncode == 0, 60, "the node joined")
+        learnt = tmp_path / "second" / "logs" / "warm-vllm.log"
+        until(lambda: learnt.exists() and "has imported" in learnt.read_text(), 60, "its warm parent can fork")
         for model, other in (("left", "right"), ("right", "left"), ("left", "right")):
             assert cluster.ask(model).status_code == 200
             assert cluster.status(model)["state"] == "hot"
