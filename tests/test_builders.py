@@ -14,8 +14,8 @@ from llmrun.alone import lost_alone
 from llmrun.decorator import build_spec
 from llmrun.errors import RequestError
 from llmrun.spec import Code, ModelSpec
-from llmrun_runtime.builders import app as builders
 from llmrun_runtime.builders import build_openai_app
+from llmrun_runtime.builders.reading import read_model
 from tests.conftest import Home, write_app
 
 
@@ -82,13 +82,13 @@ def test_what_cannot_be_built_is_said_before_anything_starts(models: Any, words:
 
 def test_paths_start_at_the_classs_file() -> None:
     here = llm("./weights", name="one")(type("One", (), {"__module__": __name__}))
-    assert builders._read(here)[0].path == str(Path(__file__).parent / "weights")
+    assert read_model(here)[0].path == str(Path(__file__).parent / "weights")
 
 
 def test_what_does_nothing_without_control_is_known() -> None:
-    spec, _ = builders._read(model(rpm=5, schedule="Mon-Fri 08:00-18:00 UTC"))
+    spec, _ = read_model(model(rpm=5, schedule="Mon-Fri 08:00-18:00 UTC"))
     assert lost_alone(spec).startswith("one: schedule=, rpm= does nothing without control")
-    assert lost_alone(builders._read(model())[0]) == ""
+    assert lost_alone(read_model(model())[0]) == ""
 
 
 def test_an_answer_that_is_an_error_comes_over_from_another_process() -> None:
@@ -107,7 +107,7 @@ class Other:
 """
     (application,) = yaml.safe_load(home.ok("export", write_app(tmp_path / "app.py", text)))["applications"]
     assert application["import_path"] == "llmrun_runtime.builders:build_openai_app"
-    (one, no_file), (other, file) = map(builders._read, application["args"]["models"])
+    (one, no_file), (other, file) = map(read_model, application["args"]["models"])
     assert one.path == str(tmp_path / "weights") and one.gpu_count == 2 and not no_file
     assert one.env["T"].secret == "TOKEN" and one.engine_args == {"max_model_len": "512"}  # type: ignore[union-attr]
     assert file == str(tmp_path / "app.py") and other.code and other.code.hooks == ("on_request",)

@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray import serve
 from ray.serve._private.constants import SERVE_NAMESPACE
 
-from llmrun.alone import lost_alone, refused_alone
-from llmrun.decorator import HOOKS, build_spec, hooks_of, spec_of
+from llmrun.alone import lost_alone
 from llmrun.errors import SpecError
-from llmrun.loading import absolute, is_loading
+from llmrun.loading import is_loading
 from llmrun.settings import Settings
-from llmrun.spec import Code, ModelSpec
+from llmrun.spec import ModelSpec
 from llmrun_runtime.builders.ingress import OpenAIIngress
+from llmrun_runtime.builders.reading import Model, read_model
 from llmrun_runtime.builders.server import LLMServer
 from llmrun_runtime.control.placing import Placement, resolve
 from llmrun_runtime.control.serving import cluster_nodes
-from llmrun_runtime.engines.kinds import get_engine
 from llmrun_runtime.serveconfig import HEALTH_CHECK_S, actor_options
 
 log = logging.getLogger("ray.serve")
-Model = type | ModelSpec | Mapping[str, Any]
 # A model at zero comes when somebody asks; as Serve has it by itself, it hears of that up to ten seconds later.
 SCALER = {"upscale_delay_s": 0, "metrics_interval_s": 1, "look_back_period_s": 2}
-# Beside a spec's fields in a mapping, all of them or none: where the code is that runs beside the engine.
-OF_CODE = ("app_file", "cls", "hooks")
 
 
 def build_openai_app(models: Sequence[Model] | Mapping[str, Any]) -> serve.Application:
@@ -44,7 +38,7 @@ def build_openai_app(models: Sequence[Model] | Mapping[str, Any]) -> serve.Appli
     if not isinstance(found, Sequence) or isinstance(found, str) or not found:
         raise SpecError("build_openai_app: a list of classes with @llm, or {'models': […]}")
     names: dict[str, str] = {}
-    checked = [_checked(model) for model in found]  # all of them, before anything starts
+    checked = [read_model(model) for model in found]  # all of them, before anything starts
     for spec, _ in checked:
         for name in spec.served_names:
             if name in names:
@@ -60,12 +54,12 @@ def build_openai_app(models: Sequence[Model] | Mapping[str, Any]) -> serve.Appli
 
 def build_llm_deployment(model: Model) -> serve.Application:
     """A deployment of one model, to be bound to an ingress or to a deployment of yours. Raises LLMRunError."""
-    return _deployment(*_checked(model))
+    return _deployment(*read_model(model))
 
 
 def _deployment(spec: ModelSpec, file: str) -> serve.Application:
     if lost := lost_alone(spec):
-        log.warning(lost)
+        log.warning("%s", lost)
     scaling = {
         "min_replicas": spec.min_replicas,
         "max_replicas": spec.max_replicas,
@@ -94,60 +88,3 @@ def _place(spec: ModelSpec) -> Placement:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a Ray that is started here reports to nobody
         ray.init(namespace=SERVE_NAMESPACE)
     return resolve(spec, cluster_nodes())
-
-
-def _read(model: Model) -> tuple[ModelSpec, str]:
-    """The spec, and the file of its class if that has code to run beside the engine. Raises SpecError."""
-    if isinstance(model, ModelSpec):
-        if model.code:
-            raise SpecError(f"{model.name}: its class's code lies in control: give the class itself")
-        return model, ""
-    if isinstance(model, type):
-        return _read_class(model)
-    if isinstance(model, Mapping):
-        fields = dict(model)
-        file, cls, hooks = (fields.pop(name, None) for name in OF_CODE)
-        spec = build_spec(fields)
-        return _with_code(spec, file, cls, hooks) if file or cls or hooks else (spec, "")
-    raise SpecError(f"{model!r} is no model: a class with @llm, a spec, or its fields")
-
-
-def _read_class(cls: type) -> tuple[ModelSpec, str]:
-    spec, hooks = spec_of(cls), hooks_of(cls)
-    if not spec:
-        raise SpecError(f"{cls.__name__} is no model: put @llm on it")
-    try:
-        file = Path(inspect.getfile(cls)).absolute()
-    except (TypeError, OSError):  # of a console, or of a notebook
-        if hooks:
-            text = f"{cls.__name__} has {' and '.join(hooks)} and is in no file: nodes read it from one: write it there"
-            raise SpecError(text) from None
-        return spec, ""
-    spec = absolute(spec, file.parent)
-    if not hooks:
-        return spec, ""
-    if "<locals>" in cls.__qualname__:
-        raise SpecError(f"{cls.__qualname__}: a class with hooks stands at the top of its file, not in a function")
-    return _with_code(spec, str(file), cls.__qualname__, hooks)
-
-
-def _with_code(spec: ModelSpec, file: Any, cls: Any, hooks: Any) -> tuple[ModelSpec, str]:
-    if not (isinstance(file, str) and file and isinstance(cls, str) and cls and isinstance(hooks, Sequence) and hooks):
-        raise SpecError(f"{spec.name}: {', '.join(OF_CODE)} go together: `llmrun export` writes them")
-    if unknown := [hook for hook in hooks if hook not in HOOKS]:
-        raise SpecError(f"{spec.name}: hooks={unknown!r}: there are {', '.join(HOOKS)}")
-    code = Code(package="", file=Path(file).name, cls=cls, hooks=tuple(hooks))
-    return spec.model_copy(update={"code": code}), file
-
-
-def _checked(model: Model) -> tuple[ModelSpec, str]:
-    """As `_read`. Raises SpecError for what cannot be without control, too."""
-    spec, file = _read(model)
-    if why := refused_alone(spec):
-        raise SpecError(why)
-    for path in filter(None, (spec.path, file)):
-        if not Path(path).expanduser().is_absolute():
-            raise SpecError(f"{spec.name}: {path} is looked for on each node: write the whole path")
-    if why := get_engine(spec.engine).refuses(spec):
-        raise SpecError(f"{spec.name}: {why}")
-    return spec, file
