@@ -27,21 +27,16 @@ def export(
     """Print the `serve` config that serves these models: `serve run` takes it, without llmrun's control and ingress."""
     if bool(target) == everything:
         raise AppError("say what: an app file, `llmrun export app.py`, or --all, which is all that is deployed")
-    found = _deployed() if everything else _in_file(target)
-    models = [_written(item, str(path)) for path, item in found if _can_be_alone(item.spec)]
+    path, found = (Path(), _deployed()) if everything else choose(target)
+    models = [_written(item, str(path.absolute())) for item in found if _can_be_alone(item.spec)]
     if not models:
         raise AppError("there is nothing that could be exported")
     application = {"name": "llmrun", "route_prefix": "/", "import_path": BUILDER, "args": {"models": models}}
     print(yaml.safe_dump({"applications": [application]}, sort_keys=False, allow_unicode=True), end="")
 
 
-def _in_file(target: str) -> list[tuple[Path, Loaded]]:
-    path, loaded = choose(target)
-    return [(path.absolute(), item) for item in loaded]
-
-
-def _deployed() -> list[tuple[Path, Loaded]]:
-    return [(Path(), Loaded(cls="", hooks=(), spec=spec)) for spec in Client(Settings()).specs()]
+def _deployed() -> list[Loaded]:
+    return [Loaded(cls="", hooks=(), spec=spec) for spec in Client(Settings()).specs()]
 
 
 def _can_be_alone(spec: ModelSpec) -> bool:

@@ -48,7 +48,7 @@ def start(host: str, port: int, url: str, insecure: bool) -> None:
         raise ClusterError("llmrun runs on this cluster already: set LLMRUN_URL to where its ingress listens")
     try:
         _start_actors(options, data, url, (host, port, insecure))
-    except LLMRunError:
+    except Exception:  # Serve's failure, too, which control was made before
         stop()
         raise
 

@@ -14,10 +14,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from llmrun.errors import EngineError
 from llmrun.settings import Settings
-from llmrun_runtime.ingress.admission import Refusal, no_model, read_request
+from llmrun_runtime.ingress.admission import Refusal, check_method, no_model, read_request
+from llmrun_runtime.ingress.listing import MODELS, entry
 from llmrun_runtime.ingress.relay import EVENTS, broken_off, read_body
-
-MODELS = "/v1/models"
 
 
 class OpenAIIngress:
@@ -43,13 +42,11 @@ class OpenAIIngress:
         if path == "/health":
             return JSONResponse({"status": "ok"})
         if path == MODELS or path.startswith(MODELS + "/"):
-            if method not in ("GET", "HEAD"):
-                raise Refusal(405, f"{path} takes GET", "method_not_allowed")
+            check_method(method, path, "GET", "HEAD")
             return JSONResponse(self._list(path.removeprefix(MODELS).lstrip("/")))
         if not path.startswith("/v1/") and method != "POST":
             raise Refusal(404, f"there is no {path} here", "path_not_found")
-        if method != "POST":
-            raise Refusal(405, f"{path} takes POST", "method_not_allowed")
+        check_method(method, path, "POST")
         body = await read_body(request.scope, request.receive, self._max_body)
         content_type = request.headers.get("content-type", "application/json")
         asked = read_request(body, content_type.encode())
@@ -72,7 +69,7 @@ class OpenAIIngress:
         """One model, by any of its names, or all. Raises Refusal."""
         if name:
             self._model(name)
-            return {"id": name, "object": "model", "created": self._started, "owned_by": "llmrun"}
+            return entry(name, self._started)
         return {"object": "list", "data": [self._list(each) for each in self._models]}
 
 

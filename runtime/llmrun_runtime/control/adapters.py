@@ -104,10 +104,7 @@ class Adapters:
             return spec
         known = next((c for c in (self._planned.get(name), self._known.get(name)) if c and c.is_of(lora)), None)
         if ask or not known:
-            found = await self._ask(lora, spec.env, placement, known, strict=True)
-            if not found and known and known.adapters:
-                log.warning("the adapters of %s: %s is empty now; those that were there stay", name, lora.places)
-                found = known.adapters
+            found = _or_before(name, lora, await self._ask(lora, spec.env, placement, known, strict=True), known)
             known = self._planned[name] = Catalogue(lora, found, looked=time.monotonic())
         row = self._scaling.deployed.get(name)
         settled = lora.settled(known.ranks.values(), row.spec.lora if row else None)
@@ -234,10 +231,7 @@ class Adapters:
         if not now or not now.spec.lora or now.spec.lora.sources != lora.sources:
             return False  # another deploy came in between, and has said what there is
         known = self._known.get(row.name)
-        if known and known.is_of(lora) and known.adapters and not found:
-            log.warning("the adapters of %s: %s is empty now; those that were there stay", row.name, lora.places)
-            known.looked = time.monotonic()
-            return True
+        found = _or_before(row.name, lora, found, known if known and known.is_of(lora) else None)
         if self._take(row.name, lora, found) and row.name in self._scaling.deployed:
             await asyncio.to_thread(self._store, row.name, self._known[row.name])
         self._tell(row.name)
@@ -319,6 +313,14 @@ class Adapters:
             what = f"has {len(found)} adapters" if found else "has no adapter (adapter_config.json and its weights)"
             raise WeightsError(f"lora={name!r}: {where} {what}: name the folder of one")
         return found[0].model_copy(update={"name": name})
+
+
+def _or_before(model: str, lora: LoRA, found: dict[str, Adapter], known: Catalogue | None) -> dict[str, Adapter]:
+    """What was found; where that has become nothing, those that are `known` stay."""
+    if found or not known or not known.adapters:
+        return found
+    log.warning("the adapters of %s: %s is empty now; those that were there stay", model, lora.places)
+    return known.adapters
 
 
 def _pins(adapters: Mapping[str, Adapter]) -> dict[str, str]:

@@ -198,7 +198,9 @@ class _Pace:
         for choice in choices if isinstance(choices, list) else ():
             if not isinstance(choice, dict) or choice.get("index"):
                 self._stream = None
-            elif self._stream and (choice.get("text") or (choice.get("delta") or {}).get("content")):
+                return
+            delta = choice.get("delta")
+            if self._stream and (choice.get("text") or (isinstance(delta, dict) and delta.get("content"))):
                 self._stream.came(1)
 
     def ended(self) -> None:

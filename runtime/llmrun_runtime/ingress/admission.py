@@ -230,6 +230,12 @@ def close_names(name: str, names: Iterable[str], most: int) -> list[str]:
     return [other for other, _, _ in found]
 
 
+def check_method(method: str, path: str, *allowed: str) -> None:
+    """Raises Refusal, naming the first one, unless `method` is among those `allowed`."""
+    if method not in allowed:
+        raise Refusal(405, f"{path} takes {allowed[0]}", "method_not_allowed")
+
+
 def check_path(model: ModelRoute | None, path: str) -> None:
     """Raises Refusal if the model's engine does not speak `path`."""
     if model and path not in model.paths:

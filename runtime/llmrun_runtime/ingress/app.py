@@ -24,6 +24,7 @@ from llmrun_runtime.engines.kinds import get_engine
 from llmrun_runtime.ingress.admission import (
     Refusal,
     Target,
+    check_method,
     check_path,
     find_target,
     read_max_wait,
@@ -32,7 +33,7 @@ from llmrun_runtime.ingress.admission import (
 from llmrun_runtime.ingress.early import EarlyStream
 from llmrun_runtime.ingress.gate import check_awake, check_seen, find_key, may_see
 from llmrun_runtime.ingress.limits import Limiter, limits_of
-from llmrun_runtime.ingress.listing import describe, list_models
+from llmrun_runtime.ingress.listing import MODELS, describe, list_models
 from llmrun_runtime.ingress.metrics import Metrics, Request
 from llmrun_runtime.ingress.openapi import openapi
 from llmrun_runtime.ingress.patience import Patience
@@ -43,7 +44,6 @@ from llmrun_runtime.link.client import Links
 from llmrun_runtime.reports import Revision
 
 log = logging.getLogger("llmrun.ingress")
-MODELS = "/v1/models"
 # Known even while nothing is deployed, so that a request hears that rather than of a wrong path.
 USUAL_PATHS = get_engine("vllm").paths
 # What the engine must not see of the caller's: its key, and what only we say.
@@ -121,12 +121,10 @@ class Ingress:
         elif path == "/openapi.json":
             await answer(send, 200, openapi(USUAL_PATHS))
         elif path == MODELS or path.startswith(MODELS + "/"):
-            if method not in ("GET", "HEAD"):
-                raise Refusal(405, f"{path} takes GET", "method_not_allowed")
+            check_method(method, path, "GET", "HEAD")
             await self._models(scope, path, send)
         elif path == "/metrics":
-            if method not in ("GET", "HEAD"):
-                raise Refusal(405, f"{path} takes GET", "method_not_allowed")
+            check_method(method, path, "GET", "HEAD")
             text = await self._metrics.gather(self._http(), self._links)
             await answer_bytes(send, 200, text, CONTENT_TYPE_LATEST)
         elif path.startswith(CONTROL_ROOT + "/"):
@@ -135,8 +133,7 @@ class Ingress:
             models = self._waiting.table.models.values()
             if path not in USUAL_PATHS and not any(path in model.paths for model in models):
                 raise Refusal(404, f"there is no {path} here", "path_not_found")
-            if method != "POST":
-                raise Refusal(405, f"{path} takes POST", "method_not_allowed")
+            check_method(method, path, "POST")
             await self._infer(scope, receive, send, request)
 
     def _key(self, scope: Scope) -> KeyFacts | None:

@@ -11,6 +11,7 @@ from typing import Any
 from llmrun_runtime.ingress.admission import Seen, listed_adapters
 from llmrun_runtime.table import ModelRoute
 
+MODELS = "/v1/models"
 # Between so many other requests have their turn: 1 ms.
 AT_ONCE = 500
 
@@ -37,7 +38,7 @@ def _entries(models: list[ModelRoute], seen: Seen) -> Iterator[dict[str, Any] | 
     for model in models:
         for adapter in listed_adapters(model):
             name = f"{model.name}:{adapter}"
-            yield _entry(model, name) | {"parent": model.name} if seen(model, adapter) else None
+            yield entry(name, model.created) | {"parent": model.name} if seen(model, adapter) else None
 
 
 def describe(model: ModelRoute, name: str) -> dict[str, Any]:
@@ -52,8 +53,9 @@ def describe(model: ModelRoute, name: str) -> dict[str, Any]:
     if model.max_model_len:
         more["max_model_len"] = model.max_model_len
     parent = {"parent": model.name} if ":" in name else {}
-    return _entry(model, name) | {"llmrun": more} | parent
+    return entry(name, model.created) | {"llmrun": more} | parent
 
 
-def _entry(model: ModelRoute, name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": model.created, "owned_by": "llmrun"}
+def entry(name: str, created: int) -> dict[str, Any]:
+    """A model as OpenAI has it; `created` in Unix seconds."""
+    return {"id": name, "object": "model", "created": created, "owned_by": "llmrun"}
