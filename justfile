@@ -83,28 +83,28 @@ unit *args: setup
 
 # how fast weights come, beside rclone, s3fs, huggingface_hub and a copy on the disk (2 minutes; needs 6 GB of disk)
 bench-weights: setup
-    python -m tests.bench_weights
+    python -m tests.benchmarks.weights
 
 # from a request at zero to the first token, beside vLLM's own server and Ray Serve LLM (25 minutes)
 bench-cold-start *args: setup _smollm2
-    python -m tests.bench_cold_start {{args}}
+    python -m tests.benchmarks.cold_start {{args}}
 
 # how fast an engine from the warm parent decodes, beside one that was started plainly (4 minutes)
 bench-forked: setup _smollm2
-    python -m tests.bench_forked
+    python -m tests.benchmarks.forked
 
 # what the ingress costs, beside the engine asked directly and Ray Serve LLM (10 minutes)
 bench-ingress *args: setup _smollm2
-    python -m tests.bench_ingress {{args}}
+    python -m tests.benchmarks.ingress {{args}}
 
 # adapters that are loaded when they are asked for, beside Ray Serve LLM on the same bucket (10 minutes)
 bench-lora *args: setup _smollm2
-    python -m tests.bench_lora {{args}}
+    python -m tests.benchmarks.lora {{args}}
 
 # 5,000 requests of 64 callers over 12 adapters, four of which are loaded at once: each answers as it does alone
 soak-lora: setup
-    LLMRUN_TEST_REQUESTS=5000 pytest tests/test_e2e_lora.py -k under_load
+    LLMRUN_TEST_REQUESTS=5000 pytest tests/e2e/test_lora.py -k under_load
 
 # a hundred times from zero and back under random requests, and kills in every phase of a wake (25 minutes)
 soak: setup _smollm2
-    LLMRUN_TEST_CYCLES=100 pytest tests/test_e2e_cold.py -k "cycles or killed"
+    LLMRUN_TEST_CYCLES=100 pytest tests/e2e/test_cold_starts.py -k "cycles or killed"

@@ -18,7 +18,7 @@ from llmrun.wire import (
     ColdStart,
     DeployRequest,
     Event,
-    KeyFacts,
+    KeyInfo,
     NewKey,
     Plan,
     Status,
@@ -124,11 +124,11 @@ class Client:
         headers = {"x-llmrun-max-wait": f"{timeout:g}"}
         self._ask("POST", "/v1/completions", json=body, headers=headers, timeout=timeout + ANSWER_TIMEOUT_S)
 
-    def keys(self) -> list[KeyFacts]:
+    def keys(self) -> list[KeyInfo]:
         """The API keys that there are."""
-        return [KeyFacts.model_validate(row) for row in self._call("GET", "/keys")]
+        return [KeyInfo.model_validate(row) for row in self._call("GET", "/keys")]
 
-    def create_key(self, facts: KeyFacts) -> NewKey:
+    def create_key(self, facts: KeyInfo) -> NewKey:
         """Make an API key."""
         return NewKey.model_validate(self._call("POST", "/keys", json=facts.model_dump(mode="json")))
 

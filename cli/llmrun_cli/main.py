@@ -9,7 +9,7 @@ import typer
 
 import llmrun
 from llmrun.errors import AppError, LLMRunError
-from llmrun_cli import adapter, cluster, dashboards, deploy, export, init, key, model, weights
+from llmrun_cli.commands import adapters, cluster, dashboards, deploy, export, init, keys, models, weights
 from llmrun_cli.terminal import error_line
 
 app = typer.Typer(
@@ -24,16 +24,16 @@ app.command()(deploy.deploy)
 app.command()(deploy.schema)
 app.command()(export.export)
 app.command()(init.init)
-app.command()(model.status)
-app.command()(model.chat)
-app.command()(model.warm)
-app.command()(model.unload)
-app.command()(model.logs)
-app.command()(model.delete)
+app.command()(models.status)
+app.command()(models.chat)
+app.command()(models.warm)
+app.command()(models.unload)
+app.command()(models.logs)
+app.command()(models.delete)
 app.add_typer(weights.weights, name="weights")
-app.add_typer(adapter.adapter, name="adapter")
-app.add_typer(key.key, name="key")
-app.command()(key.usage)
+app.add_typer(adapters.adapter, name="adapter")
+app.add_typer(keys.key, name="key")
+app.command()(keys.usage)
 app.command()(dashboards.dashboards)
 app.command()(cluster.up)
 app.command()(cluster.down)

@@ -148,7 +148,7 @@ def llm(
 def _deploy(cls: type) -> Any:
     """Deploy this model, as `llmrun deploy FILE::Class --yes` does; its `model` and `url`. Raises LLMRunError."""
     # By name, when it is called: who only describes models needs no command line.
-    return importlib.import_module("llmrun_cli.python").deploy_class(cls)
+    return importlib.import_module("llmrun_cli.deploy_class").deploy_class(cls)
 
 
 def build_spec(fields: Mapping[str, Any]) -> ModelSpec:

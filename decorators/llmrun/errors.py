@@ -65,7 +65,7 @@ class WeightsError(LLMRunError):
     """Weights cannot be found, fetched, checked or kept."""
 
 
-class NotThere(WeightsError):
+class NotFound(WeightsError):
     """The source answers, and has no such thing."""
 
 

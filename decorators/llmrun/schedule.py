@@ -15,7 +15,7 @@ DAY_MINUTES = 24 * 60
 
 
 @dataclass(frozen=True)
-class Window:
+class ScheduleWindow:
     """Some days of the week, from one minute of the day to another (past midnight if that is the earlier one)."""
 
     days: frozenset[int]
@@ -35,7 +35,7 @@ class Window:
 
 
 @functools.lru_cache(maxsize=256)
-def parse_window(text: str) -> Window:
+def parse_window(text: str) -> ScheduleWindow:
     """Read one window. Raises ValueError, saying how to write it. (Kept: the scaler asks four times a second.)"""
     match = FORM.fullmatch(text.strip())
     if not match:
@@ -54,4 +54,4 @@ def parse_window(text: str) -> Window:
         where = ZoneInfo(zone or "UTC")
     except (KeyError, ValueError, OSError):
         raise ValueError(f"schedule={text!r}: there is no time zone {zone!r}; take one like Europe/Berlin") from None
-    return Window(days, begin, end, where)
+    return ScheduleWindow(days, begin, end, where)

@@ -44,7 +44,7 @@ class Settings(BaseSettings):
     start_timeout: float = Field(
         default=3600, gt=0, description="How long an engine may take from its start to its first answer."
     )
-    warm_parent: bool = Field(
+    forkserver: bool = Field(
         default=True,
         description="Whether a node keeps a process with the engine's code loaded, which new engines are forked from.",
     )

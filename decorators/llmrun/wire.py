@@ -169,7 +169,7 @@ class Status(Message):
     models: tuple[ModelStatus, ...]
 
 
-class KeyFacts(Message):
+class KeyInfo(Message):
     """What an API key may. 0 is no limit."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
@@ -199,7 +199,7 @@ class NewKey(Message):
 
     key: str
     """Shown this once: only its hash is stored."""
-    facts: KeyFacts
+    facts: KeyInfo
 
 
 class UsageLine(Message):

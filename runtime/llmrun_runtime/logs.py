@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 
@@ -51,3 +52,9 @@ def read_logs(root: Path, model: str, offsets: dict[str, int], tail: int) -> dic
 
 def _files(folder: Path) -> list[Path]:
     return list(folder.glob("*.log")) if folder.is_dir() else []
+
+
+def write_log(log: Path, text: str) -> None:
+    """One line of llmrun's own in an engine's log. Raises OSError."""
+    with log.open("a") as file:
+        file.write(f"[llmrun] {time.strftime('%H:%M:%S')} {text}\n")

@@ -11,17 +11,17 @@ import ray
 from ray import serve
 from ray.serve._private.constants import SERVE_NAMESPACE
 
-from llmrun.alone import lost_alone
+from llmrun.app_file import is_loading
 from llmrun.errors import SpecError
-from llmrun.loading import is_loading
 from llmrun.settings import Settings
 from llmrun.spec import ModelSpec
+from llmrun.standalone import lost_alone
 from llmrun_runtime.builders.ingress import OpenAIIngress
-from llmrun_runtime.builders.reading import Model, read_model
+from llmrun_runtime.builders.read_model import Model, read_model
 from llmrun_runtime.builders.server import LLMServer
-from llmrun_runtime.control.placing import Placement, resolve
-from llmrun_runtime.control.serving import cluster_nodes
-from llmrun_runtime.serveconfig import HEALTH_CHECK_S, actor_options
+from llmrun_runtime.control.autoscaling.serve_config import HEALTH_CHECK_S, actor_options
+from llmrun_runtime.placement import Placement, resolve
+from llmrun_runtime.ray_nodes import cluster_nodes
 
 log = logging.getLogger("ray.serve")
 # A model at zero comes when somebody asks; as Serve has it by itself, it hears of that up to ten seconds later.

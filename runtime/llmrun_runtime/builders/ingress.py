@@ -14,9 +14,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from llmrun.errors import EngineError
 from llmrun.settings import Settings
-from llmrun_runtime.ingress.admission import Refusal, check_method, no_model, read_request
-from llmrun_runtime.ingress.listing import MODELS, entry
+from llmrun_runtime.ingress.admission import no_model
+from llmrun_runtime.ingress.errors import HTTPError
+from llmrun_runtime.ingress.models_endpoint import MODELS, entry
 from llmrun_runtime.ingress.relay import EVENTS, broken_off, read_body
+from llmrun_runtime.ingress.request import check_method, read_request
 
 
 class OpenAIIngress:
@@ -33,7 +35,7 @@ class OpenAIIngress:
         """Answer one request. Its errors have OpenAI's shape."""
         try:
             return await self._answer(request)
-        except Refusal as refusal:
+        except HTTPError as refusal:
             headers = {"retry-after": str(refusal.retry_after)} if refusal.retry_after is not None else {}
             return JSONResponse(refusal.body(), refusal.status, headers)
 
@@ -45,7 +47,7 @@ class OpenAIIngress:
             check_method(method, path, "GET", "HEAD")
             return JSONResponse(self._list(path.removeprefix(MODELS).lstrip("/")))
         if not path.startswith("/v1/") and method != "POST":
-            raise Refusal(404, f"there is no {path} here", "path_not_found")
+            raise HTTPError(404, f"there is no {path} here", "path_not_found")
         check_method(method, path, "POST")
         body = await read_body(request.scope, request.receive, self._max_body)
         content_type = request.headers.get("content-type", "application/json")
@@ -79,16 +81,16 @@ def _refused(model: str) -> Iterator[None]:
     try:
         yield
     except serve.exceptions.BackPressureError as error:
-        raise Refusal(429, str(error), "queue_full", "rate_limit_error", retry_after=1) from None
+        raise HTTPError(429, str(error), "queue_full", "rate_limit_error", retry_after=1) from None
     except serve.exceptions.DeploymentUnavailableError as error:
-        raise Refusal(503, str(error), "model_failed", "service_unavailable", retry_after=5) from None
+        raise HTTPError(503, str(error), "model_failed", "service_unavailable", retry_after=5) from None
     except RayTaskError as error:
         if not isinstance(error.cause, EngineError):
-            raise Refusal(500, f"{model} failed: {error.cause}", "internal_error", "internal_error") from error
-        raise Refusal(503, str(error.cause), "replica_gone", "service_unavailable", retry_after=5) from None
+            raise HTTPError(500, f"{model} failed: {error.cause}", "internal_error", "internal_error") from error
+        raise HTTPError(503, str(error.cause), "replica_gone", "service_unavailable", retry_after=5) from None
     except RayError as error:  # its process, or its node, is gone
         text = f"the replica of {model} went away ({type(error).__name__}): ask again"
-        raise Refusal(503, text, "replica_gone", "service_unavailable", retry_after=5) from None
+        raise HTTPError(503, text, "replica_gone", "service_unavailable", retry_after=5) from None
 
 
 async def _events(model: str, answer: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -98,5 +100,5 @@ async def _events(model: str, answer: AsyncIterator[bytes]) -> AsyncIterator[byt
         with _refused(model):
             async for last in answer:
                 yield last
-    except Refusal as refusal:
+    except HTTPError as refusal:
         yield broken_off(last, f"went away: {refusal.text}")

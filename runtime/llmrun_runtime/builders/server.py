@@ -14,18 +14,20 @@ import ray
 from llmrun.errors import EngineError, RequestError
 from llmrun.settings import Settings
 from llmrun.spec import ModelSpec
-from llmrun_runtime.draining import LINGER_S, drained
-from llmrun_runtime.engines.base import TOKEN_HEADER, Launch, Member
-from llmrun_runtime.engines.kinds import get_engine
-from llmrun_runtime.engines.process import EngineProcess
-from llmrun_runtime.engines.scratch import sweep_scratch
-from llmrun_runtime.environments import Environments, worker_environment
+from llmrun_runtime.engines.base import Launch, Member
+from llmrun_runtime.engines.process.engine_process import EngineProcess
+from llmrun_runtime.engines.process.temp_dir import sweep_temp_dirs
+from llmrun_runtime.engines.registry import get_engine
 from llmrun_runtime.ingress.admission import no_path
-from llmrun_runtime.launching import ReplicaConfig, find_weights, make_launch
-from llmrun_runtime.link.client import Client, LinkLostError, Links
+from llmrun_runtime.link.client import LinkClient, LinkLostError, Links
 from llmrun_runtime.logs import log_path
-from llmrun_runtime.weights.node import NodeWeights
+from llmrun_runtime.node.environments import Environments, worker_environment
+from llmrun_runtime.node.launch import find_weights, make_launch
+from llmrun_runtime.replica.drain import LINGER_S, drained
+from llmrun_runtime.weights.node_weights import NodeWeights
 from llmrun_runtime.weights.pin import Pin
+from llmrun_runtime.wire.headers import TOKEN_HEADER
+from llmrun_runtime.wire.replica_config import ReplicaConfig
 
 VERSION = 0
 """There are none without control; the engine's log and cache are called so."""
@@ -41,7 +43,7 @@ class LLMServer:
         """Return when the engine answers. Raises LLMRunError: Serve tries again, and says why."""
         self._settings = Settings()
         self._settings.make_home()
-        await asyncio.to_thread(sweep_scratch)  # what a cluster that was killed has left here
+        await asyncio.to_thread(sweep_temp_dirs)  # what a cluster that was killed has left here
         self._spec = ModelSpec.model_validate(spec)
         self._app_file = app_file
         self._links = Links(self._settings.connect_timeout)
@@ -69,7 +71,7 @@ class LLMServer:
         headers = [(TOKEN_HEADER, self._engine.token), ("content-type", content_type)]
         headers.append(("content-length", str(len(body))))
         try:
-            link: Client = await self._links.get(self._host, self._engine.link)
+            link: LinkClient = await self._links.get(self._host, self._engine.link)
             with link.ask("POST", path, b"", headers) as answer:
                 await link.finish(answer, body)
                 await answer.started()

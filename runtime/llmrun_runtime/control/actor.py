@@ -10,12 +10,12 @@ from typing import Any
 from llmrun.settings import Settings
 from llmrun_runtime import http
 from llmrun_runtime.control.api import make_api
-from llmrun_runtime.control.parts import ControlParts
+from llmrun_runtime.control.control_plane import ControlPlane
 from llmrun_runtime.logs import log_to_file
-from llmrun_runtime.reports import Elsewhere, Registration, Revision, Spent, Subject, Traffic
-from llmrun_runtime.table import Table
 from llmrun_runtime.weights.adapters import Adapter
-from llmrun_runtime.weights.sync import Peer
+from llmrun_runtime.weights.fetch import Peer
+from llmrun_runtime.wire.reports import AdapterRevision, LocalUsage, RemoteUsage, ReplicaReport, Subject, Traffic
+from llmrun_runtime.wire.routing_table import Table
 
 log = logging.getLogger("llmrun.control")
 
@@ -27,7 +27,7 @@ class Control:
         log_to_file(Settings.model_validate(settings).root, "control")
         self._socket = http.bind("127.0.0.1", 0)
         host, port = self._socket.getsockname()
-        self._parts = ControlParts(Settings.model_validate(settings), url, (host, port))
+        self._parts = ControlPlane(Settings.model_validate(settings), url, (host, port))
         self._loaded: asyncio.Task[None] | None = None
         self._running: list[asyncio.Task[None]] = []
 
@@ -46,7 +46,7 @@ class Control:
         tasks = (parts.scaling.run(), parts.warming.run(), parts.usage.run(parts.living), parts.adapters.run(), api)
         self._running = [loop.create_task(task) for task in tasks]
 
-    async def report(self, report: Registration) -> None:
+    async def report(self, report: ReplicaReport) -> None:
         """A replica says how it is."""
         await self.start()
         changed = self._parts.registry.report(report, time.monotonic())
@@ -60,7 +60,7 @@ class Control:
                 self._parts.scaling.started(report)
             self._parts.scaling.kick()
 
-    async def failed(self, report: Registration, cause: str) -> None:
+    async def failed(self, report: ReplicaReport, cause: str) -> None:
         """A replica says that it did not start."""
         await self.start()
         self._parts.registry.remove(report.id)
@@ -68,7 +68,7 @@ class Control:
         if not self._parts.deployer.heard(report, cause):
             self._parts.scaling.failed(report, cause)
 
-    async def gone(self, report: Registration, cause: str = "") -> None:
+    async def gone(self, report: ReplicaReport, cause: str = "") -> None:
         """A replica says that it has ended, or that its engine has died, and of what."""
         if cause:
             self._parts.scaling.died(report, cause)
@@ -79,8 +79,12 @@ class Control:
             self._parts.scaling.kick()
 
     async def demand(
-        self, ingress: str, traffic: dict[str, Traffic], first_tokens: dict[str, float], spent: dict[Subject, Spent]
-    ) -> dict[Subject, Elsewhere]:
+        self,
+        ingress: str,
+        traffic: dict[str, Traffic],
+        first_tokens: dict[str, float],
+        spent: dict[Subject, LocalUsage],
+    ) -> dict[Subject, RemoteUsage]:
         """An ingress says what waits there, what is in flight, when those that had waited were answered, and what those
         with limits have asked; it hears what of that it cannot see itself."""
         await self.start()
@@ -90,12 +94,12 @@ class Control:
         return self._parts.elsewhere(ingress, time.time())
 
     async def watch(self, epoch: str, number: int, timeout: float) -> Table:
-        """See `Scaling.watch`."""
+        """See `Autoscaler.watch`."""
         await self.start()
         return await self._parts.scaling.watch(epoch, number, timeout)
 
     async def weights_elsewhere(self, pin_id: str, node: str) -> tuple[list[Peer], list[str]]:
-        """See `Stock.elsewhere`."""
+        """See `WeightsCatalog.elsewhere`."""
         await self.start()
         return await self._parts.stock.elsewhere(pin_id, node)
 
@@ -104,7 +108,7 @@ class Control:
         await self.start()
         return self._parts.adapters.find(model, name, pin_id)
 
-    async def revision(self, model: str, called: str) -> Revision:
+    async def revision(self, model: str, called: str) -> AdapterRevision:
         """See `Adapters.revision`."""
         await self.start()
         return await self._parts.adapters.revision(model, called)

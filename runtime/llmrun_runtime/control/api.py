@@ -24,7 +24,7 @@ from llmrun.wire import (
     AdapterRow,
     ColdStart,
     DeployRequest,
-    KeyFacts,
+    KeyInfo,
     NewKey,
     Plan,
     Status,
@@ -33,7 +33,7 @@ from llmrun.wire import (
     WeightsRow,
 )
 from llmrun_runtime.asgi import App, Receive, Scope, Send, answer_error
-from llmrun_runtime.control.parts import ControlParts
+from llmrun_runtime.control.control_plane import ControlPlane
 
 FOLLOW_S = 0.5
 METRICS = "/metrics"  # for Prometheus, which has no key
@@ -60,7 +60,7 @@ class AdminKey:
         await self._app(scope, receive, send)
 
 
-def make_api(parts: ControlParts) -> App:
+def make_api(parts: ControlPlane) -> App:
     """The API over control's parts."""
     api = FastAPI(title="llmrun control", version=llmrun.__version__, docs_url=None, redoc_url=None)
     root = CONTROL_ROOT
@@ -175,11 +175,11 @@ def make_api(parts: ControlParts) -> App:
             raise
 
     @api.get(f"{root}/keys")
-    async def keys() -> list[KeyFacts]:
+    async def keys() -> list[KeyInfo]:
         return parts.keys.rows()
 
     @api.post(f"{root}/keys")
-    async def create_key(facts: KeyFacts) -> NewKey:
+    async def create_key(facts: KeyInfo) -> NewKey:
         known = {name: row.name for row in parts.scaling.deployed.values() for name in row.spec.served_names}
         for name in facts.models:
             base, _, adapter = name.partition(":")
@@ -215,7 +215,7 @@ def make_api(parts: ControlParts) -> App:
     return AdminKey(api, parts.admin_key)
 
 
-def _known(parts: ControlParts, name: str) -> str:
+def _known(parts: ControlPlane, name: str) -> str:
     """The model that goes by that name or alias. Raises Refused."""
     rows = [*parts.scaling.deployed.values(), *(c.row for c in parts.scaling.candidates.values())]
     for row in rows:
@@ -225,7 +225,7 @@ def _known(parts: ControlParts, name: str) -> str:
     raise Refused(f"there is no model {name!r}; there are: {names}", 404)
 
 
-def _steer(parts: ControlParts, name: str, how: Callable[[str], None]) -> str:
+def _steer(parts: ControlPlane, name: str, how: Callable[[str], None]) -> str:
     """Do it to the model in force that goes by that name. Raises Refused."""
     model = _known(parts, name)
     if model not in parts.scaling.deployed:

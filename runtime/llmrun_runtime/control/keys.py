@@ -10,10 +10,10 @@ from sqlalchemy import delete, select
 from sqlalchemy.exc import IntegrityError
 
 from llmrun.errors import Refused
-from llmrun.wire import KeyFacts, NewKey
-from llmrun_runtime.control.database import Database
-from llmrun_runtime.control.tables import KeyRow
-from llmrun_runtime.table import digest_of
+from llmrun.wire import KeyInfo, NewKey
+from llmrun_runtime.control.state.database import Database
+from llmrun_runtime.control.state.tables import KeyRow
+from llmrun_runtime.wire.routing_table import digest_of
 
 PREFIX = "sk-llmrun-"
 SECRET_BYTES = 32
@@ -24,21 +24,21 @@ class Keys:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._routes: dict[str, KeyFacts] = {}
+        self._routes: dict[str, KeyInfo] = {}
         self.on_change: Callable[[], None] = lambda: None
 
     def load(self) -> None:
         """Read what is stored."""
         with self._database.session() as session:
             for row in session.scalars(select(KeyRow)):
-                self._routes[row.digest] = KeyFacts.model_validate_json(row.facts)
+                self._routes[row.digest] = KeyInfo.model_validate_json(row.facts)
 
     @property
-    def routes(self) -> dict[str, KeyFacts]:
+    def routes(self) -> dict[str, KeyInfo]:
         """By digest, for the table."""
         return self._routes
 
-    def create(self, facts: KeyFacts) -> NewKey:
+    def create(self, facts: KeyInfo) -> NewKey:
         """Make a key. Raises Refused if the name is taken or the time is over already."""
         now = time.time()
         if facts.expires and facts.expires <= now:
@@ -55,7 +55,7 @@ class Keys:
         self.on_change()
         return NewKey(key=key, facts=made)
 
-    def rows(self) -> list[KeyFacts]:
+    def rows(self) -> list[KeyInfo]:
         """All keys, by name."""
         return sorted(self._routes.values(), key=lambda facts: facts.name)
 

@@ -23,16 +23,16 @@ from prometheus_client.registry import Collector
 
 from llmrun.wire import ModelStatus, State
 from llmrun_runtime.actors import NAMESPACE
-from llmrun_runtime.control.agents import real_nodes
-from llmrun_runtime.control.placing import Node
-from llmrun_runtime.control.registry import Registry
-from llmrun_runtime.control.scaling import Scaling
-from llmrun_runtime.control.starts import Starts
-from llmrun_runtime.engines.meter import PACE_BUCKETS
-from llmrun_runtime.labels import AdapterLabels
-from llmrun_runtime.node import agent_name
-from llmrun_runtime.reports import Registration
-from llmrun_runtime.weights.node import CacheFacts
+from llmrun_runtime.control.autoscaling.autoscaler import Autoscaler
+from llmrun_runtime.control.autoscaling.cold_starts import ColdStarts
+from llmrun_runtime.control.state.registry import Registry
+from llmrun_runtime.metric_labels import AdapterLabels
+from llmrun_runtime.node.agent import agent_name
+from llmrun_runtime.placement import Node
+from llmrun_runtime.ray_nodes import real_nodes
+from llmrun_runtime.weights.node_weights import CacheInfo
+from llmrun_runtime.wire.reports import ReplicaReport
+from llmrun_runtime.wire.usage import PACE_BUCKETS
 
 log = logging.getLogger("llmrun.control")
 # An agent that does not answer in time is taken to have what it had; the ingress waits for all of this for 3 s.
@@ -43,17 +43,17 @@ Pace = list[float]
 """As `meter.PaceRow`, without the adapter."""
 
 
-class Metrics:
+class ControlMetrics:
     """What of control's knowledge Prometheus asks for; `registry` has what others count."""
 
-    def __init__(self, registry: CollectorRegistry, scaling: Scaling, reports: Registry, starts: Starts) -> None:
+    def __init__(self, registry: CollectorRegistry, scaling: Autoscaler, reports: Registry, starts: ColdStarts) -> None:
         self._registry = registry
         self._scaling = scaling
         self._reports = reports
         self._starts = starts
         self._adapter = AdapterLabels()
         self._paces = Paces(self._adapter)
-        self._facts: dict[str, CacheFacts] = {}
+        self._facts: dict[str, CacheInfo] = {}
         self._prompt = self._counter("llmrun_prompt_tokens", "Tokens of prompts.")
         self._completion = self._counter("llmrun_completion_tokens", "Tokens of answers.")
         self._cached = self._counter("llmrun_cached_prompt_tokens", "Tokens of prompts that engines had cached.")
@@ -69,7 +69,7 @@ class Metrics:
         self._completion.labels(*labels).inc(completion)
         self._cached.labels(*labels).inc(cached)
 
-    def report(self, report: Registration) -> None:
+    def report(self, report: ReplicaReport) -> None:
         """Take what a replica says of the times of its tokens."""
         self._paces.report(report)
 
@@ -92,10 +92,10 @@ class Metrics:
     async def _look_at_nodes(self) -> None:
         """Ask the agents that there are; none is started for this, so that nodes may leave."""
 
-        async def ask(node: Node) -> CacheFacts | None:
+        async def ask(node: Node) -> CacheInfo | None:
             try:
                 agent = await asyncio.to_thread(ray.get_actor, agent_name(node.id), namespace=NAMESPACE)
-                found: CacheFacts = await agent.cache_facts.remote()
+                found: CacheInfo = await agent.cache_facts.remote()
             except (ray.exceptions.RayError, ValueError) as error:
                 log.info("node %s says nothing of its weights: %s", node.host, type(error).__name__)
                 return None
@@ -119,7 +119,7 @@ class Paces:
         self._seen: dict[str, dict[str, Sequence[float]]] = {}
         self._sums: dict[Where, Pace] = {}
 
-    def report(self, report: Registration) -> None:
+    def report(self, report: ReplicaReport) -> None:
         """Add what is new. Of a replica that this control has not seen before, it knows itself what it has told."""
         seen = self._seen.setdefault(report.id, {})
         for (adapter, *numbers), told in report.paces:
@@ -171,7 +171,7 @@ def model_families(statuses: Iterable[ModelStatus], targets: Mapping[str, int]) 
     yield from (state, target, ready)
 
 
-def node_families(facts: Mapping[str, CacheFacts]) -> Iterator[Metric]:
+def node_families(facts: Mapping[str, CacheInfo]) -> Iterator[Metric]:
     """The weights on each node, by its address."""
     held = GaugeMetricFamily("llmrun_weights_cache_bytes", "Weights that llmrun keeps on the node.", labels=("node",))
     needed = CounterMetricFamily(

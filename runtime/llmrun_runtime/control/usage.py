@@ -17,11 +17,11 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from llmrun.wire import UsageLine
-from llmrun_runtime.control.database import Database
-from llmrun_runtime.control.tables import CountedRow, UsageRow
-from llmrun_runtime.engines.meter import Row
-from llmrun_runtime.reports import Registration, key_subject, model_subject
-from llmrun_runtime.window import Window
+from llmrun_runtime.control.state.database import Database
+from llmrun_runtime.control.state.tables import CountedRow, UsageRow
+from llmrun_runtime.rate_window import RateWindow
+from llmrun_runtime.wire.reports import ReplicaReport, key_subject, model_subject
+from llmrun_runtime.wire.usage import Row
 
 log = logging.getLogger("llmrun.control")
 FLUSH_S = 2.0
@@ -41,7 +41,7 @@ class Usage:
         self._changed: set[str] = set()
         self._gone: set[str] = set()
         self._new: dict[Where, list[float]] = {}
-        self._tokens: dict[str, Window] = {}
+        self._tokens: dict[str, RateWindow] = {}
         self.on_new: Callable[[str, str, Sequence[int]], None] = lambda model, adapter, counts: None
         """Called with what is new of each row of a report: COUNTS by model and adapter."""
 
@@ -51,13 +51,13 @@ class Usage:
             for row in session.scalars(select(CountedRow)):
                 self._seen[row.replica] = {(key, adapter): tuple(c) for key, adapter, *c in json.loads(row.counts)}
 
-    def report(self, report: Registration, now: float) -> None:
+    def report(self, report: ReplicaReport, now: float) -> None:
         """Add what is new in a replica's report."""
         seen = self._seen.setdefault(report.id, {})
         for row in report.usage:
             self._add(report, row, seen, now)
 
-    def _add(self, report: Registration, row: Row, seen: dict[tuple[str, str], tuple[int, ...]], now: float) -> None:
+    def _add(self, report: ReplicaReport, row: Row, seen: dict[tuple[str, str], tuple[int, ...]], now: float) -> None:
         key, adapter, *counts = row
         before = seen.get((key, adapter), (0,) * len(COUNTS))
         # A replica that started its engine anew counts from zero again.
@@ -71,7 +71,7 @@ class Usage:
         self.on_new(report.model, adapter, new)
         if tokens := new[1] + new[2]:
             for subject in ([key_subject(key)] if key else []) + [model_subject(report.model)]:
-                self._tokens.setdefault(subject, Window()).add(now, tokens)
+                self._tokens.setdefault(subject, RateWindow()).add(now, tokens)
 
     def gone(self, replica: str) -> None:
         """A replica has ended."""

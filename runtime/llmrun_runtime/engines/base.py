@@ -14,25 +14,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import JsonValue
 
-if TYPE_CHECKING:  # a process that only holds a lease needs no asyncio
+if TYPE_CHECKING:  # a process that only holds a lease needs neither
+    import contextlib
+
     from llmrun.spec import ModelSpec
-    from llmrun_runtime.engines.adapters import Loader
 
 # The engine's processes find these in their environment.
 LEASE_ENV = "LLMRUN_LEASE"  # host:port of the replica's lease
 TOKEN_ENV = "LLMRUN_TOKEN"  # the replica's secret
 SHIM_ENV = "LLMRUN_SHIM"  # JSON of ShimConfig
-TOKEN_HEADER = "x-llmrun-token"
-# Beside the token: whose request it is, by the name of its API key; and that it must not keep the model warm.
-KEY_HEADER = "x-llmrun-key"
-PROBE_HEADER = "x-llmrun-probe"
-# And the adapter that it is for: its name and its pin, with a space between.
-ADAPTER_HEADER = "x-llmrun-adapter"
-STATE_PATH = "/_llmrun/state"
-# The replica asks here whether the engine may end: the answer is its state, and if nothing is in flight it takes no
-# request from then on. Who asks it all the same gets 503 with this header, and may ask another replica.
-LEAVE_PATH = "/_llmrun/leave"
-GONE_HEADER = "x-llmrun-gone"
 
 
 @dataclass(frozen=True)
@@ -103,6 +93,30 @@ class Launch:
     """Where, on the first one's host, they meet; 0 where there is one."""
     gpu_share: float = 1
     """Of its one GPU, the part that is this engine's."""
+
+
+TokenLogprobs = dict[str, float]
+"""Log-probabilities of the likeliest tokens at one place."""
+
+
+class Loader(Protocol):
+    """How one kind of engine takes adapters."""
+
+    async def load(self, name: str, folder: Path) -> Any:
+        """Put an adapter into the engine; what `unload` and `using` want. Raises AdapterError; nothing is left then."""
+        ...
+
+    async def unload(self, adapter: Any) -> None:
+        """Take it out again."""
+        ...
+
+    async def probe(self, adapter: Any) -> list[TokenLogprobs]:
+        """What comes under it after some fixed prompts."""
+        ...
+
+    def using(self, adapter: Any) -> contextlib.AbstractContextManager[None]:
+        """The requests that this task makes of the engine meanwhile are for that adapter."""
+        ...
 
 
 class Engine(Protocol):

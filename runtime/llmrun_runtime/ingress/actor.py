@@ -20,12 +20,12 @@ from llmrun_runtime.actors import INGRESS, NAMESPACE, control_handle, ingress_na
 from llmrun_runtime.asgi import App
 from llmrun_runtime.ingress.app import Ingress
 from llmrun_runtime.ingress.cors import with_cors
-from llmrun_runtime.ingress.limits import Limiter
-from llmrun_runtime.ingress.metrics import Metrics
-from llmrun_runtime.ingress.waiting import Waiting
+from llmrun_runtime.ingress.metrics import IngressMetrics
+from llmrun_runtime.ingress.queue import RequestQueue
+from llmrun_runtime.ingress.rate_limits import Limiter
 from llmrun_runtime.logs import log_to_file
-from llmrun_runtime.reports import Revision
-from llmrun_runtime.table import share_of
+from llmrun_runtime.wire.reports import AdapterRevision
+from llmrun_runtime.wire.routing_table import share_of
 
 log = logging.getLogger("llmrun.ingress")
 POLL_S = 10.0
@@ -49,7 +49,7 @@ class IngressActor:
         self._id = uuid.uuid4().hex
         self._control = control_handle()
         self._dirty = asyncio.Event()
-        self._waiting = Waiting(parsed.wake_timeout, self._dirty.set)
+        self._waiting = RequestQueue(parsed.wake_timeout, self._dirty.set)
         if name == INGRESS and self._others and not ray.get_runtime_context().was_current_actor_reconstructed:
             http.bind(host, port).close()  # is it free at all? The next line would not hear of another's that is shared
         self._socket = http.bind(host, port, shared=bool(self._others))
@@ -57,7 +57,7 @@ class IngressActor:
         self._host = host
         self._keys_only = host not in http.LOOPBACK and not insecure
         loop = asyncio.get_running_loop()
-        self._metrics = Metrics(name, self._waiting, self._metrics_of_others)
+        self._metrics = IngressMetrics(name, self._waiting, self._metrics_of_others)
         parts = (self._waiting, self._limiter, self._metrics, self._revise)
         app: App = Ingress(parsed, *parts, keys_only=self._keys_only)
         if parsed.cors_origins:
@@ -79,14 +79,14 @@ class IngressActor:
         """This ingress's own, for another one."""
         return await self._metrics.own()
 
-    async def _revise(self, model: str, called: str) -> Revision:
+    async def _revise(self, model: str, called: str) -> AdapterRevision:
         """See `Control.revision`; control goes on to ask when this has waited long enough."""
         try:
-            found: Revision = await asyncio.wait_for(self._control.revision.remote(model, called), REVISE_S)
+            found: AdapterRevision = await asyncio.wait_for(self._control.revision.remote(model, called), REVISE_S)
         except TimeoutError:
-            return Revision(trouble=f"its source has not answered within {REVISE_S:g} s")
+            return AdapterRevision(trouble=f"its source has not answered within {REVISE_S:g} s")
         except ray.exceptions.RayError as error:
-            return Revision(trouble=f"control is away ({type(error).__name__})")
+            return AdapterRevision(trouble=f"control is away ({type(error).__name__})")
         return found
 
     def _metrics_of_others(self) -> dict[str, Awaitable[str]]:

@@ -17,31 +17,25 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 import llmrun
 from llmrun.settings import Settings
-from llmrun.wire import CONTROL_ROOT, KeyFacts
+from llmrun.wire import CONTROL_ROOT, KeyInfo
 from llmrun_runtime.asgi import Receive, Scope, Send, answer, answer_bytes, answer_error
-from llmrun_runtime.engines.base import ADAPTER_HEADER, KEY_HEADER, PROBE_HEADER, TOKEN_HEADER
-from llmrun_runtime.engines.kinds import get_engine
-from llmrun_runtime.ingress.admission import (
-    Refusal,
-    Target,
-    check_method,
-    check_path,
-    find_target,
-    read_max_wait,
-    read_request,
-)
-from llmrun_runtime.ingress.early import EarlyStream
-from llmrun_runtime.ingress.gate import check_awake, check_seen, find_key, may_see
-from llmrun_runtime.ingress.limits import Limiter, limits_of
-from llmrun_runtime.ingress.listing import MODELS, describe, list_models
-from llmrun_runtime.ingress.metrics import Metrics, Request
+from llmrun_runtime.engines.registry import get_engine
+from llmrun_runtime.ingress.admission import Target, check_path, find_target
+from llmrun_runtime.ingress.auth import check_awake, check_seen, find_key, may_see
+from llmrun_runtime.ingress.control_proxy import WITH_BODY, new_session, pass_on
+from llmrun_runtime.ingress.errors import HTTPError
+from llmrun_runtime.ingress.keepalive import KeepaliveStream
+from llmrun_runtime.ingress.metrics import IngressMetrics, RequestRecord
+from llmrun_runtime.ingress.models_endpoint import MODELS, describe, list_models
 from llmrun_runtime.ingress.openapi import openapi
-from llmrun_runtime.ingress.patience import Patience
-from llmrun_runtime.ingress.proxy import WITH_BODY, new_session, pass_on
+from llmrun_runtime.ingress.queue import Caller, Claim, RequestQueue
+from llmrun_runtime.ingress.rate_limits import Limiter, limits_of
 from llmrun_runtime.ingress.relay import Deadlines, UpstreamGone, forwarded_headers, read_body, relay
-from llmrun_runtime.ingress.waiting import Caller, Claim, Waiting
+from llmrun_runtime.ingress.request import check_method, read_max_wait, read_request
+from llmrun_runtime.ingress.wait import CallerWait
 from llmrun_runtime.link.client import Links
-from llmrun_runtime.reports import Revision
+from llmrun_runtime.wire.headers import ADAPTER_HEADER, KEY_HEADER, PROBE_HEADER, TOKEN_HEADER
+from llmrun_runtime.wire.reports import AdapterRevision
 
 log = logging.getLogger("llmrun.ingress")
 # Known even while nothing is deployed, so that a request hears that rather than of a wrong path.
@@ -53,7 +47,7 @@ PRIVATE = frozenset(
 )
 
 
-Revise = Callable[[str, str], Awaitable[Revision]]
+Revise = Callable[[str, str], Awaitable[AdapterRevision]]
 """Asks control for `adapter@revision` of a model."""
 
 
@@ -63,9 +57,9 @@ class Ingress:
     def __init__(
         self,
         settings: Settings,
-        waiting: Waiting,
+        waiting: RequestQueue,
         limiter: Limiter,
-        metrics: Metrics,
+        metrics: IngressMetrics,
         revise: Revise,
         *,
         keys_only: bool = False,
@@ -88,7 +82,7 @@ class Ingress:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-        request = Request(given if given.isprintable() and 0 < len(given) <= 128 else uuid.uuid4().hex)
+        request = RequestRecord(given if given.isprintable() and 0 < len(given) <= 128 else uuid.uuid4().hex)
         headers = [(b"x-request-id", request.id.encode("latin-1"))]
 
         async def watched(message: Any) -> None:
@@ -98,7 +92,7 @@ class Ingress:
 
         try:
             await self._dispatch(scope, receive, watched, request)
-        except Refusal as refusal:
+        except HTTPError as refusal:
             if refusal.retry_after is not None:
                 headers.append((b"retry-after", str(refusal.retry_after).encode()))
             headers += request.headers
@@ -114,7 +108,7 @@ class Ingress:
                 self._metrics.ended(request)
                 log.info("%s", request)
 
-    async def _dispatch(self, scope: Scope, receive: Receive, send: Send, request: Request) -> None:
+    async def _dispatch(self, scope: Scope, receive: Receive, send: Send, request: RequestRecord) -> None:
         path, method = scope["path"], scope["method"]
         if path == "/health":
             await answer(send, 200, {"status": "ok", "version": llmrun.__version__})
@@ -132,11 +126,11 @@ class Ingress:
         else:
             models = self._waiting.table.models.values()
             if path not in USUAL_PATHS and not any(path in model.paths for model in models):
-                raise Refusal(404, f"there is no {path} here", "path_not_found")
+                raise HTTPError(404, f"there is no {path} here", "path_not_found")
             check_method(method, path, "POST")
             await self._infer(scope, receive, send, request)
 
-    def _key(self, scope: Scope) -> KeyFacts | None:
+    def _key(self, scope: Scope) -> KeyInfo | None:
         return find_key(self._waiting.table, scope, time.time(), required=self._keys_only)
 
     async def _models(self, scope: Scope, path: str, send: Send) -> None:
@@ -158,9 +152,9 @@ class Ingress:
             await (work if scope["method"] in WITH_BODY else _unless_gone(work, receive))
         except UpstreamGone as error:
             text = f"control does not answer ({error}): it is being restarted, try again in a few seconds"
-            raise Refusal(503, text, "control_away", "service_unavailable", retry_after=2) from None
+            raise HTTPError(503, text, "control_away", "service_unavailable", retry_after=2) from None
 
-    async def _infer(self, scope: Scope, receive: Receive, send: Send, request: Request) -> None:
+    async def _infer(self, scope: Scope, receive: Receive, send: Send, request: RequestRecord) -> None:
         request.path = scope["path"]
         key = self._key(scope)
         request.key = key.name if key else ""
@@ -174,13 +168,13 @@ class Ingress:
         check_awake(key, model)
         request.model, request.adapter = model.name, self._metrics.adapter(model.name, target.adapter)
         limits = limits_of(key, model)
-        early = EarlyStream(send, [(b"x-request-id", request.id.encode("latin-1"))])
+        early = KeepaliveStream(send, [(b"x-request-id", request.id.encode("latin-1"))])
 
         async def ask() -> None:
             pinned = await self._pinned(target)
             probe = key is not None and not key.wake
             caller = Caller(request.key, probe, asked.prefix, pinned.pin, request.adapter)
-            patience = Patience(self._waiting, target.name, limit, early if asked.stream else None, caller)
+            patience = CallerWait(self._waiting, target.name, limit, early if asked.stream else None, caller)
             headers = _asked_as(scope, request, caller, pinned)
             if asked.mended:
                 headers = [(name, value) for name, value in headers if name != "content-length"]
@@ -190,7 +184,7 @@ class Ingress:
             with self._limiter.entered(limits, time.time()):
                 request.headers = self._limiter.headers(limits, time.time())
                 await _unless_gone(self._in_time(ask()), receive)
-        except Refusal as refusal:
+        except HTTPError as refusal:
             request.headers = self._limiter.headers(limits, time.time())
             if early.started and not early.events:
                 raise ConnectionAbortedError(refusal.text) from None
@@ -206,10 +200,10 @@ class Ingress:
         called = f"{target.model.name}:{target.adapter}"
         if found.missing:
             text = f"the model {called!r} does not exist: {found.trouble}"
-            raise Refusal(404, text, "model_not_found", param="model")
+            raise HTTPError(404, text, "model_not_found", param="model")
         if not found.pin:
             text = f"what {called} means is not known: {found.trouble}"
-            raise Refusal(503, text, "adapters_unknown", "service_unavailable", param="model", retry_after=5)
+            raise HTTPError(503, text, "adapters_unknown", "service_unavailable", param="model", retry_after=5)
         return replace(target, pin=found.pin)
 
     async def _in_time(self, work: Coroutine[Any, Any, None]) -> None:
@@ -223,16 +217,16 @@ class Ingress:
                 await work
         except TimeoutError:
             text = f"the request took longer than {limit:g} s (LLMRUN_REQUEST_TIMEOUT)"
-            raise Refusal(504, text, "request_timeout", "service_unavailable") from None
+            raise HTTPError(504, text, "request_timeout", "service_unavailable") from None
 
     async def _ask(
         self,
         scope: Scope,
-        send: EarlyStream,
-        patience: Patience,
+        send: KeepaliveStream,
+        patience: CallerWait,
         headers: list[tuple[str, str]],
         body: bytes,
-        request: Request,
+        request: RequestRecord,
     ) -> None:
         """Wait for a replica and relay; go to another one if it is gone before its first byte."""
         answer_headers = [(b"x-request-id", request.id.encode("latin-1")), *request.headers]
@@ -258,7 +252,7 @@ class Ingress:
                     # What never reached an engine may be tried until it does; what did, once more.
                     if error.reached and attempt:
                         text = f"a replica of {claim.model} went away before it answered, twice: `llmrun logs` says why"
-                        raise Refusal(503, text, "replica_gone", "service_unavailable", retry_after=5) from None
+                        raise HTTPError(503, text, "replica_gone", "service_unavailable", retry_after=5) from None
 
     def _http(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -266,7 +260,7 @@ class Ingress:
         return self._session
 
 
-def _asked_as(scope: Scope, request: Request, caller: Caller, target: Target) -> list[tuple[str, str]]:
+def _asked_as(scope: Scope, request: RequestRecord, caller: Caller, target: Target) -> list[tuple[str, str]]:
     """The headers that an engine gets: the client's, and what it must know beside."""
     more = [("x-request-id", request.id), (KEY_HEADER, caller.key)]
     more += [(PROBE_HEADER, "1")] if caller.probe else []

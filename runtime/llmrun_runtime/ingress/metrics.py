@@ -17,12 +17,12 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from llmrun_runtime.engines.base import TOKEN_HEADER
-from llmrun_runtime.ingress.merging import merge
-from llmrun_runtime.ingress.waiting import Waiting
-from llmrun_runtime.labels import AdapterLabels
+from llmrun_runtime.ingress.metrics_merge import merge
+from llmrun_runtime.ingress.queue import RequestQueue
 from llmrun_runtime.link.client import Links
-from llmrun_runtime.table import ReplicaRoute
+from llmrun_runtime.metric_labels import AdapterLabels
+from llmrun_runtime.wire.headers import TOKEN_HEADER
+from llmrun_runtime.wire.routing_table import ReplicaRoute
 
 log = logging.getLogger("llmrun.ingress")
 GATHER_TIMEOUT_S = 3
@@ -33,7 +33,7 @@ ANNOUNCED = frozenset({"/v1/responses"})
 
 
 @dataclass
-class Request:
+class RequestRecord:
     """One inference request, for metrics and the log. `status` is 0 while nothing has been answered."""
 
     id: str
@@ -57,14 +57,14 @@ class Request:
         return f"{self.id}{who} {self.model or '-'} {self.path} {self.status or 'left'},{first} {took:.3f} s"
 
 
-class Metrics:
+class IngressMetrics:
     """The ingress's own, and where they are put together with everybody's.
 
     `others`: of the other ingresses by name, what they would say of themselves.
     """
 
     def __init__(
-        self, name: str, waiting: Waiting, others: Callable[[], Mapping[str, Awaitable[str]]] = lambda: {}
+        self, name: str, waiting: RequestQueue, others: Callable[[], Mapping[str, Awaitable[str]]] = lambda: {}
     ) -> None:
         self._name = name
         self._waiting = waiting
@@ -91,7 +91,7 @@ class Metrics:
     def _histogram(self, name: str, text: str, *more: str) -> Histogram:
         return Histogram(name, text, ("model", *more), registry=self._registry, buckets=BUCKETS)
 
-    def ended(self, request: Request) -> None:
+    def ended(self, request: RequestRecord) -> None:
         """Count a request. A caller who left before its answer has the status 499, as nginx has it; the model of a
         request that was refused before it was known is "".
         """

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmrun_runtime.asgi import Receive, Scope, Send, error_body
-from llmrun_runtime.engines.base import GONE_HEADER
-from llmrun_runtime.ingress.admission import Refusal
+from llmrun_runtime.ingress.errors import HTTPError
 from llmrun_runtime.link.client import Answer, LinkLostError, Links
-from llmrun_runtime.table import ReplicaRoute
+from llmrun_runtime.wire.headers import GONE_HEADER
+from llmrun_runtime.wire.routing_table import ReplicaRoute
 
 EVENTS = b"text/event-stream"
 # RFC 9110, 7.6.1; and what this hop says itself.
@@ -73,7 +73,7 @@ async def relay(
     try:
         asked = link.ask(scope["method"], scope["path"], scope["query_string"], headers)
     except ValueError as error:
-        raise Refusal(431, str(error), "headers_too_large") from None
+        raise HTTPError(431, str(error), "headers_too_large") from None
     with asked as answer:
         try:
             async with asyncio.timeout(deadlines.first_byte or None):
@@ -81,7 +81,7 @@ async def relay(
                 await answer.started()
         except TimeoutError:
             text = "the engine did not begin its answer in time (LLMRUN_FIRST_BYTE_TIMEOUT)"
-            raise Refusal(504, text, "engine_timeout", "service_unavailable") from None
+            raise HTTPError(504, text, "engine_timeout", "service_unavailable") from None
         except LinkLostError as error:
             raise UpstreamGone(str(error), reached=True) from error
         if answer.status == 503 and any(key.lower() == GONE_HEADER.encode() for key, _ in answer.headers):
@@ -126,7 +126,7 @@ def broken_off(last: bytes, why: str) -> bytes:
 
 async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
     """The whole body. Raises Refusal above `limit` bytes, before it is read where its length is said."""
-    too_large = Refusal(413, f"the body is over {limit >> 20} MiB", "body_too_large")
+    too_large = HTTPError(413, f"the body is over {limit >> 20} MiB", "body_too_large")
     length = dict(scope["headers"]).get(b"content-length", b"0")
     if length.isdigit() and int(length) > limit:
         raise too_large

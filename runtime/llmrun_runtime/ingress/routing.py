@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping
 
-from llmrun_runtime.table import ModelRoute, ReplicaRoute
+from llmrun_runtime.wire.routing_table import ModelRoute, ReplicaRoute
 
 # A replica that has probably seen the beginning of the prompt may have so many requests more than the least busy one.
 AFFINITY_SLACK = 4

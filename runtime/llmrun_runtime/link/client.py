@@ -20,7 +20,7 @@ class LinkLostError(ConnectionError):
 class Answer:
     """What an engine says to one request; a context that tells the engine if it is left before the end."""
 
-    def __init__(self, link: Client, number: int) -> None:
+    def __init__(self, link: LinkClient, number: int) -> None:
         self._link = link
         self._number = number
         self._pieces: list[bytes] = []
@@ -88,7 +88,7 @@ class Answer:
         self._link.leave(self._number, tell=not self._ended and not self._lost)
 
 
-class Client(Link):
+class LinkClient(Link):
     """A connection to one engine."""
 
     def __init__(self) -> None:
@@ -133,9 +133,9 @@ class Links:
 
     def __init__(self, connect_timeout: float) -> None:
         self._timeout = connect_timeout or None
-        self._links: dict[tuple[str, int], asyncio.Task[Client]] = {}
+        self._links: dict[tuple[str, int], asyncio.Task[LinkClient]] = {}
 
-    async def get(self, host: str, port: int) -> Client:
+    async def get(self, host: str, port: int) -> LinkClient:
         """The connection to the engine there. Raises OSError if none can be had, TimeoutError if not in time."""
         task = self._links.get((host, port))
         if task is None or _over(task):
@@ -152,19 +152,19 @@ class Links:
             task.cancel()
 
 
-def _over(task: asyncio.Task[Client]) -> bool:
+def _over(task: asyncio.Task[LinkClient]) -> bool:
     """Whether that connection was lost, or never made."""
     return task.done() and (task.cancelled() or task.exception() is not None or not task.result().open)
 
 
-async def _connect(host: str, port: int, timeout: float | None) -> Client:
+async def _connect(host: str, port: int, timeout: float | None) -> LinkClient:
     loop = asyncio.get_running_loop()
     sock = new_socket(host)
     sock.setblocking(False)
     try:
         async with asyncio.timeout(timeout):
             await loop.sock_connect(sock, (host, port))
-            _, client = await loop.create_connection(Client, sock=sock)
+            _, client = await loop.create_connection(LinkClient, sock=sock)
     except BaseException:
         sock.close()
         raise

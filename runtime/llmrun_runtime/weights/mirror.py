@@ -12,9 +12,9 @@ from pathlib import Path
 from llmrun.errors import WeightsError
 from llmrun.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llmrun.weights import Weights
-from llmrun_runtime.weights.cache import Cache
-from llmrun_runtime.weights.objects import ObjectStore
+from llmrun_runtime.weights.cache.cache import Cache
 from llmrun_runtime.weights.pin import MANIFEST, File, Pin
+from llmrun_runtime.weights.stores.objects import ObjectStore
 
 FILES_AT_ONCE = 4
 

@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmrun.errors import WeightsError
-from llmrun_runtime.weights.boot import boot_id
-from llmrun_runtime.weights.cache import discard
-from llmrun_runtime.weights.digests import CHUNK_BYTES, Digester, mismatch
+from llmrun_runtime.weights.cache.boot_id import boot_id
+from llmrun_runtime.weights.cache.cache import discard
+from llmrun_runtime.weights.cache.digests import CHUNK_BYTES, Digester, mismatch
 from llmrun_runtime.weights.pin import File
-from llmrun_runtime.weights.ranges import Reader, Trouble
+from llmrun_runtime.weights.stores.ranges import Reader, TransferError
 
 PART_BYTES = 16 * 2**20
 CONNECTIONS = 8
@@ -212,7 +212,7 @@ class Transfer:
                         self._came(len(piece))
                         if self._error:
                             return False
-            except (Trouble, WeightsError) as error:
+            except (TransferError, WeightsError) as error:
                 if self._next_reader(job, reader):
                     continue
                 if isinstance(error, WeightsError):

@@ -20,20 +20,20 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from llmrun.errors import LLMRunError, NotThere, WeightsError
+from llmrun.errors import LLMRunError, NotFound, WeightsError
 from llmrun.settings import Settings
 from llmrun.weights import AnyWeights
-from llmrun_runtime.weights.cache import open_cache
-from llmrun_runtime.weights.importing import take_folder
+from llmrun_runtime.weights.adapter_listing import list_adapters
+from llmrun_runtime.weights.cache.cache import open_cache
+from llmrun_runtime.weights.fetch import Fetcher, Peer
+from llmrun_runtime.weights.import_folder import take_folder
 from llmrun_runtime.weights.pin import Pin
-from llmrun_runtime.weights.ranks import list_adapters
-from llmrun_runtime.weights.store import open_store
-from llmrun_runtime.weights.sync import Peer, Sync
+from llmrun_runtime.weights.stores.base import open_store
 
 REPORT_S = 0.25
 
 
-class Errand(BaseModel):
+class WorkerTask(BaseModel):
     """What to do."""
 
     do: Literal["pin", "adapters", "bring", "import", "verify", "mirror", "push"]
@@ -68,7 +68,7 @@ def say(message: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def run(errand: Errand) -> object:
+def run(errand: WorkerTask) -> object:
     """Do it; the result. Raises WeightsError."""
     cache, progress = open_cache(Settings()), Progress()
     if errand.do == "pin" and errand.weights:
@@ -77,7 +77,7 @@ def run(errand: Errand) -> object:
         adapters = list_adapters(open_store(errand.weights), errand.ranks)
         return [adapter.model_dump(mode="json") for adapter in adapters]
     if errand.do == "bring" and errand.pin:
-        manifest = Sync(cache, errand.pin, errand.keep, errand.peers, progress).run()
+        manifest = Fetcher(cache, errand.pin, errand.keep, errand.peers, progress).run()
         say({"result": str(cache.folder(errand.pin.id))})
         cache.settle(manifest)
         return None
@@ -106,9 +106,9 @@ def main() -> None:
     threading.Thread(target=_end_with_the_agent, daemon=True).start()
     while line := sys.stdin.readline():
         try:
-            result = run(Errand.model_validate_json(line))
+            result = run(WorkerTask.model_validate_json(line))
         except LLMRunError as error:
-            say({"error": str(error), "missing": isinstance(error, NotThere)})
+            say({"error": str(error), "missing": isinstance(error, NotFound)})
         except OSError as error:
             say({"error": f"{type(error).__name__}: {error}"})
         else:

@@ -1,0 +1,211 @@
+"""The shim: one small ASGI layer around the engine's app, in the engine's process.
+
+Lets in only who carries the replica's token, runs the user's hooks, counts requests in flight and what they use, and
+tells the replica when the engine is ready. Does not know which engine it is around.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from llmrun.errors import HookError
+from llmrun_runtime.asgi import App, Message, Receive, Scope, Send, answer, answer_error
+from llmrun_runtime.engines.base import SHIM_ENV, TOKEN_ENV, ShimConfig
+from llmrun_runtime.engines.registry import get_engine
+from llmrun_runtime.engines.shim import lease, usage_meter
+from llmrun_runtime.engines.shim.adapter_slots import AdapterError, AdapterSlots
+from llmrun_runtime.engines.shim.canary import Canary
+from llmrun_runtime.engines.shim.hooks import Hooks
+from llmrun_runtime.link.server import listen
+from llmrun_runtime.wire.headers import (
+    ADAPTER_HEADER,
+    GONE_HEADER,
+    KEY_HEADER,
+    LEAVE_PATH,
+    PROBE_HEADER,
+    STATE_PATH,
+    TOKEN_HEADER,
+)
+
+# Then callers hear that it takes long; bringing goes on, and whoever asks again finds it, or waits for the same.
+BRING_S = 30
+RETRY_AFTER_S = b"5"
+UNCOUNTED = ("/health", "/metrics", "/ping", "/load", "/version")
+
+
+class Shim:
+    """`Shim(app)` is an ASGI app. Its configuration comes from the engine's environment."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._token = os.environ[TOKEN_ENV].encode()
+        config = ShimConfig.from_json(os.environ[SHIM_ENV])
+        self._hooks = Hooks(config) if config.hooks else None
+        self._config = config
+        self._adapters: AdapterSlots | None = None
+        self._links: asyncio.Server | None = None
+        self._in_flight = 0
+        self._leaving = False
+        self._probes = 0
+        self._paths: list[str] = []
+        self._served = 0
+        self._last_end = time.monotonic()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, self._announce(scope, send))
+            return
+        headers = dict(scope["headers"])
+        if not hmac.compare_digest(headers.get(TOKEN_HEADER.encode(), b""), self._token):
+            await self._refuse(scope, send)
+            return
+        if scope["path"] == STATE_PATH:
+            await answer(send, 200, self._state(scope))
+            return
+        if scope["path"] == LEAVE_PATH:
+            self._leaving = not self._in_flight
+            await answer(send, 200, self._state(scope))
+            return
+        if scope["path"] in UNCOUNTED:
+            await self._app(scope, receive, send)
+            return
+        if self._leaving:
+            gone = [(GONE_HEADER.encode(), b"1")]
+            text = "this replica ends: ask the ingress"
+            await answer_error(send, 503, text, "service_unavailable", "replica_gone", headers=gone)
+            return
+        probe = PROBE_HEADER.encode() in headers
+        self._in_flight += 1
+        self._probes += probe
+        try:
+            if self._hooks and scope.get("method") == "POST" and b"json" in headers.get(b"content-type", b"").lower():
+                try:
+                    receive = await self._with_hooks(self._hooks, scope, receive)
+                except HookError as error:
+                    await answer_error(send, 500, str(error), "hook_error", "hook_failed")
+                    return
+            with usage_meter.metered(headers.get(KEY_HEADER.encode(), b"").decode("latin-1")):
+                if wanted := headers.get(ADAPTER_HEADER.encode()):
+                    await self._with_adapter(wanted.decode("latin-1"), scope, receive, send)
+                else:
+                    await self._app(scope, receive, send)
+        finally:
+            self._in_flight -= 1
+            self._probes -= probe
+            self._served += 1
+            if not probe:
+                self._last_end = time.monotonic()
+
+    def _announce(self, scope: Scope, send: Send) -> Send:
+        """When the engine's own start-up is done, start the hooks and listen for ingresses, then tell the replica."""
+
+        async def announced(message: Message) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                try:
+                    if self._hooks:
+                        await self._hooks.start()
+                    if self._config.max_loaded:
+                        loader = get_engine(self._config.engine).loader(scope["app"], self._config.max_rank)
+                        canary = Canary(Path(self._config.canary)).check if self._config.canary else None
+                        self._adapters = AdapterSlots(loader, self._config.max_loaded, _bring, canary)
+                except HookError as error:
+                    lease.tell(failed=str(error))
+                    await send({"type": "lifespan.startup.failed", "message": str(error)})
+                    return
+                # As the engine's own server calls it: the outermost app, which comes to this shim by itself.
+                app = scope.get("app") or self
+                self._links = await listen(app, self._config.host, scope.get("state"))
+                lease.tell(ready=True, link=self._links.sockets[0].getsockname()[1])
+            await send(message)
+
+        return announced
+
+    def _state(self, scope: Scope) -> dict[str, Any]:
+        self._paths = self._paths or _paths(scope.get("app"))
+        idle = 0.0 if self._in_flight > self._probes else time.monotonic() - self._last_end
+        return {
+            "in_flight": self._in_flight,
+            "served": self._served,
+            "idle_s": round(idle, 3),
+            "usage": usage_meter.rows(),
+            "paces": usage_meter.paces(),
+            "paths": self._paths,
+            "adapters": self._adapters.loaded() if self._adapters else [],
+        }
+
+    async def _with_adapter(self, wanted: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Have the adapter that the ingress names (its name and its pin) in the engine meanwhile."""
+        name, _, pin = wanted.partition(" ")
+        try:
+            if not self._adapters:
+                raise AdapterError("this engine was started without adapters", 404)
+            async with self._adapters.using(name, pin):
+                await self._app(scope, receive, send)
+        except AdapterError as error:
+            kind, code = (
+                ("invalid_request_error", "adapter_invalid")
+                if error.status == 400
+                else ("service_unavailable", "adapter_not_ready")
+            )
+            headers = [] if error.status == 400 else [(b"retry-after", RETRY_AFTER_S)]
+            text = f"the adapter {name} of {self._config.model}: {error}"
+            await answer_error(send, error.status, text, kind, code, "model", headers)
+
+    async def _with_hooks(self, hooks: Hooks, scope: Scope, receive: Receive) -> Receive:
+        """Read the body, let the hooks change it, and hand on a `receive` that gives the changed one."""
+        body, more = b"", True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return _replay(message, receive)
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        try:
+            request = json.loads(body)
+        except ValueError:
+            request = None
+        if isinstance(request, dict):  # anything else is the engine's to refuse
+            body = await hooks.apply(request)
+            scope["headers"] = [(k, v) for k, v in scope["headers"] if k != b"content-length"]
+            scope["headers"].append((b"content-length", str(len(body)).encode()))
+        return _replay({"type": "http.request", "body": body, "more_body": False}, receive)
+
+    async def _refuse(self, scope: Scope, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        text = "this is a replica of llmrun's and takes requests from its ingress only: ask the ingress"
+        await answer_error(send, 401, text, "authentication_error", "invalid_token")
+
+
+async def _bring(name: str, pin: str) -> Path:
+    """The adapter's folder on this node, which the replica brings. Raises AdapterError."""
+    try:
+        async with asyncio.timeout(BRING_S):
+            said = await asyncio.wrap_future(lease.ask(adapter=name, pin=pin))
+    except TimeoutError:
+        raise AdapterError(f"it is not here after {BRING_S} s: its store is slow, or away", 503) from None
+    if "error" in said:
+        raise AdapterError(said["error"], 503)
+    return Path(said["path"])
+
+
+def _paths(app: Any) -> list[str]:
+    """What a Starlette app takes POST requests at; nothing of another's."""
+    routes = [route for route in getattr(app, "routes", ()) if "POST" in (getattr(route, "methods", None) or ())]
+    return sorted({route.path for route in routes})
+
+
+def _replay(first: Message, receive: Receive) -> Receive:
+    pending = [first]
+
+    async def replayed() -> Message:
+        return pending.pop() if pending else await receive()
+
+    return replayed

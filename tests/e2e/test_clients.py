@@ -1,0 +1,208 @@
+"""Clients that people use, and what they ask for beside plain text: tools, JSON schemas, embeddings, scores."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from pydantic import BaseModel
+
+from tests.support.cluster import ENGINE_START_S, SMOLLM2, Home, write_app
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+# It pins other versions of openai and huggingface_hub than this project: so a script in an environment of its own.
+LITELLM = """
+import json, sys
+import litellm
+base, model = sys.argv[1:]
+ask = dict(model=f"openai/{model}", api_base=base, api_key="none", temperature=0, max_tokens=12)
+ask["messages"] = [{"role": "user", "content": "Name the capital of France."}]
+whole = litellm.completion(**ask).choices[0].message.content
+streamed = "".join(chunk.choices[0].delta.content or "" for chunk in litellm.completion(**ask, stream=True))
+try:
+    litellm.completion(**ask | {"model": "openai/nobody"})
+except litellm.NotFoundError as error:
+    print(json.dumps([whole, streamed, str(error)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def client(cluster: Home, tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> Iterator[openai.OpenAI]:
+    """OpenAI's, before `talker` (SmolLM2, with tools) and `embedder` (a tiny model that pools)."""
+    tools = '"enable_auto_tool_choice": True, "tool_call_parser": "hermes"'
+    text = f"""
+@llm({str(SMOLLM2)!r}, cpus=0.2, idle_timeout=600, engine_args={{{tools}}})
+class Talker: ...
+
+@llm({str(tiny_weights)!r}, cpus=0.2, idle_timeout=600, engine_args={{"runner": "pooling"}})
+class Embedder: ...
+"""
+    cluster.ok("deploy", write_app(tmp_path_factory.mktemp("clients") / "clients" / "app.py", text))
+    with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", timeout=ENGINE_START_S, max_retries=0) as client:
+        yield client
+    for model in ("talker", "embedder"):
+        cluster.ok("delete", model, "--yes")
+
+
+class Capital(BaseModel):
+    """What the model has to fill in."""
+
+    city: str
+    country: str
+
+
+def test_answers_after_a_schema(client: Any) -> None:
+    messages = [{"role": "user", "content": "Which city is the capital of France? Answer as JSON."}]
+    parsed = client.chat.completions.parse(
+        model="talker", messages=messages, response_format=Capital, temperature=0, max_tokens=60
+    )
+    assert parsed.choices[0].message.parsed
+    schema = {"name": "capital", "schema": Capital.model_json_schema(), "strict": True}
+    stream = client.chat.completions.create(
+        model="talker",
+        messages=messages,
+        response_format={"type": "json_schema", "json_schema": schema},
+        temperature=0,
+        max_tokens=60,
+        stream=True,
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert Capital.model_validate_json(text) == parsed.choices[0].message.parsed
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_every_answer_parses(client: Any, bare: bool) -> None:
+    """`bare`: the schema alone, as in Ray Serve LLM's guide. Half of them streamed."""
+    schema: dict[str, Any] = Capital.model_json_schema()
+    # At so small a model's temperature of 1 some go on for ever inside a string: bounded, as it can be.
+    for field in schema["properties"].values():
+        field["maxLength"] = 20
+    wanted = schema if bare else {"name": "capital", "schema": schema}
+
+    def ask(number: int) -> str:
+        messages = [
+            {"role": "user", "content": f"Which city is the capital of country number {number}? Answer as JSON."}
+        ]
+        answer = client.chat.completions.create(
+            model="talker",
+            messages=messages,
+            response_format={"type": "json_schema", "json_schema": wanted},
+            max_tokens=120,
+            seed=number,
+            stream=bool(number % 2),
+        )
+        if number % 2:
+            return "".join(chunk.choices[0].delta.content or "" for chunk in answer)
+        return str(answer.choices[0].message.content)
+
+    with ThreadPoolExecutor(16) as pool:
+        for text in pool.map(ask, range(25)):
+            Capital.model_validate_json(text)
+
+
+def test_json_of_any_shape_regex_and_choice(client: Any) -> None:
+    messages = [{"role": "user", "content": "Is Paris in France?"}]
+
+    def text(**more: Any) -> str:
+        answer = client.chat.completions.create(model="talker", messages=messages, temperature=0, max_tokens=60, **more)
+        return str(answer.choices[0].message.content)
+
+    assert text(extra_body={"structured_outputs": {"choice": ["yes", "no"]}}) in ("yes", "no")
+    assert re.fullmatch(r"[a-f]{3}-\d{2}", text(extra_body={"structured_outputs": {"regex": r"[a-f]{3}-\d{2}"}}))
+    wanted = {"type": "object", "properties": {"sure": {"type": "boolean"}}, "required": ["sure"]}
+    assert json.loads(text(extra_body={"structured_outputs": {"json": wanted}})).keys() == {"sure"}
+    started = text(response_format={"type": "json_object"}).lstrip()
+    assert started.startswith("{"), "the model may not come to an end, but it is JSON as far as it goes"
+
+
+def test_tools_are_on_for_a_model_whose_template_shows_how(
+    cluster: Home, tmp_path: Path, client: openai.OpenAI
+) -> None:
+    """`client`: so that these engines do not start beside each other."""
+    weights = tmp_path / "weights"
+    shutil.copytree(SMOLLM2, weights, copy_function=os.link)
+    template = (weights / "chat_template.jinja").read_text()
+    (weights / "chat_template.jinja").unlink()  # a link to the original
+    (weights / "chat_template.jinja").write_text("{% if tools %}<tool_call>{% endif %}" + template)
+    text = f"@llm({str(weights)!r}, cpus=0.2, idle_timeout=600)\nclass Caller: ...\n"
+    cluster.ok("deploy", write_app(tmp_path / "caller" / "app.py", text))
+    function = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+    body = {
+        "model": "caller",
+        "messages": [{"role": "user", "content": "How is the weather in Paris?"}],
+        "tools": [{"type": "function", "function": function}],
+        "max_tokens": 8,
+    }
+    for choice in ("auto", "none"):
+        answer = httpx.post(f"{cluster.url}/v1/chat/completions", json=body | {"tool_choice": choice}, timeout=60)
+        assert answer.status_code == 200, answer.text
+    cluster.ok("delete", "caller", "--yes")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_named_tool_is_called(client: Any, stream: bool) -> None:
+    parameters = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+    function = {"name": "weather", "description": "The weather in a city.", "parameters": parameters}
+    more = {"tools": [{"type": "function", "function": function}], "temperature": 0, "max_tokens": 100}
+    choice = {"type": "function", "function": {"name": "weather"}}
+    messages = [{"role": "user", "content": "How is the weather in Paris?"}]
+    answer = client.chat.completions.create(
+        model="talker", messages=messages, tool_choice=choice, stream=stream, **more
+    )
+    if stream:
+        calls = [call for chunk in answer for call in chunk.choices[0].delta.tool_calls or ()]
+        name, arguments = calls[0].function.name, "".join(call.function.arguments or "" for call in calls)
+    else:
+        (call,) = answer.choices[0].message.tool_calls
+        name, arguments = call.function.name, call.function.arguments
+    assert name == "weather" and "Paris" in str(json.loads(arguments))  # what is in them is so small a model's business
+
+
+def test_embeddings_and_scores(cluster: Home, client: openai.OpenAI) -> None:
+    texts = ["a small town", "a small town", "the theory of numbers"]
+    found = client.embeddings.create(model="embedder", input=texts, encoding_format="float")
+    one, same, other = (row.embedding for row in found.data)
+    assert math.isclose(math.hypot(*one), 1, rel_tol=1e-3) and found.usage.prompt_tokens > 0
+
+    def distance(left: list[float], right: list[float]) -> float:
+        return math.dist(left, right)
+
+    assert distance(one, same) < 1e-2 < distance(one, other)
+    body = {"model": "embedder", "input": texts[:1], "encoding_format": "base64"}
+    raw = httpx.post(f"{cluster.url}/v1/embeddings", json=body).json()["data"][0]["embedding"]
+    data = base64.b64decode(raw)
+    assert distance(list(struct.unpack(f"<{len(data) // 4}f", data)), one) < 1e-2
+    body = {"model": "embedder", "text_1": texts[0], "text_2": texts[1:]}
+    scores = [row["score"] for row in httpx.post(f"{cluster.url}/score", json=body).json()["data"]]
+    assert scores[0] > scores[1]
+    body = {"model": "embedder", "query": texts[0], "documents": texts[1:]}
+    ranked = httpx.post(f"{cluster.url}/rerank", json=body).json()["results"]
+    assert [row["index"] for row in ranked] == [0, 1]
+    with pytest.raises(openai.NotFoundError, match=r"embedder has no /v1/chat/completions: it has .*/v1/embeddings"):
+        client.chat.completions.create(model="embedder", messages=[{"role": "user", "content": "Hi"}])
+
+
+def test_litellm(cluster: Home, client: openai.OpenAI, tmp_path: Path) -> None:
+    uv = shutil.which("uv")
+    assert uv
+    script = tmp_path / "ask.py"
+    script.write_text(LITELLM)
+    command = [uv, "run", "--no-project", "--isolated", "--with", "litellm", str(script), f"{cluster.url}/v1", "talker"]
+    env = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # it would fetch prices
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    whole, streamed, missing = json.loads(done.stdout.splitlines()[-1])
+    assert "Paris" in whole and streamed == whole and "the model 'nobody' does not exist" in missing

@@ -1,0 +1,279 @@
+"""From zero and back, through the real command line, Ray and vLLM: forks, waits, room, and kills on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from llmrun.wire import START_PARTS
+from tests.support.cluster import ENGINE_START_S, Home, leftovers, second_node, until, write_app
+
+# 0→1→0 of two models at random overlaps: `just soak` sets 100.
+CYCLES = int(os.environ.get("LLMRUN_TEST_CYCLES", "4"))
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600 + 20 * CYCLES)]
+# Seconds into a wake when something is killed: all three with `just soak`.
+DELAYS = [0.0, 0.7, 1.4] if CYCLES > 4 else [0.7]
+
+
+@pytest.fixture(scope="module")
+def tiny(cluster: Home, tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> Iterator[str]:
+    """Two tiny models, never started; the path of their weights."""
+    weights = repr(str(tiny_weights))
+    app = write_app(
+        tmp_path_factory.mktemp("cold") / "cold" / "app.py",
+        f"@llm({weights}, cpus=0.2, idle_timeout=2)\nclass One: ...\n\n\n"
+        f"@llm({weights}, cpus=0.2, idle_timeout=2)\nclass Two: ...\n",
+    )
+    cluster.ok("deploy", app, "--lazy")
+    yield weights
+    cluster.ok("delete", "--app", "cold", "--yes")
+
+
+def family(cluster: Home) -> list[psutil.Process]:
+    """Every process of the cluster but its engines, which have sessions of their own."""
+    parent = psutil.Process(json.loads((cluster.path / "cluster.json").read_text())["pid"])
+    return [parent, *parent.children(recursive=True)]
+
+
+def titled(cluster: Home, title: str) -> list[psutil.Process]:
+    """Those whose command line has these words."""
+    found = []
+    for process in family(cluster):
+        try:
+            if title in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def warm_parents(cluster: Home) -> list[psutil.Process]:
+    """The warm parents."""
+    return titled(cluster, "llmrun: warm parent")
+
+
+def asking(cluster: Home, model: str, **more: Any) -> Future[httpx.Response]:
+    """Ask in a thread; `.result()` is the answer."""
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(cluster.ask, model, **more)
+    pool.shutdown(wait=False)
+    return future
+
+
+def test_a_wake_is_a_fork_and_its_parts_are_told(cluster: Home, tiny: str) -> None:
+    until(lambda: warm_parents(cluster), 60, "the warm parent came by itself")
+    assert cluster.ask("one").status_code == 200
+    (row,) = until(lambda: cluster.starts("one"), 10, "the start is noted")
+    assert row["forked"] and tuple(row["parts"]) == START_PARTS
+    parts = row["parts"]
+    times = [parts[part] for part in START_PARTS if part != "forked"]
+    assert times == sorted(times) and times[0] <= 0.2
+    assert parts["decided"] <= parts["forked"] <= parts["ready"]
+    cluster.wait_for("one", "cold", 30)
+    time.sleep(12)  # a spare worker, and what the parent learns
+    begun = time.monotonic()
+    assert cluster.ask("one").status_code == 200
+    assert time.monotonic() - begun < 8  # 2 s on a quiet machine; a plain start takes 20
+    parts = cluster.starts("one")[0]["parts"]
+    assert parts["forked"] < parts["placed"]  # the engine had a head start
+    shown = cluster.ok("status", "one")
+    assert "FIRST TOKEN" in shown and "median" in shown and "forked" in shown
+    metrics = httpx.get(f"{cluster.url}/metrics").text
+    assert 'llmrun_cold_start_part_seconds_count{model="one",part="forked"} 2.0' in metrics
+    assert 'llmrun_cold_start_seconds_bucket{le="1800.0",model="one"} 2.0' in metrics
+
+
+def test_warm_and_unload_by_hand(cluster: Home, tiny: str, tmp_path: Path) -> None:
+    app = write_app(tmp_path / "kept" / "app.py", f"@llm({tiny}, cpus=0.2, min_replicas=1)\nclass Kept: ...\n")
+    cluster.ok("deploy", app)
+    assert "kept is cold" in cluster.ok("unload", "kept")
+    time.sleep(2)
+    assert cluster.status("kept")["state"] == "cold"
+    assert "kept is hot" in cluster.ok("warm", "kept")
+    cluster.ok("unload", "kept")
+    assert cluster.ask("kept").status_code == 200
+    assert "there is no model" in cluster.fails("warm", "nobody")
+    assert "removed" in cluster.ok("delete", "kept", "--yes")
+
+
+def test_a_schedule_keeps_warm(cluster: Home, tiny: str, tmp_path: Path) -> None:
+    text = f"@llm({tiny}, cpus=0.2, idle_timeout=1, schedule='00:00-24:00')\nclass Office: ...\n"
+    app = write_app(tmp_path / "office" / "app.py", text)
+    cluster.ok("deploy", app, "--lazy")
+    cluster.wait_for("office", "hot", 60)
+    time.sleep(4)
+    assert cluster.status("office")["state"] == "hot"
+    app.write_text(app.read_text().replace("schedule='00:00-24:00'", "schedule=None"))
+    assert "without a restart" in cluster.ok("deploy", app)
+    cluster.wait_for("office", "cold", 10)
+    cluster.ok("delete", "office", "--yes")
+
+
+def test_a_caller_who_streams_hears_of_a_long_wait(cluster: Home, tiny: str, tmp_path: Path) -> None:
+    text = f"""
+import time
+
+@llm({tiny}, cpus=0.2)
+class Slow:
+    def on_start(self):
+        time.sleep(14)
+"""
+    cluster.ok("deploy", write_app(tmp_path / "slow" / "app.py", text), "--lazy")
+    body = {"model": "slow", "prompt": "Hi", "max_tokens": 2, "stream": True}
+    with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=ENGINE_START_S) as answer:
+        assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in answer.iter_lines() if line]
+    assert lines[0] == ": waking slow, 10 s, loading weights" and lines[-1] == "data: [DONE]"
+    cluster.ok("delete", "slow", "--yes")
+
+
+def everything_cold(cluster: Home) -> None:
+    """Every model at zero."""
+    for model in json.loads(cluster.ok("status", "--json"))["models"]:
+        cluster.ok("unload", model["name"])
+
+
+def test_who_leaves_takes_a_wake_back_that_found_no_place(cluster: Home, tiny: str, tmp_path: Path) -> None:
+    everything_cold(cluster)
+    cpus = (os.cpu_count() or 2) - 0.1
+    text = f"@llm({tiny}, cpus={cpus}, evictable=False, idle_timeout=60, min_uptime=0)\nclass Holder: ...\n\n\n"
+    text += f"@llm({tiny}, cpus={cpus})\nclass Waiter: ...\n"
+    cluster.ok("deploy", write_app(tmp_path / "room" / "app.py", text), "--lazy")
+    assert cluster.ask("holder").status_code == 200
+    with pytest.raises(httpx.ReadTimeout):
+        cluster.ask("waiter", timeout=3)
+    status = cluster.wait_for("waiter", "cold", 3)
+    assert status["replicas"] == 0 and status["waiting"] == 0
+    answer = cluster.ask("waiter", headers={"X-LLMRun-Max-Wait": "2"})
+    assert answer.status_code == 503 and int(answer.headers["retry-after"]) > 0
+    assert "waiter was not ready within 2 s: no room now: it needs" in answer.text and "held by holder" in answer.text
+    assert "no room now" in cluster.ok("status", "waiter")  # the wake goes on for a while
+    cluster.ok("unload", "holder")
+    assert cluster.ask("waiter").status_code == 200
+    cluster.ok("delete", "--app", "room", "--yes")
+
+
+def test_two_models_on_one_gpu_make_room_for_one_another(cluster: Home, tiny: str, tmp_path: Path) -> None:
+    options = "accelerator='A10G', idle_timeout=300, min_uptime=1"
+    text = f"@llm({tiny}, {options})\nclass Left: ...\n\n\n@llm({tiny}, {options})\nclass Right: ...\n"
+    app = write_app(tmp_path / "gpu" / "app.py", text)
+    with second_node(cluster, tmp_path / "second"):
+        until(lambda: cluster.run("deploy", app, "--lazy").returncode == 0, 60, "the node joined")
+        learnt = tmp_path / "second" / "logs" / "warm-vllm.log"
+        until(lambda: learnt.exists() and "has imported" in learnt.read_text(), 60, "its warm parent can fork")
+        for model, other in (("left", "right"), ("right", "left"), ("left", "right")):
+            assert cluster.ask(model).status_code == 200
+            assert cluster.status(model)["state"] == "hot"
+            assert cluster.status(other)["state"] in ("cold", "draining")
+        assert f"made room for {model}" in cluster.status(other)["cause"]
+        everything_cold(cluster)
+        both = [asking(cluster, model) for model in ("left", "right")]  # at once, and one GPU
+        assert [one.result().status_code for one in both] == [200, 200]
+        cluster.ok("delete", "--app", "gpu", "--yes")
+        time.sleep(2)
+
+
+Victims = Callable[[Home], list[psutil.Process]]
+
+
+@pytest.mark.parametrize("delay", DELAYS)
+@pytest.mark.parametrize(
+    ("who", "find"),
+    [
+        ("the warm parent", warm_parents),
+        ("the engine", lambda cluster: cluster.engines("one")),
+        ("the replica", lambda cluster: titled(cluster, "ray::ServeReplica:llmrun-one")),
+        ("the node agent", lambda cluster: titled(cluster, "ray::NodeAgent")),
+    ],
+)
+def test_what_is_killed_during_a_wake_costs_time_and_no_request(
+    cluster: Home, tiny: str, who: str, find: Victims, delay: float
+) -> None:
+    cluster.ok("unload", "one")
+    answer = asking(cluster, "one")
+    time.sleep(delay)
+    victims = until(lambda: find(cluster) or (answer.done() and "late"), 60, f"{who} is there")
+    assert victims != "late"
+    for process in victims:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    assert answer.result().status_code == 200, answer.result().text
+
+
+def test_a_fork_while_another_loads(cluster: Home, tiny: str) -> None:
+    everything_cold(cluster)
+    until(lambda: warm_parents(cluster), 60, "there is a warm parent")
+    answers = [asking(cluster, model) for model in ("one", "two", "one")]
+    assert [answer.result().status_code for answer in answers] == [200, 200, 200]
+
+
+def measured(cluster: Home) -> dict[str, tuple[int, float]]:
+    """Open files and private MiB of each process of the cluster that stays."""
+    found = {}
+    for process in family(cluster):
+        try:
+            name = " ".join(process.cmdline())[:60]
+            if not name.startswith(("ray::ServeReplica", "ray::IDLE")):
+                memory = process.memory_info()
+                found[f"{process.pid} {name}"] = (process.num_fds(), (memory.rss - memory.shared) / 2**20)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_cycles_leave_nothing_behind(cluster: Home, tiny: str) -> None:
+    def cycle_through(model: str, dice: random.Random, stop: threading.Event) -> list[int]:
+        codes = []
+        while not stop.is_set():
+            codes.append(cluster.ask(model, max_tokens=dice.choice([1, 8, 200])).status_code)
+            stop.wait(dice.choice([0, 0.5, 2, 2.2, 2.5, 3, 4, 5]))  # before, at, and after the end of idle_timeout
+        return codes
+
+    def woken() -> int:
+        text = httpx.get(f"{cluster.url}/metrics").text
+        counts = [line.split()[-1] for line in text.splitlines() if line.startswith("llmrun_cold_start_seconds_count")]
+        return int(sum(map(float, counts)))
+
+    everything_cold(cluster)
+    assert [cluster.ask(model).status_code for model in ("one", "two")] == [200, 200]
+    everything_cold(cluster)
+    time.sleep(16)  # the warm parent has learnt what it will
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    stop, begun, before, files = threading.Event(), woken(), {}, leftovers()
+    with ThreadPoolExecutor(4) as pool:
+        work = [
+            pool.submit(cycle_through, model, random.Random(seed + n), stop)
+            for n, model in enumerate(("one", "two", "one", "two"))
+        ]
+        try:
+            until(lambda: woken() - begun >= min(CYCLES, 10) // 2, 600, "half of the first cycles")
+            before = measured(cluster)
+            until(lambda: woken() - begun >= CYCLES, 60 * CYCLES, "all cycles")
+        finally:
+            stop.set()
+    codes = [code for one in work for code in one.result()]
+    assert len(codes) >= CYCLES and set(codes) == {200}
+    everything_cold(cluster)
+    until(lambda: not titled(cluster, "ray::ServeReplica"), 30, "the replicas have ended")
+    until(lambda: leftovers() <= files, 30, f"no file is left beside {files}")
+    assert not cluster.engines("one") and not cluster.engines("two")
+    time.sleep(6)
+    after = measured(cluster)
+    assert len(after) <= len(before) + 1  # a runtime's helper may come late
+    for name, (fds, mib) in after.items():
+        if name in before:
+            assert fds <= before[name][0] + 12, (name, fds, before[name])
+            assert mib <= before[name][1] + 40 + 0.3 * CYCLES, (name, mib, before[name])

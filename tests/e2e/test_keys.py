@@ -1,0 +1,270 @@
+"""Keys, limits, usage and the engine's other paths, through the command line, real clients and a real vLLM."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import requests
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis.strategies import booleans
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
+from schemathesis.core.result import Ok
+
+from llmrun.wire import KeyInfo
+from tests.e2e.test_cold_starts import titled
+from tests.support.cluster import ENGINE_START_S, Home, free_port, until, write_app
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def keyed(cluster: Home, tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> Iterator[str]:
+    """A hot tiny model called `keyed`, and the key of `alice`."""
+    text = f"@llm({str(tiny_weights)!r}, cpus=0.2, idle_timeout=600)\nclass Keyed: ...\n"
+    cluster.ok("deploy", write_app(tmp_path_factory.mktemp("keyed") / "keyed" / "app.py", text))
+    assert "there are no keys" in cluster.ok("key", "list")
+    yield create(cluster, "alice", "--rpm", "1000")
+    for row in json.loads(cluster.ok("key", "list", "--json")):
+        cluster.ok("key", "revoke", row["name"])
+    until(lambda: cluster.ask("keyed").status_code == 200, 5, "without keys it is open again")
+    cluster.ok("delete", "keyed", "--yes")
+
+
+def create(cluster: Home, name: str, *more: str) -> str:
+    """A new key; the ingress knows it when this returns."""
+    key = cluster.run("key", "create", name, *more).stdout.strip()
+    assert key.startswith("sk-llmrun-")
+    until(lambda: ask(cluster, key, model="?").status_code != 401, 2, "the ingress knows the key")
+    return key
+
+
+def ask(cluster: Home, key: str, **more: Any) -> httpx.Response:
+    """A completion with that key."""
+    body = {"model": "keyed", "prompt": "Hello there", "max_tokens": 8, "temperature": 0, "ignore_eos": True} | more
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return httpx.post(f"{cluster.url}/v1/completions", json=body, headers=headers, timeout=ENGINE_START_S)
+
+
+def used(cluster: Home, *by: str) -> list[dict[str, Any]]:
+    """`llmrun usage --json`, once the replicas have told."""
+    time.sleep(1.5)
+    rows: list[dict[str, Any]] = json.loads(cluster.ok("usage", *(f"--by={name}" for name in by), "--json"))
+    return rows
+
+
+def test_keys_are_made_listed_and_revoked(cluster: Home, keyed: str) -> None:
+    assert ask(cluster, "").status_code == 401 and ask(cluster, "sk-llmrun-guess").status_code == 401
+    assert ask(cluster, keyed).status_code == 200
+    bob = create(cluster, "bob", "--model", "keyed", "--tpm", "60", "--expires", "30d")
+    rows = {row["name"]: KeyInfo.model_validate(row) for row in json.loads(cluster.ok("key", "list", "--json"))}
+    assert rows["bob"].models == ("keyed",) and rows["bob"].tpm == 60 and rows["bob"].expires > time.time() + 86400
+    shown = cluster.ok("key", "list")
+    assert "alice" in shown and "bob" in shown and bob not in shown
+    assert ask(cluster, bob, max_tokens=64).status_code == 200
+    refused = until(lambda: (answer := ask(cluster, bob)).status_code == 429 and answer, 5, "its tokens are used up")
+    assert "tokens a minute (tpm)" in refused.text and 1 <= int(refused.headers["retry-after"]) <= 60
+    assert ask(cluster, keyed).status_code == 200
+    cluster.ok("key", "revoke", "bob")
+    until(lambda: ask(cluster, bob).status_code == 401, 2, "a revoked key is refused")
+    assert "there is a key 'alice': revoke it first" in cluster.fails("key", "create", "alice")
+    assert "there is no such model" in cluster.fails("key", "create", "carol", "--model", "nobody")
+    assert "a key's name has" in cluster.fails("key", "create", "No Good")
+    assert "write a time like 30d" in cluster.fails("key", "create", "carol", "--expires", "soon")
+    assert "would have expired already" in cluster.fails("key", "create", "carol", "--expires", "2020-01-01")
+    assert "there is no key 'carol'; there are: alice" in cluster.fails("key", "revoke", "carol")
+    assert "Paris" not in cluster.ok("chat", "keyed", "Hi", "--max-tokens", "4")  # the admin key is one too
+
+
+def test_usage_is_what_the_answers_say(cluster: Home, keyed: str) -> None:
+    dora = create(cluster, "dora")
+    client = openai.OpenAI(api_key=dora, base_url=f"{cluster.url}/v1", max_retries=0)
+    prompt = completion = 0
+    whole = client.chat.completions.create(
+        model="keyed", messages=[{"role": "user", "content": "Hi"}], max_tokens=5, n=2, temperature=1
+    )
+    assert whole.usage
+    prompt, completion = whole.usage.prompt_tokens, whole.usage.completion_tokens
+    with_usage = client.completions.create(
+        model="keyed", prompt="Once", max_tokens=7, stream=True, stream_options={"include_usage": True}
+    )
+    last = [chunk.usage for chunk in with_usage if chunk.usage][-1]
+    client.close()
+    prompt, completion = prompt + last.prompt_tokens, completion + last.completion_tokens
+    answer = ask(cluster, dora, stream=True, max_tokens=9)
+    assert "usage" not in answer.text  # nobody asked for it
+    prompt, completion = prompt + 2, completion + 9
+    (row,) = [row for row in used(cluster, "key") if row["key"] == "dora"]
+    assert (row["requests"], row["prompt_tokens"], row["completion_tokens"]) == (3, prompt, completion)
+    shown = cluster.ok("usage", "--by", "model", "--by", "day", "--since", "1d")
+    assert "keyed" in shown and "COMPLETION TOKENS" in shown
+    assert all(row["key"] != "dora" for row in json.loads(cluster.ok("usage", "--since", "2100-01-01", "--json")))
+    assert "write a time like" in cluster.fails("usage", "--since", "yesterday")
+
+
+def metrics(cluster: Home) -> list[Sample]:
+    """All that `/metrics` says."""
+    text = httpx.get(f"{cluster.url}/metrics").text
+    return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+
+
+def running(cluster: Home) -> float:
+    """vLLM's gauge of requests that it works on, for `keyed`."""
+    found = [s for s in metrics(cluster) if s.name == "vllm:num_requests_running"]
+    return sum(s.value for s in found if s.labels["model"] == "keyed")
+
+
+def test_when_a_client_goes_the_engine_stops_within_a_second(cluster: Home, keyed: str) -> None:
+    body = {"model": "keyed", "prompt": "Hi", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    headers = {"authorization": f"Bearer {keyed}"}
+    with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, headers=headers, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        until(lambda: running(cluster) == 1, 5, "it runs")
+    until(lambda: running(cluster) == 0, 1.5, "it has stopped")  # one second, and the question itself
+    (row,) = [row for row in used(cluster, "key") if row["key"] == "alice"]
+    assert row["completion_tokens"] < 2000
+
+
+def test_the_engines_other_paths(cluster: Home, keyed: str) -> None:
+    http = httpx.Client(base_url=cluster.url, headers={"authorization": f"Bearer {keyed}"}, timeout=60)
+    tokens = http.post("/tokenize", json={"model": "keyed", "prompt": "Hello there"}).json()["tokens"]
+    text = http.post("/detokenize", json={"model": "keyed", "tokens": tokens}).json()["prompt"]
+    assert "Hello there" in text
+    message = http.post(
+        "/v1/messages",
+        json={"model": "keyed", "max_tokens": 4, "messages": [{"role": "user", "content": "Hi"}]},
+        headers={"x-api-key": keyed},
+    )
+    assert message.status_code == 200 and message.json()["type"] == "message"
+    client = openai.OpenAI(api_key=keyed, base_url=f"{cluster.url}/v1", max_retries=0)
+    said = client.responses.create(model="keyed", input="Hi", max_output_tokens=4)
+    assert said.object == "response"
+    with pytest.raises(openai.NotFoundError, match=r"keyed has no /v1/embeddings: it has .*/v1/chat/completions"):
+        client.embeddings.create(model="keyed", input="Hi")
+    for path in ("/v1/load_lora_adapter", "/sleep", "/reset_prefix_cache", "/collective_rpc", "/pause", "/v1/nothing"):
+        answer = http.post(path, json={"model": "keyed"})
+        assert answer.status_code == 404 and answer.json()["error"]["code"] == "path_not_found", path
+    listed = client.models.retrieve("keyed").model_dump()["llmrun"]
+    assert listed["max_model_len"] == 2048 and "/v1/embeddings" not in listed["paths"]
+    answer = http.post("/v1/completions", json={"model": "keyed", "prompt": "Hi"}, headers={"x-request-id": "mine-1"})
+    assert answer.headers["x-request-id"] == "mine-1"
+    client.close()
+    http.close()
+    log, line = cluster.path / "logs" / "ingress.log", "mine-1 key alice keyed /v1/completions 200"
+    until(lambda: line in log.read_text(), 5, "the request is in the log")
+
+
+def test_an_ingress_that_is_killed_under_load_is_back_in_seconds_and_counts_right(cluster: Home, keyed: str) -> None:
+    stop, broken, late = threading.Event(), [], []
+
+    def caller() -> None:
+        while not stop.is_set():
+            try:
+                assert ask(cluster, keyed, max_tokens=30).status_code == 200
+                late.append(time.monotonic())
+            except httpx.TransportError:
+                broken.append(time.monotonic())
+                time.sleep(0.05)
+
+    with ThreadPoolExecutor(8) as pool:
+        callers = [pool.submit(caller) for _ in range(8)]
+        try:
+            until(lambda: len(late) > 20, 30, "there is load")
+            (ingress,) = titled(cluster, "ray::IngressActor")
+            ingress.kill()
+            killed = time.monotonic()
+            until(lambda: len([moment for moment in late if moment > killed + 0.5]) > 20, 30, "it is back")
+        finally:
+            stop.set()
+    for one in callers:
+        one.result()
+    assert broken and max(broken) - killed < 10
+
+    def settled() -> bool:
+        status = cluster.status("keyed")
+        return bool(status["in_flight"] == 0 == status["waiting"])
+
+    until(settled, 10, "nothing is counted as in flight any more")
+    assert ask(cluster, "sk-llmrun-guess").status_code == 401
+
+
+def test_what_the_openapi_document_allows_never_breaks_it(cluster: Home, keyed: str) -> None:
+    document = schemathesis.openapi.from_dict(httpx.get(f"{cluster.url}/openapi.json").json())
+    headers = {"authorization": f"Bearer {keyed}"}
+    asked, session = 0, requests.Session()
+    for result in document.get_all_operations():
+        assert isinstance(result, Ok), result
+
+        @given(case=result.ok().as_strategy(), known=booleans())
+        @settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        def fuzz(case: Any, known: bool) -> None:
+            nonlocal asked
+            asked += 1
+            if known and isinstance(case.body, dict):
+                case.body["model"] = "keyed"
+            answer = case.call(base_url=cluster.url, session=session, headers=headers, timeout=30)
+            assert answer.status_code < 500, (case.path, case.body, answer.text)
+            if answer.status_code >= 400:
+                assert answer.json()["error"]["message"], (case.path, case.body, answer.text)
+
+        fuzz()
+    session.close()
+    assert asked > 100
+
+
+def test_two_ingresses_agree_one_may_die_and_beyond_loopback_needs_a_key(tmp_path: Path, tiny_weights: Path) -> None:
+    home, other = Home(tmp_path / "two", free_port()), Home(tmp_path / "other", free_port())
+    everywhere = ("up", "--host", "0.0.0.0")
+    assert "--host 0.0.0.0: there is no API key yet" in home.fails(*everywhere)
+    assert not (home.path / "cluster.json").exists()
+    home.ok(*everywhere, "--insecure", LLMRUN_INGRESSES="2")
+    try:
+        said = other.fails("up", "--port", str(home.port), LLMRUN_INGRESSES="2")
+        assert "cannot be listened on" in said and not (other.path / "cluster.json").exists()
+        text = f"@llm({str(tiny_weights)!r}, cpus=0.2, min_replicas=1)\nclass Keyed: ...\n"
+        home.ok("deploy", write_app(tmp_path / "keyed" / "app.py", text))
+        key = create(home, "both", "--rpm", "40")
+
+        def statuses(count: int) -> list[int]:
+            return [ask(home, key, max_tokens=4).status_code for _ in range(count)]
+
+        found = Counter(statuses(80))
+        assert 40 <= found[200] <= 60 and found[200] + found[429] == 80  # half a second of the other's may be unknown
+        answered = {
+            s.labels["ingress"]: s.value
+            for s in metrics(home)
+            if s.name == "llmrun_requests_total" and s.labels["status"] == "200" and s.labels["model"] == "keyed"
+        }
+        assert answered.keys() == {"ingress", "ingress-2"} and sum(answered.values()) == found[200]
+        home.ok("key", "revoke", "both")
+        key = create(home, "more")
+        ingress, _ = titled(home, "ray::IngressActor")
+        ingress.kill()
+        broken = 0
+        for _ in range(40):
+            try:
+                assert statuses(1) == [200]
+            except httpx.TransportError:  # it came in the moment of the death
+                broken += 1
+        assert broken <= 2
+        until(lambda: len(titled(home, "ray::IngressActor")) == 2, 20, "the other is back")
+        home.ok("key", "create", "last")
+        home.ok("key", "revoke", "more")
+        until(lambda: set(statuses(8)) == {401}, 2, "both have heard of it")
+        home.ok("down")
+        home.ok(*everywhere)
+        assert httpx.get(f"{home.url}/v1/models").status_code == 401
+    finally:
+        home.ok("down")

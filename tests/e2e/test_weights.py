@@ -1,0 +1,177 @@
+"""Weights from real stores to an answer, through the real command line. The tests go on from one another."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.cluster import Home, second_node, until, write_app
+from tests.support.servers import AWS, Hub, Proxy, gcs_server, hub_server, proxy_to, s3_server
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def buckets(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> Path:
+    """A folder of buckets, with the tiny model in one."""
+    folder = tmp_path_factory.mktemp("buckets")
+    shutil.copytree(tiny_weights, folder / "acme" / "models" / "tiny")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def s3(buckets: Path) -> Iterator[Proxy]:
+    """A real S3 server with keys, that counts."""
+    with s3_server(buckets) as server, proxy_to(server.url) as proxy:
+        yield proxy
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> Iterator[Hub]:
+    """A small Hub, with the tiny model."""
+    with hub_server() as server:
+        server.repos["acme/tiny"] = tmp_path_factory.mktemp("hub") / "tiny"
+        shutil.copytree(tiny_weights, server.repos["acme/tiny"])
+        yield server
+
+
+def write_weights_app(path: Path, source: str, **options: str) -> Path:
+    """An app of one model from there."""
+    said = "".join(f", {key}={value!r}" for key, value in options.items())
+    text = f"from llmrun import Weights\n\n@llm(Weights({source!r}{said}), cpus=0.3, idle_timeout=3, env={AWS!r})\n"
+    return write_app(path, f"{text}class Tiny: ...\n")
+
+
+def deploy(cluster: Home, app: Path, *flags: str) -> str:
+    """Deploy it over whatever was there; what the command said."""
+    return cluster.ok("deploy", app, "--name", "stores", "--adopt", *flags)
+
+
+def test_from_s3_to_an_answer_and_from_zero_without_a_byte(
+    cluster: Home, tmp_path: Path, buckets: Path, s3: Proxy
+) -> None:
+    cluster.ok("weights", "prune", "--yes")  # what the tests of other files left
+    app = write_weights_app(tmp_path / "s3.py", "s3://acme/models/tiny", endpoint_url=s3.url)
+    said = deploy(cluster, app)
+    assert "+ tiny  s3://acme/models/tiny (" in said and "tiny: weights s3://acme/models/tiny (" in said
+    assert cluster.ask("tiny").status_code == 200
+    files = [path for path in (buckets / "acme" / "models" / "tiny").iterdir() if path.is_file()]
+    moved = s3.sent
+    assert moved == sum(path.stat().st_size for path in files)
+    status = cluster.status("tiny")
+    assert len(status["pin"]) == 12 and status["pin"] in said
+    assert f"s3://acme/models/tiny ({status['pin']})" in cluster.ok("status", "tiny")
+    (row,) = json.loads(cluster.ok("weights", "list", "--json"))
+    assert (row["pinned_by"], row["short"], row["bytes"]) == (["tiny"], status["pin"], moved)
+    assert "tiny of what is deployed needs it" in cluster.fails("weights", "remove", "s3://acme/models/tiny")
+    cluster.wait_for("tiny", "cold", 30)
+    assert cluster.ask("tiny").status_code == 200
+    assert "nothing has changed" in deploy(cluster, app)
+    assert s3.sent == moved
+
+
+def test_what_fails_at_the_store_is_one_line_of_the_deploy(cluster: Home, tmp_path: Path, s3: Proxy, hub: Hub) -> None:
+    app = write_weights_app(tmp_path / "none.py", "s3://acme/models/none", endpoint_url=s3.url)
+    said = cluster.fails("deploy", app, "--name", "stores", "--adopt")
+    assert "s3://acme/models/none: there are no files at that address (on node 127.0.0.2 (" in said
+    hub.gated.add("acme/tiny")
+    app = write_weights_app(tmp_path / "gated.py", "acme/tiny", endpoint_url=hub.url)
+    said = cluster.fails("deploy", app, "--name", "stores", "--adopt")
+    assert f"accept its licence at {hub.url}/acme/tiny, and set HF_TOKEN" in said and "on node 127.0.0.2" in said
+    hub.gated.clear()
+    app = write_weights_app(tmp_path / "az.py", "az://acme/tiny")
+    assert "pip install adlfs" in cluster.fails("deploy", app, "--name", "stores", "--adopt")
+
+
+def test_from_the_hub_and_a_branch_that_moves(cluster: Home, tmp_path: Path, hub: Hub) -> None:
+    app = write_weights_app(tmp_path / "hub.py", "acme/tiny", endpoint_url=hub.url)
+    assert "~ tiny  (a new engine" in deploy(cluster, app)
+    assert cluster.ask("tiny").status_code == 200
+    # Its weights are those that came from S3: the large files were not fetched again.
+    assert not [name for name in hub.downloads if name.endswith(".safetensors")]
+    before = cluster.status("tiny")["pin"]
+    (hub.repos["acme/tiny"] / "generation_config.json").write_text('{"do_sample": false}')
+    said = cluster.ok("deploy", app, "--name", "stores", "--dry-run")
+    assert f"weights {before} → " in said and "~ tiny  (a new engine" in said
+    assert cluster.ask("tiny").status_code == 200
+    assert cluster.status("tiny")["pin"] == before
+    assert "tiny deployed, not started" in deploy(cluster, app, "--lazy").replace("version 3 ", "")
+    assert cluster.status("tiny")["pin"] != before
+
+
+def test_from_gcs_to_an_answer(cluster: Home, tmp_path: Path, buckets: Path) -> None:
+    with gcs_server(buckets) as url:
+        app = write_weights_app(tmp_path / "gcs.py", "gs://anonymous@acme/models/tiny", endpoint_url=url)
+        assert "~ tiny  (a new engine" in deploy(cluster, app)
+    assert cluster.ask("tiny").status_code == 200
+    assert "removed tiny" in cluster.ok("delete", "tiny", "--yes")
+
+
+def test_the_weights_commands(cluster: Home, tmp_path: Path, tiny_weights: Path, hub: Hub) -> None:
+    assert "no such folder" in cluster.fails("weights", "import", tmp_path / "none", "--as", "acme/own", LLMRUN_URL="")
+    assert "no node (127.0.0.2) has such a folder" in cluster.fails("weights", "import", "/none", "--as", "acme/own")
+    assert "a path is used in place" in cluster.fails("weights", "pull", str(tiny_weights))
+    assert "acme/own is " in cluster.ok("weights", "import", tiny_weights, "--as", "acme/own")
+    said = cluster.ok("weights", "list")
+    assert "acme/own" in said and "imported " in said
+    assert "is on every node" in cluster.ok("weights", "pull", "acme/tiny", "--endpoint-url", hub.url)
+    assert "all right" in cluster.ok("weights", "verify")
+    (blob,) = [p for p in (cluster.path / "weights" / "blobs").iterdir() if p.stat().st_size > 2**23]
+    with blob.open("r+b") as file:
+        file.write(b"?")
+    assert "model.safetensors is damaged: its " in cluster.fails("weights", "verify", "acme/own")
+    assert "no node has it" in cluster.fails("weights", "remove", "acme/other")
+    assert "removed acme/tiny" in cluster.ok("weights", "remove", "acme/tiny")
+    assert "bytes freed" in cluster.ok("weights", "prune", "--yes")
+    assert json.loads(cluster.ok("weights", "list", "--json")) == []
+    assert not list((cluster.path / "weights" / "blobs").iterdir())
+
+
+def test_a_slow_pull_says_how_far_it_is(cluster: Home, buckets: Path, s3: Proxy) -> None:
+    pull = ("weights", "pull", "s3://anonymous@acme/models/tiny", "--endpoint-url", s3.url)
+    assert "access denied" in cluster.fails("weights", "pull", "s3://acme/models/tiny", "--endpoint-url", s3.url)
+    with s3_server(buckets, keys=False) as server, proxy_to(server.url) as slow:
+        pull = (*pull[:-1], slow.url)
+        slow.fault.bytes_per_s = 2 * 2**20
+        assert re.search(r"  127.0.0.2: [\d.]+ MB of 16.7 MB, [\d.]+ MB/s, \d+ s left", cluster.ok(*pull))
+        assert "bytes freed" in cluster.ok("weights", "prune", "--yes")
+        slow.fault.bytes_per_s = 6 * 2**20
+        code, shown = cluster.on_a_terminal(*pull, answers="")
+        assert code == 0 and "/16.7 MB" in shown and "MB/s" in shown and "is on every node" in shown
+    assert "bytes freed" in cluster.ok("weights", "prune", "--yes")
+
+
+def test_a_second_node_gets_them_from_the_first(cluster: Home, tmp_path: Path, tiny_weights: Path, s3: Proxy) -> None:
+    cluster.ok("weights", "import", tiny_weights, "--as", "acme/own")
+    with second_node(cluster, tmp_path / "second"):
+        pull = ("weights", "pull", "acme/own")
+        until(lambda: "127.0.0.3" in cluster.ok(*pull) + cluster.ok("weights", "list"), 60, "the node joined")
+        rows = json.loads(cluster.ok("weights", "list", "--json"))
+        nodes = sorted(row["node"] for row in rows if row["source"] == "acme/own")
+        assert nodes == ["127.0.0.2", "127.0.0.3"]
+        own = (tmp_path / "second" / "weights" / "models").glob("*/model.safetensors")
+        assert [path.read_bytes() for path in own] == [(tiny_weights / "model.safetensors").read_bytes()]
+        assert "all right" in cluster.ok("weights", "verify")
+        assert "bytes freed" in cluster.ok("weights", "prune", "--yes")
+        assert not list((tmp_path / "second" / "weights" / "blobs").iterdir())
+
+
+def test_mirror(cluster: Home, tmp_path: Path, tiny_weights: Path, buckets: Path) -> None:
+    cluster.ok("weights", "import", tiny_weights, "--as", "acme/own")
+    with gcs_server(buckets) as url:
+        target = "gs://anonymous@acme/mirror/tiny"
+        said = cluster.ok("weights", "mirror", "acme/own", target, "--endpoint-url", url)
+        assert "6 files sent, 0 were there" in said
+        app = write_weights_app(tmp_path / "mirror.py", target, endpoint_url=url)
+        dry = ("deploy", app, "--name", "stores", "--adopt", "--dry-run")
+        until(lambda: "on CPU" in cluster.run(*dry).stderr, 60, "Ray has noticed that the second node is gone")
+        deploy(cluster, app, "--lazy")
+        assert cluster.ask("tiny").status_code == 200
+    assert "removed tiny" in cluster.ok("delete", "tiny", "--yes")
+    assert "a path is used in place" in cluster.fails("weights", "mirror", str(tiny_weights), target)
+    assert "mirrored to a store" in cluster.fails("weights", "mirror", "acme/own", "acme/other")

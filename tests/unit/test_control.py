@@ -1,0 +1,364 @@
+"""Control's pure rooms: plans, placing, the registry, the database."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llmrun.decorator import build_spec
+from llmrun.errors import Refused
+from llmrun.spec import ModelSpec
+from llmrun.weights import Weights
+from llmrun.wire import DeployRequest, Plan
+from llmrun_runtime.control.autoscaling import warm_nodes
+from llmrun_runtime.control.autoscaling.eviction import EvictionCandidate, choose_evictions
+from llmrun_runtime.control.autoscaling.model_view import ModelState, ModelView
+from llmrun_runtime.control.autoscaling.policy import Failure
+from llmrun_runtime.control.autoscaling.serve_config import app_name, parse_app_name
+from llmrun_runtime.control.operations.plan import check, make_plan
+from llmrun_runtime.control.state import database as database_module
+from llmrun_runtime.control.state.database import Database
+from llmrun_runtime.control.state.models import Deployed
+from llmrun_runtime.control.state.operation import Operation, Operations
+from llmrun_runtime.control.state.registry import Registry
+from llmrun_runtime.placement import Node, Placement, has_room, resolve, shortage
+from llmrun_runtime.weights.pin import File, Pin
+from llmrun_runtime.wire.reports import LEASE_S, ReplicaReport, Traffic
+
+CPU = Placement(1, 0)
+LAPTOP = Node("a", "10.0.0.1", {"CPU": 2}, {"CPU": 1})
+POOL = Node("", "pool", {"CPU": 8, "GPU": 8, "accelerator_type:H100": 1}, {})
+A10G = Node(
+    "b", "10.0.0.2", {"CPU": 8, "GPU": 2, "accelerator_type:A10G": 1}, {"CPU": 8, "GPU": 1, "accelerator_type:A10G": 1}
+)
+
+
+def spec(name: str = "one", **fields: Any) -> ModelSpec:
+    """A spec."""
+    return build_spec({"model": "org/model", "name": name, **fields})
+
+
+def deployed(made: ModelSpec, app: str = "app", placement: Placement = CPU) -> Deployed:
+    """It, in force as version 1."""
+    return Deployed(app, 1, 1, made, placement, proven=True)
+
+
+def plan(
+    *specs: ModelSpec, rows: tuple[Deployed, ...] = (), sources: dict[str, str] | None = None, **more: Any
+) -> Plan:
+    """The plan of a deploy of app `app` from `here`."""
+    request = DeployRequest(app="app", source="here", specs=specs, **more)
+    before = {row.name: row for row in rows}
+    check(request, before, sources or {})
+    return make_plan(request, before, {made.name: deployed(made) for made in specs})
+
+
+async def test_a_jobs_listener_that_is_slow_hears_everything() -> None:
+    job, heard = Operation(), []
+    await job.say("step", text="1")
+    async for event in job.events():
+        heard.append(event.text or event.kind)
+        if event.text == "1":
+            for here in (1, 2):
+                await job.say("progress", text="moving", here=here, total=2)
+            await job.say("step", text="2")
+            await job.say("end")
+    assert heard == ["1", "moving", "2", "end"]
+
+
+def test_a_plan_tells_new_changed_tuned_same_and_missing_apart() -> None:
+    rows = (
+        deployed(spec("a")),
+        deployed(spec("b")),
+        deployed(spec("c")),
+        deployed(spec("d")),
+        deployed(spec("x"), "other"),
+    )
+    made = plan(spec("a"), spec("b", max_replicas=2), spec("c", cpus=2), spec("e"), rows=rows)
+    assert [(c.model, c.kind, c.lines) for c in made.changes] == [
+        ("a", "same", ()),
+        ("b", "tune", ("max_replicas 1 → 2",)),
+        ("c", "change", ("cpus 1 → 2",)),
+        ("e", "add", ("org/model",)),
+        ("d", "remove", ()),
+    ]
+    assert (
+        made.fingerprint
+        == plan(spec("a"), spec("b", max_replicas=2), spec("c", cpus=2), spec("e"), rows=rows).fingerprint
+    )
+    assert made.fingerprint != plan(spec("a"), rows=rows).fingerprint
+
+
+def test_a_part_of_an_app_leaves_the_rest_alone() -> None:
+    made = plan(spec("a", cpus=2), rows=(deployed(spec("a")), deployed(spec("b"))), only=True)
+    assert [(c.model, c.kind) for c in made.changes] == [("a", "change")]
+
+
+def test_another_placement_is_a_new_engine() -> None:
+    made = plan(spec("a"), rows=(deployed(spec("a"), placement=Placement(1, 1)),))
+    assert made.changes[0].kind == "change" and made.changes[0].lines == ("runs on 1 × GPU → CPU",)
+
+
+class Agents:
+    """Stands in for the nodes' agents: what was asked of them."""
+
+    def __init__(self) -> None:
+        self.warmed: list[tuple[str, str]] = []
+        self.left: list[str] = []
+
+    def on(self, node: str) -> Any:
+        """A handle."""
+        remote = SimpleNamespace(remote=lambda engine: self.warmed.append((node, engine)))
+        return SimpleNamespace(warm=remote)
+
+
+def test_nodes_that_stay_are_kept_ready_and_those_that_may_go_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    agents, registry = Agents(), Registry()
+    monkeypatch.setattr(warm_nodes, "agent_on", agents.on)
+    monkeypatch.setattr(warm_nodes, "leave", agents.left.append)
+    scaling: Any = SimpleNamespace(deployed={"a": deployed(spec("a"))})
+    look = warm_nodes.WarmNodes(scaling, registry, Operations(), 60, lambda: "head").look
+    head, other = (Node(name, name, {"CPU": 4}, {"CPU": 4}) for name in ("head", "other"))
+    look([head, other], 0)
+    assert agents.warmed == [("head", "vllm"), ("other", "vllm")] and not agents.left
+    agents.warmed.clear()
+    kind = Node("", "group", {"CPU": 4}, {})
+    look([head, other, kind], 0)
+    look([head, other, kind], 59)
+    assert agents.warmed == [("head", "vllm")] * 2 and not agents.left
+    registry.report(ReplicaReport("r", "a", 1, "other", "h", 1, 2, "t", "ready"), 59)
+    look([head, other, kind], 61)
+    registry.remove("r")
+    look([head, other, kind], 120)
+    assert not agents.left
+    look([head, other, kind], 121)
+    assert agents.left == ["other"]
+    scaling.deployed.clear()
+    agents.warmed.clear()
+    look([head, other], 200)
+    assert not agents.warmed
+
+
+def test_a_model_looks_as_its_replicas_and_targets_say() -> None:
+    row, facts, registry = deployed(spec("a")), ModelState(), Registry()
+    assert ModelView(row, facts, registry, 0, held=False).state() == "cold"
+    waking = ModelView(row, facts, registry, 1, held=False)
+    assert (waking.state(), waking.phase()) == ("waking", "placing a replica")
+    report = ReplicaReport("r", "a", 1, "n", "h", 0, 0, "t", "starting", moments={"placed": 1})
+    for part, phase in (
+        ("placed", "bringing weights"),
+        ("weights", "starting the engine"),
+        ("forked", "loading weights"),
+    ):
+        report = replace(report, moments={**report.moments, part: 1})
+        registry.report(report, 0)
+        assert waking.phase() == phase
+    registry.report(replace(report, state="ready"), 0)
+    assert (waking.state(), waking.phase()) == ("hot", "")
+    registry.report(replace(report, state="draining"), 0)
+    assert ModelView(row, facts, registry, 0, held=False).state() == "draining"
+    registry.remove("r")
+    facts.yielded = "b"
+    assert ModelView(row, facts, registry, 0, held=False).cause() == "made room for b"
+    facts.failure = Failure(1, "no such dtype", 0)
+    failed = ModelView(row, facts, registry, 0, held=False)
+    assert (failed.state(), failed.cause(), failed.route(1, 2.5).failures) == ("failed", "no such dtype", 1)
+
+
+GPU = Placement(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("holders", "going"),
+    [
+        ([], []),
+        ([("a", "n1", GPU, 5), ("b", "n1", GPU, 3), ("c", "n2", GPU, 4)], ["b"]),
+        ([("a", "n1", Placement(1, 0), 1), ("b", "n1", GPU, 3)], ["b"]),  # a's CPU would not help
+        ([("a", "n3", GPU, 1)], []),  # another kind of node
+        ([("a", "n1", Placement(1, 0), 1)], []),
+    ],
+)
+def test_who_has_been_idle_for_longest_makes_room(holders: list[Any], going: list[str]) -> None:
+    full = {"CPU": 4, "GPU": 0}
+    nodes = [Node(name, name, {"CPU": 8, "GPU": 2}, full) for name in ("n1", "n2")]
+    nodes.append(Node("n3", "n3", {"CPU": 8}, {"CPU": 8}))
+    assert [
+        holder.model for holder in choose_evictions(GPU, nodes, [EvictionCandidate("r", *holder) for holder in holders])
+    ] == going
+
+
+def test_two_small_ones_make_room_for_a_large_one() -> None:
+    nodes = [Node("n", "n", {"CPU": 8, "GPU": 2}, {"CPU": 4, "GPU": 0})]
+    holders = [EvictionCandidate("1", "a", "n", GPU, 1), EvictionCandidate("2", "b", "n", GPU, 2)]
+    assert [holder.model for holder in choose_evictions(Placement(1, 2), nodes, holders)] == ["a", "b"]
+
+
+def test_secrets_are_shown_by_name() -> None:
+    made = plan(spec("a", env={"K": {"secret": "MINE"}}), rows=(deployed(spec("a")),))
+    assert made.changes[0].lines == ("env {} → {K: Secret('MINE')}",)
+
+
+@pytest.mark.parametrize("field", ["name", "aliases"])
+def test_names_are_unique_on_a_cluster(field: str) -> None:
+    other = deployed(spec("one", aliases=["org/one"]), app="other")
+    mine = spec("one") if field == "name" else spec("two", aliases=["org/one"])
+    with pytest.raises(Refused, match="belongs to model one of app other"):
+        plan(mine, rows=(other,))
+    with pytest.raises(Refused, match="belongs to model a"):
+        plan(spec("a"), spec("b", aliases=["a"]))
+
+
+def test_a_name_may_move_between_an_apps_own_models() -> None:
+    rows = (deployed(spec("a", aliases=["org/m"])), deployed(spec("b")))
+    made = plan(spec("a"), spec("b", aliases=["org/m"]), rows=rows)
+    assert [c.kind for c in made.changes] == ["change", "change"]
+
+
+def test_a_renamed_model_may_take_over_the_names_of_the_one_that_is_pruned() -> None:
+    rows = (deployed(spec("a", aliases=["org/m"])),)
+    with pytest.raises(Refused, match=r"belongs to model a, which is no longer in the file \(--prune removes it\)"):
+        plan(spec("b", aliases=["org/m"]), rows=rows)
+    made = plan(spec("b", aliases=["org/m"]), rows=rows, prune=True)
+    assert [(c.model, c.kind) for c in made.changes] == [("b", "add"), ("a", "remove")]
+
+
+def test_an_app_of_another_place_is_refused_without_adopt() -> None:
+    with pytest.raises(Refused, match=r"last deployed from there, not from here.*--adopt"):
+        plan(spec("a"), sources={"app": "there"})
+    assert plan(spec("a"), sources={"app": "there"}, adopt=True).changes[0].kind == "add"
+
+
+@pytest.mark.parametrize(
+    ("fields", "nodes", "placement"),
+    [
+        ({}, [LAPTOP], Placement(1, 0)),
+        ({}, [LAPTOP, A10G], Placement(1, 1)),
+        ({"accelerator": "cpu"}, [LAPTOP, A10G], Placement(1, 0)),
+        ({"gpus": 0}, [LAPTOP, A10G], Placement(1, 0)),
+        ({"gpus": 2}, [LAPTOP, A10G], Placement(1, 2)),
+        ({"accelerator": "A10G:2"}, [LAPTOP, A10G], Placement(1, 2, "A10G")),
+        ({"accelerator": ["H100", "A10G"]}, [LAPTOP, A10G], Placement(1, 1, "A10G")),
+        (
+            {"accelerator": "H100"},
+            [LAPTOP, POOL],
+            Placement(1, 1, "H100"),
+        ),
+        ({"gpus": 0.5}, [LAPTOP, A10G], Placement(1, 0.5)),
+        ({"accelerator": "A10G", "gpus": 4, "nodes": 2}, [A10G, A10G], Placement(1, 2, "A10G", 2)),
+        ({"engine_args": "-tp 2 -pp 1"}, [LAPTOP, A10G], Placement(1, 2)),
+        ({"accelerator": ["A10G", "H100"], "gpus": 16, "nodes": 2}, [A10G, POOL], Placement(1, 8, "H100", 2)),
+    ],
+)
+def test_placements(fields: dict[str, Any], nodes: list[Node], placement: Placement) -> None:
+    assert resolve(spec(**fields), nodes) == placement
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"accelerator": "H100"}, ["accelerator='H100'", "1 × H100", "2 × A10G, 8 CPUs"]),
+        ({"accelerator": ["H100:8", "A100:8"]}, ["8 × H100 or 8 × A100"]),
+        ({"gpus": 4}, ["gpus=4", "4 × GPU"]),
+        ({"cpus": 64}, ["cpus=64", "64 CPUs"]),
+        ({"gpus": 4, "nodes": 2}, ["nodes=2: no node can give 2 nodes × 2 × GPU"]),
+    ],
+)
+def test_what_no_node_can_give_is_refused_with_what_there_is(fields: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(Refused) as caught:
+        resolve(spec(**fields), [LAPTOP, A10G])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_room_and_its_holders() -> None:
+    assert has_room(CPU, [LAPTOP])
+    assert not has_room(Placement(2, 0), [LAPTOP])
+    assert has_room(Placement(2, 0), [LAPTOP], freed={"a": CPU})
+    text = shortage(Placement(1, 2, "A10G"), [LAPTOP, A10G], ["busy"])
+    assert "1 CPUs and 2 × A10G" in text and "1 × A10G, 8 CPUs" in text and "held by busy" in text
+
+
+def test_what_spans_nodes_has_room_on_as_many() -> None:
+    wide = Placement(1, 2, "A10G", 2)
+    full = {"CPU": 8.0, "GPU": 2, "accelerator_type:A10G": 1}
+    nodes = [Node(name, name, full, full) for name in "ab"] + [Node("c", "c", full, {"CPU": 8})]
+    assert has_room(wide, nodes) and not has_room(Placement(1, 2, "A10G", 3), nodes)
+    assert "1 CPUs and 2 nodes × 2 × A10G each" in shortage(wide, nodes, [])
+    busy = [Node(name, name, full, {"CPU": 8, "accelerator_type:A10G": 1}) for name in "ab"]
+    holders = [EvictionCandidate(name, name, name, Placement(1, 2, "A10G"), 1) for name in "ab"]
+    assert [holder.id for holder in choose_evictions(wide, busy, holders)] == ["a", "b"]
+    assert choose_evictions(wide, busy, holders[:1]) == [], "one of two nodes would not do"
+
+
+def report(state: Any = "ready", replica: str = "r1", **more: Any) -> ReplicaReport:
+    """A replica's report."""
+    facts: dict[str, Any] = {"model": "one", "version": 1, "node": "a", "host": "h", "port": 1, "link": 2, "token": "t"}
+    return ReplicaReport(id=replica, state=state, **(facts | more))
+
+
+def test_the_registry_keeps_who_reports_and_forgets_who_is_silent() -> None:
+    registry = Registry()
+    assert registry.report(report("starting"), now=0)
+    assert registry.report(report(), now=1)
+    assert not registry.report(report(in_flight=3), now=2)
+    registry.demand("ingress", {"one": Traffic(waiting=2, in_flight=5)}, now=2)
+    assert (registry.waiting("one"), registry.in_flight("one")) == (2, 5)
+    assert registry.expire(2 + LEASE_S) == []
+    assert [gone.id for gone in registry.expire(3 + LEASE_S)] == ["r1"]
+    assert (registry.waiting("one"), registry.of("one")) == (0, [])
+
+
+def test_a_draining_replica_does_not_come_back() -> None:
+    registry = Registry()
+    registry.report(report(), now=0)
+    assert registry.report(report("draining"), now=1)
+    assert not registry.report(report(), now=2)
+    assert registry.ready("one", 1) == []
+
+
+def test_use_is_told_from_reports() -> None:
+    registry = Registry()
+    registry.report(report(), now=100)
+    registry.report(report(idle_s=30), now=200)
+    assert registry.last_used["one"] == 170
+    registry.report(report(idle_s=100), now=201)
+    assert registry.last_used["one"] == 170
+
+
+def test_the_database_keeps_models_versions_and_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    url = f"sqlite:///{tmp_path / 'db'}"
+    database = Database(url)
+    coded = spec("two", code={"package": "p", "file": "app.py", "cls": "Two"})
+    database.put_app("app", "here")
+    database.put_package("p", b"zip")
+    database.put_package("q", b"unused")
+    pin = Pin(weights=Weights("org/model"), revision="abc", files=(File(name="config.json", size=2),))
+    row = replace(deployed(spec("one")), pin=pin)
+    database.put_version(row, in_force=True)
+    database.put_version(deployed(coded), in_force=True)
+    database.put_version(replace(row, version=2, engine_version=2), in_force=False)
+    assert database.next_version("one") == 3
+    database.close()
+
+    again = Database(url)
+    rows, sources = again.load()
+    assert rows.keys() == {"one", "two"}
+    assert rows["one"] == row and sources == {"app": "here"}
+    again.remove(["one"])
+    assert again.next_version("one") == 3  # a number names an application, which may still be draining
+    assert again.has_package("q")  # a deploy that is under way may have brought it
+    monkeypatch.setattr(database_module, "PACKAGE_GRACE_S", -1)
+    again.remove([])
+    assert (again.package("p"), again.package("q")) == (b"zip", None)
+    again.remove(["two"])
+    assert again.load() == ({}, {}) and not again.has_package("p")
+    again.close()
+
+
+def test_application_names_say_model_and_version() -> None:
+    assert parse_app_name(app_name("my-v2", 3)) == ("my-v2", 3)
+    assert parse_app_name("somebody-elses") is None

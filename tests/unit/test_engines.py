@@ -1,0 +1,445 @@
+"""The engine rooms without an engine: flags, root causes, hooks, the lease."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrun.errors import EngineError, HookError
+from llmrun.spec import ModelSpec
+from llmrun_runtime.engines import registry
+from llmrun_runtime.engines.base import Launch, Loader, Member, ShimConfig, to_flags
+from llmrun_runtime.engines.process.engine_process import EngineProcess
+from llmrun_runtime.engines.registry import get_engine
+from llmrun_runtime.engines.shim.hooks import Hooks
+from llmrun_runtime.engines.sidecar import engine as sidecar
+from llmrun_runtime.engines.vllm import engine as vllm
+from llmrun_runtime.engines.vllm.engine import cpu_defaults
+from tests.support.cluster import until
+
+VLLM = get_engine("vllm")
+
+
+def launch(**more: Any) -> Launch:
+    """A launch of nothing in particular."""
+    facts: dict[str, Any] = {
+        "names": ("one", "org/one"),
+        "weights": "/w",
+        "members": (Member("n", "10.0.0.1", ("0", "1")),),
+        "engine_args": {
+            "max_model_len": 8192,
+            "enable_x": True,
+            "enable_y": False,
+            "z": {"a": 1},
+            "s": ["p", "q"],
+            "d_e.f_g": 1,
+        },
+        "python": sys.executable,
+    }
+    return Launch(**(facts | more))
+
+
+def test_the_command_carries_names_host_shim_and_flags() -> None:
+    line = " ".join(VLLM.command(launch()))
+    assert "--model /w --served-model-name one org/one --host 10.0.0.1 --port 0" in line
+    assert "--middleware llmrun_runtime.engines.shim.middleware.Shim" in line
+    flags = '--max-model-len 8192 --enable-x --no-enable-y --z {"a": 1} --s p q --d-e.f_g 1 --tensor-parallel-size 2'
+    assert line.endswith(f"{flags} --allowed-media-domains {vllm.NO_HOST}")
+    hosts = " ".join(VLLM.command(launch(engine_args={"allowed_media_domains": ["a.org", "b.org"]})))
+    assert hosts.count("--allowed-media-domains") == 1 and "--allowed-media-domains a.org b.org" in hosts
+    assert to_flags({"none": None}) == []
+
+
+def test_gpus_are_divided_by_what_works_in_parallel() -> None:
+    one = (Member("n", "h", ("0", "1", "2", "3")),)
+
+    def flags(engine_args: dict[str, Any], **more: Any) -> str:
+        return " ".join(VLLM.command(launch(engine_args=engine_args, **{"members": one, **more})))
+
+    assert "--tensor-parallel-size 4" in flags({})
+    assert "--tensor-parallel-size 2" in flags({"pipeline_parallel_size": "2"})
+    assert "--tensor-parallel-size" not in flags({"data_parallel_size": 4})
+    part = flags({}, members=(Member("n", "h", ("0",)),), gpu_share=0.5)
+    assert "--gpu-memory-utilization 0.46" in part and "--tensor-parallel-size" not in part
+    assert "--gpu-memory-utilization" not in flags({"kv_cache_memory_bytes": "4G"}, gpu_share=0.5)
+
+
+def test_members_of_an_engine_find_one_another() -> None:
+    members = (Member("a", "10.0.0.1", ("0", "1")), Member("b", "10.0.0.2", ("0", "1"), 1))
+    first, second = (" ".join(VLLM.command(launch(members=members, rank=rank, port=7))) for rank in (0, 1))
+    meeting = "--master-addr 10.0.0.1 --master-port 7 --distributed-executor-backend mp"
+    assert f"--nnodes 2 --node-rank 0 {meeting} --max-model-len" in first and "--tensor-parallel-size 4" in first
+    assert f"--nnodes 2 --node-rank 1 {meeting} --headless --max-model-len" in second
+
+
+@pytest.mark.parametrize(
+    ("there", "filesystem", "chosen"),
+    [
+        ({"runai_model_streamer", "fastsafetensors", "instanttensor"}, "ext4", "instanttensor"),
+        ({"runai_model_streamer", "fastsafetensors"}, "xfs", "fastsafetensors"),
+        ({"runai_model_streamer", "fastsafetensors"}, "nfs4", "runai_streamer"),
+        ({"fastsafetensors"}, "fuse.s3fs", "fastsafetensors"),
+        (set(), "ext4", ""),
+    ],
+)
+def test_the_way_onto_a_gpu_is_chosen_by_disk_and_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: set[str], filesystem: str, chosen: str
+) -> None:
+    monkeypatch.setattr(vllm, "filesystem", lambda path: filesystem)
+    monkeypatch.setattr(vllm, "_installed", there.__contains__)
+    assert vllm.load_format(tmp_path, there.__contains__) == ""  # no safetensors
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    line = " ".join(VLLM.arguments(launch(weights=str(tmp_path), engine_args={})))
+    assert (f"--load-format {chosen}" in line) if chosen else "--load-format" not in line
+    said = launch(weights=str(tmp_path), engine_args={"load_format": "auto"})
+    assert "--load-format auto" in " ".join(VLLM.arguments(said))
+    on_cpu = launch(weights=str(tmp_path), engine_args={}, members=(Member("n", "h"),))
+    assert "--load-format" not in VLLM.arguments(on_cpu)
+
+
+def test_the_disk_of_a_path_is_known() -> None:
+    assert vllm.filesystem(Path("/proc/self")) == "proc"
+
+
+def test_a_fast_start_captures_few_graphs_unless_the_user_says_which() -> None:
+    assert "--max-cudagraph-capture-size 16" in " ".join(VLLM.arguments(launch(fast_start=True)))
+    for said in ({"enforce_eager": True}, {"cudagraph_capture_sizes": [1, 2]}):
+        assert "--max-cudagraph-capture-size" not in VLLM.arguments(launch(fast_start=True, engine_args=said))
+
+
+def test_engines_keep_a_cache_of_their_own() -> None:
+    env = VLLM.environment({}, Path("/cache/one/v1"))
+    assert env["VLLM_CACHE_ROOT"] == "/cache/one/v1" and env["VLLM_ENABLE_STARTUP_PLAN"] == "1"
+    assert VLLM.environment({"VLLM_CACHE_ROOT": "/mine"}, Path("/c"))["VLLM_CACHE_ROOT"] == "/mine"
+    assert "VLLM_CACHE_ROOT" not in VLLM.environment({}, None)
+
+
+def test_cpu_defaults_give_way_to_what_the_user_said() -> None:
+    flags = cpu_defaults(["--model", "m"])
+    assert flags == ["--enforce-eager", "--kv-cache-memory-bytes", "1G", "--distributed-executor-backend", "uni"]
+    said = ["--no-enforce-eager", "--kv-cache-memory-bytes=2G", "--tensor-parallel-size", "2"]
+    assert cpu_defaults(said) == []
+
+
+def test_a_server_beside_gets_its_own_flags_and_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's, as its documentation has them: https://docs.sglang.ai/advanced_features/server_arguments.html."""
+    sglang = get_engine("sglang")
+    with pytest.raises(EngineError, match=r"sglang is not installed there: pip install sglang"):
+        sglang.command(launch())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    python, _, module, config, *command = sglang.command(launch(engine_args={"context_length": 4096}))
+    assert python == sys.executable and module == sidecar.SIDECAR
+    said = sidecar.SidecarConfig.from_json(config)
+    assert (said.host, said.name, said.model, said.health) == ("10.0.0.1", "one", "one", "/health")
+    assert "/v1/chat/completions" in said.paths
+    line = " ".join(command)
+    assert line.startswith(f"{sys.executable} -m sglang.launch_server --model-path /w --served-model-name one ")
+    assert line.endswith("--host 127.0.0.1 --port {port} --context-length 4096 --tp-size 2")
+    on_cpu = " ".join(sglang.command(launch(members=(Member("n", "::1"),), engine_args={}, task="embed")))
+    assert on_cpu.endswith("--device cpu --is-embedding") and "--tp-size" not in on_cpu
+    said_twice = " ".join(sglang.command(launch(engine_args={"tp_size": 1})))
+    assert said_twice.count("--tp-size") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"lora": "s3://acme/adapters"}, "takes no adapters here"),
+        ({"task": "embed"}, "has no task='embed' here"),
+        ({}, ""),
+    ],
+)
+def test_an_engine_says_what_it_cannot_serve(arguments: dict[str, Any], words: str) -> None:
+    spec = ModelSpec.model_validate({"name": "one", "model": "org/one", "engine": "transformers", **arguments})
+    said = get_engine("transformers").refuses(spec)
+    assert words in said and bool(words) == bool(said)
+
+
+def test_the_last_exception_of_a_server_beside_is_its_cause() -> None:
+    server = get_engine("transformers")
+    log = "Traceback (most recent call last):\nRuntimeError: first\nINFO: x\nValueError: no such dtype\nINFO: y\n"
+    assert server.root_cause(log) == "ValueError: no such dtype"
+    assert server.root_cause("INFO: all is well\n") == ""
+
+
+def test_packages_bring_engines_by_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [
+        EntryPoint("mine", f"{__name__}:Mine", registry.GROUP),
+        EntryPoint("broken", f"{__name__}:Nobody", registry.GROUP),
+    ]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+    get_engine.cache_clear()
+    try:
+        assert isinstance(get_engine("mine"), Mine)
+        with pytest.raises(EngineError, match=r"engine='broken'.*cannot be loaded.*AttributeError.*Nobody"):
+            get_engine("broken")
+    finally:
+        get_engine.cache_clear()
+
+
+def test_an_unknown_engine_is_named_with_those_that_exist() -> None:
+    with pytest.raises(EngineError, match=r"engine='tgi'.*there are sglang, transformers, vllm"):
+        get_engine("tgi")
+
+
+@pytest.mark.parametrize(
+    ("log", "cause"),
+    [
+        (
+            "usage: vllm\nvllm: error: unrecognized arguments: --no 3\n",
+            "unrecognized arguments: --no 3",
+        ),
+        (
+            "(EngineCore pid=7) ERROR 11-22 16:00:00 [core.py:1] Traceback (most recent call last):\n"
+            "(EngineCore pid=7) ERROR 11-22 16:00:00 [core.py:1] ValueError: No available memory for the cache.\n"
+            "(APIServer pid=6) Traceback (most recent call last):\n"
+            "(APIServer pid=6) RuntimeError: Engine core initialization failed. See root cause above.\n",
+            "ValueError: No available memory for the cache.",
+        ),
+        (
+            "(APIServer pid=6) pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig\n"
+            "(APIServer pid=6)   Value error, User-specified max_model_len (9) is too large [type=value_error, x]\n",
+            "ValueError: User-specified max_model_len (9) is too large",
+        ),
+        ("torch.OutOfMemoryError: CUDA out of memory.\n", "torch.OutOfMemoryError: CUDA out of memory."),
+        ("INFO all is well\n", ""),
+    ],
+)
+def test_root_causes(log: str, cause: str) -> None:
+    assert VLLM.root_cause(log) == cause
+
+
+def hooks(tmp_path: Path, text: str, timeout: float = 2.5) -> Hooks:
+    """The hooks of a class `Mine` with that body."""
+    path = tmp_path / "app.py"
+    path.write_text("import asyncio, time\n\nclass Mine:\n" + text)
+    return Hooks(ShimConfig("mine", str(path), "Mine", ("on_start", "on_request"), timeout))
+
+
+PLAIN = """
+    def on_start(self): self.seen = 0
+    def on_request(self, request):
+        if request["do"] == "raise": raise ValueError("no such thing")
+        if request["do"] == "block": time.sleep(6)
+        if request["do"] == "nothing": return None
+        if request["do"] == "a set": return {"x": {1}}
+        if request["do"] == "exit": raise SystemExit(3)
+        if request["do"] == "stop": next(iter([]))
+        self.seen += 1
+        return {**request, "seen": self.seen}
+"""
+ASYNC = """
+    async def on_start(self): self.lock = asyncio.Lock()
+    async def on_request(self, request):
+        if request["do"] == "raise": raise ValueError("no such thing")
+        if request["do"] == "block": time.sleep(6)
+        if request["do"] == "wait": await asyncio.sleep(60)
+        async with self.lock: return {**request, "seen": 1}
+"""
+
+
+async def seen(mine: Hooks) -> Any:
+    """What a hook that works makes of a request."""
+    return json.loads(await mine.apply({"do": "x"}))["seen"]
+
+
+async def test_plain_hooks_share_one_instance(tmp_path: Path) -> None:
+    mine = hooks(tmp_path, PLAIN)
+    await mine.start()
+    assert [await seen(mine), await seen(mine)] == [1, 2]
+    with pytest.raises(HookError, match=r"Mine.on_request returned NoneType"):
+        await mine.apply({"do": "nothing"})
+    with pytest.raises(HookError, match=r"returned a request that is no JSON: .*set"):
+        await mine.apply({"do": "a set"})
+    for way in ("exit", "stop"):
+        with pytest.raises(HookError, match=r"Mine.on_request raised (SystemExit: 3|StopIteration)"):
+            await mine.apply({"do": way})
+
+
+@pytest.mark.parametrize("body", [PLAIN, ASYNC], ids=["plain", "async"])
+async def test_a_hook_that_raises_or_blocks_harms_its_own_request_alone(
+    tmp_path: Path, body: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    mine = hooks(tmp_path, body)
+    await mine.start()
+    with pytest.raises(HookError, match=r"Mine.on_request raised ValueError: no such thing"):
+        await mine.apply({"do": "raise"})
+    logged = capfd.readouterr().err
+    assert "app.py" in logged and "hooks.py" not in logged
+
+    blocked = asyncio.create_task(mine.apply({"do": "block"}))
+    await asyncio.sleep(0.05)  # the order is the point: the other one comes while the first blocks
+    assert await seen(mine) == 1
+    with pytest.raises(HookError, match=r"did not answer within 2.5 s"):
+        await blocked
+    assert "time.sleep(" in capfd.readouterr().err
+
+
+async def test_an_async_hook_that_waits_too_long(tmp_path: Path) -> None:
+    mine = hooks(tmp_path, ASYNC)
+    await mine.start()
+    with pytest.raises(HookError, match="did not answer"):
+        await mine.apply({"do": "wait"})
+    assert await seen(mine) == 1
+
+
+async def test_a_class_that_cannot_start_says_so(tmp_path: Path) -> None:
+    with pytest.raises(HookError, match=r"Mine.on_start raised ZeroDivisionError: division by zero"):
+        await hooks(tmp_path, "    def on_start(self): 1 / 0\n").start()
+
+
+class Script:
+    """An engine that is a few lines of Python, to stand in where only processes matter."""
+
+    name = "script"
+    module = ""
+    paths = frozenset[str]()
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def refuses(self, spec: ModelSpec) -> str:
+        return ""
+
+    def command(self, launch: Launch) -> list[str]:
+        return [launch.python, "-c", self.text]
+
+    def arguments(self, launch: Launch) -> list[str]:
+        return []
+
+    def libraries(self) -> tuple[str, ...]:
+        return ()
+
+    def environment(self, env: Mapping[str, str], cache: Path | None) -> dict[str, str]:
+        return dict(os.environ)
+
+    def loader(self, app: Any, max_rank: int) -> Loader:
+        """It takes no adapters."""
+        raise EngineError("no adapters")
+
+    def root_cause(self, log: str) -> str:
+        return VLLM.root_cause(log)
+
+
+class Mine(Script):
+    """Somebody's, made without arguments."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+
+
+HOLDERS = """
+import os, subprocess, sys, time
+from llmrun_runtime.engines import lease
+lease.hold()
+if not os.fork():  # takes a lease of its own unasked
+    pass
+elif not sys.argv[1:]:  # a process of its own, as vLLM's plugins make it
+    code = "from llmrun_runtime.engines import lease; lease.hold()\\nimport os, time\\n"
+    code += "print('pid', os.getpid(), flush=True); time.sleep(600)"
+    subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+print("pid", os.getpid(), flush=True)
+time.sleep(600)
+"""
+
+
+def pids(log: Path, count: int) -> list[int]:
+    """The process ids in the log, once there are `count`."""
+
+    def found() -> list[int] | None:
+        lines = [int(line.split()[1]) for line in log.read_text().splitlines() if line.startswith("pid ")]
+        return lines if len(lines) == count else None
+
+    numbers: list[int] = until(found, 20, "the processes have started")
+    return numbers
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+async def test_every_process_ends_when_the_engine_is_ended(tmp_path: Path) -> None:
+    engine = EngineProcess(Script(HOLDERS), launch(log=tmp_path / "log"))
+    await engine.start()
+    started = await asyncio.to_thread(pids, tmp_path / "log", 3)
+    await engine.end()
+    assert not any(map(alive, started))
+
+
+REPLICA = """
+import asyncio, sys
+from pathlib import Path
+from llmrun_runtime.engines.process import EngineProcess
+from tests.test_engines import HOLDERS, Script, launch
+async def main():
+    engine = EngineProcess(Script(HOLDERS), launch(log=Path(sys.argv[1])))
+    await engine.start()
+    await asyncio.sleep(600)
+asyncio.run(main())
+"""
+
+
+def test_kill_9_of_the_replica_ends_every_process_of_its_engine(tmp_path: Path) -> None:
+    root = str(Path(__file__).parent.parent.parent)
+    replica = subprocess.Popen(
+        [sys.executable, "-c", REPLICA, tmp_path / "log"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([root, *sys.path])},
+    )
+    try:
+        until((tmp_path / "log").exists, 20, "the engine has a log")
+        started = pids(tmp_path / "log", 3)
+        assert all(map(alive, started))
+    finally:
+        replica.kill()
+        replica.wait()
+    until(lambda: not any(map(alive, started)), 5, "the engine's processes have ended")
+
+
+async def test_an_engine_that_ends_early_fails_with_its_cause(tmp_path: Path) -> None:
+    engine = EngineProcess(Script("raise ValueError('no such dtype')"), launch(log=tmp_path / "log"))
+    await engine.start()
+    with pytest.raises(EngineError, match=r"^ValueError: no such dtype$"):
+        await engine.ready(20)
+    await engine.end()
+    killed = EngineProcess(Script("import os; os.kill(os.getpid(), 9)"), launch(log=tmp_path / "log2"))
+    await killed.start()
+    with pytest.raises(EngineError, match=r"SIGKILL.*out of memory"):
+        await killed.ready(20)
+    await killed.end()
+
+
+async def test_an_engine_that_never_answers_is_bounded(tmp_path: Path) -> None:
+    engine = EngineProcess(Script("import time; time.sleep(600)"), launch(log=tmp_path / "log"))
+    await engine.start()
+    begun = time.monotonic()
+    with pytest.raises(EngineError, match=r"did not answer within 0.3 s \(LLMRUN_START_TIMEOUT\)"):
+        await engine.ready(0.3)
+    await engine.end()
+    assert time.monotonic() - begun < 5
+
+
+async def test_strangers_cannot_speak_for_the_engine(tmp_path: Path) -> None:
+    engine = EngineProcess(Script("import time; time.sleep(600)"), launch(log=tmp_path / "log"))
+    await engine.start()
+    assert engine._lease
+    host, port = engine._lease.sockets[0].getsockname()[:2]
+    reader, writer = await asyncio.open_connection(host, port)
+    writer.write(json.dumps({"token": "guess"}).encode() + b"\n" + json.dumps({"port": 1}).encode() + b"\n")
+    assert await asyncio.wait_for(reader.read(), 5) == b""
+    writer.close()
+    assert engine.port == 0
+    await engine.end()

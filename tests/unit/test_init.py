@@ -1,0 +1,122 @@
+"""`llmrun init`: what it writes is an app, for every model and accelerator that it knows; and what it suggests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from llmrun.errors import LLMRunError, WeightsError
+from llmrun_cli.app_files.python_file import load_app
+from llmrun_cli.main import app
+from llmrun_cli.model_sizes import GB, MEMORY_GB, MODELS, SMALL, Size, gpus_for, size_of, smallest
+from tests.support.cluster import Home
+from tests.support.servers import hub_server
+
+
+def init(path: Path, *args: str) -> Any:
+    """`llmrun init PATH ARGS`; raises what it does."""
+    done = CliRunner().invoke(app, ["init", str(path), *args])
+    if isinstance(done.exception, LLMRunError):
+        raise done.exception
+    assert done.exit_code == 0, done.output
+    return done
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_known_model_is_written_on_what_it_fits(model: str, tmp_path: Path) -> None:
+    path = tmp_path / "app.py"
+    init(path, "--model", model)
+    (found,) = load_app(path)
+    spec = found.spec
+    size = MODELS[model].size
+    assert spec.model.source == model and (spec.task == "embed") == (MODELS[model].use == "embed")
+    if size.weights < SMALL:
+        assert spec.accelerator is None
+        return
+    kind = smallest(size)
+    assert spec.accelerator and spec.accelerator.kinds == (kind,)
+    assert spec.gpu_count == gpus_for(size, kind) and size.wanted <= spec.gpu_count * MEMORY_GB[kind] * GB
+
+
+def test_each_flag_is_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    more = ["--name", "7b-chat", "--accelerator", "A100-80G", "--gpus", "4", "--lora", "s3://acme/adapters"]
+    init(path, "--model", "acme/x", *more, "--max-replicas", "3", "--keep-warm")
+    (found,) = load_app(path)
+    spec = found.spec
+    assert (spec.name, str(spec.accelerator), spec.gpu_count) == ("7b-chat", "A100-80G:4", 4)
+    assert spec.lora and str(spec.lora) == "s3://acme/adapters" and (spec.min_replicas, spec.max_replicas) == (1, 3)
+    init(path, "--model", "acme/x", "--accelerator", "cpu", "--force")
+    (found,) = load_app(path)
+    assert found.spec.on_cpu and found.spec.name == "x"
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([], "without a terminal, say --model"),
+        (["--use", "poetry"], "--use poetry: one of chat"),
+        (["--model", "a/b", "--accelerator", "K80", "--gpus", "1"], "--accelerator K80: cpu, any, or one of"),
+        (["--model", "Qwen/Qwen3-32B", "--accelerator", "T4"], None),
+        (["--model", "meta-llama/Llama-3.3-70B-Instruct", "--accelerator", "T4"], "it wants 154 GB, and 8 T4 have 115"),
+        (["--model", "Qwen/Qwen3-8B", "--name", "A B"], "a name is a DNS label"),
+    ],
+)
+def test_what_is_wrong_is_said(args: list[str], said: str | None, tmp_path: Path) -> None:
+    if said is None:
+        init(tmp_path / "app.py", *args)
+        return
+    with pytest.raises(LLMRunError, match=said):
+        init(tmp_path / "app.py", *args)
+    assert not (tmp_path / "app.py").exists()
+    (tmp_path / "app.py").write_text("mine")
+    with pytest.raises(LLMRunError, match="is there already"):
+        init(tmp_path / "app.py", "--model", "Qwen/Qwen3-8B")
+    assert (tmp_path / "app.py").read_text() == "mine"
+
+
+def test_the_number_of_gpus_divides_the_heads_and_is_a_power_of_two() -> None:
+    assert gpus_for(Size(7 * GB), "T4") == 1 and gpus_for(Size(30 * GB), "T4") == 4
+    assert gpus_for(Size(14 * GB, heads=28), "T4") == 2
+    with pytest.raises(WeightsError, match="it wants 102 GB"):
+        gpus_for(Size(100 * GB, heads=9), "H100")
+
+
+def test_a_model_that_is_not_known_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 256}
+    folder = tmp_path / "acme"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"x" * 1000)
+    for config in (text, {"text_config": text}):
+        (folder / "config.json").write_text(json.dumps(config))
+        assert size_of(str(folder), "") == Size(1000, 2 * 2 * 2 * 64 * 2, 4)
+    with hub_server() as hub:
+        hub.repos["acme/new"] = folder
+        hub.gated.add("acme/gated")
+        hub.repos["acme/gated"] = folder
+        assert size_of("acme/new", hub.url) == Size(1000, 1024, 4) == size_of("acme/new@main", hub.url)
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        init(tmp_path / "app.py", "--model", "acme/new")
+        assert load_app(tmp_path / "app.py")[0].spec.accelerator is None, "so small a one answers on CPUs, too"
+        with pytest.raises(WeightsError, match="it is gated or private: set HF_TOKEN"):
+            size_of("acme/gated", hub.url)
+        with pytest.raises(WeightsError, match=r"size is not known .*say --accelerator, and --gpus"):
+            size_of("acme/nothing", hub.url)
+    with pytest.raises(WeightsError, match="cannot be asked: ConnectError"):
+        size_of("acme/new", "http://127.0.0.1:9")
+    (folder / "config.json").write_text("no")
+    with pytest.raises(WeightsError, match=r"has no config\.json that can be read"):
+        size_of(str(folder), "")
+
+
+def test_on_a_terminal_it_asks(tmp_path: Path) -> None:
+    path = tmp_path / "app.py"
+    code, shown = Home(tmp_path / "home", 1).on_a_terminal("init", path, answers="chat\n4\nA10G\n1\n-\n2\ny\n")
+    assert code == 0, shown
+    (found,) = load_app(path)
+    assert found.spec.model.source == "Qwen/Qwen3-8B" and str(found.spec.accelerator) == "A10G"
+    assert (found.spec.min_replicas, found.spec.max_replicas) == (1, 2)

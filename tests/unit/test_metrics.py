@@ -1,0 +1,297 @@
+"""What is counted for Prometheus, and what `llmrun dashboards` writes, without a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
+from starlette.requests import Request
+
+from llmrun_cli.commands.dashboards import files
+from llmrun_cli.grafana import dashboard
+from llmrun_runtime.asgi import Send
+from llmrun_runtime.control.autoscaling.cold_starts import ColdStarts
+from llmrun_runtime.control.metrics import Paces
+from llmrun_runtime.control.state.database import Database
+from llmrun_runtime.engines.shim import usage_meter
+from llmrun_runtime.engines.sidecar import server
+from llmrun_runtime.ingress import metrics as metrics_room
+from llmrun_runtime.ingress.metrics_merge import merge
+from llmrun_runtime.metric_labels import MOST, OTHERS, AdapterLabels
+from llmrun_runtime.wire.reports import AdapterRevision, ReplicaReport
+from llmrun_runtime.wire.usage import PACE_BUCKETS, PaceRow
+from tests.support.cluster import Home
+from tests.support.ingress import CHAT, Bench, Engine, route
+
+RESPONSES = "/v1/responses"
+Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+def parsed(text: str) -> Samples:
+    """A page's values, by name and labels; of each name there must be one family."""
+    families = list(text_string_to_metric_families(text))
+    assert len({family.name for family in families}) == len(families)
+    return {(s.name, frozenset(s.labels.items())): s.value for f in families for s in f.samples}
+
+
+def key(name: str, **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:
+    """Of one value; an empty label is none."""
+    return name, frozenset(labels.items())
+
+
+async def page(bench: Bench) -> Samples:
+    """The ingress's."""
+    async with bench.session.get(bench.url + "/metrics") as answer:
+        return parsed(await answer.text())
+
+
+def test_pages_become_one() -> None:
+    one = '# HELP a_total Text of a.\n# TYPE a_total counter\na_total{x="1"} 1.0\n# TYPE b gauge\nb 2.0\n'
+    two = '# HELP a_total Other.\n# TYPE a_total counter\na_total{x="{ model=",model="\\"m"} 3.0\n'
+    two += "# EOF\nc{} 4 1700000000000\n"
+    text = merge([(one, {"model": 'q"\\'}), ("", {"model": "none"}), (two, {"model": "n", "replica": "r"}), (one, {})])
+    found = parsed(text)
+    assert found[key("a_total", x="1", model='q"\\')] == found[key("a_total", x="1")] == 1
+    assert found[key("a_total", x="{ model=", exported_model='"m', model="n", replica="r")] == 3
+    assert found[key("b", model='q"\\')] == found[key("b")] == 2 and found[key("c", model="n", replica="r")] == 4
+    assert text.count("# HELP a_total ") == text.count("# TYPE a_total ") == 1 and "Text of a." in text
+    assert merge([]) == merge([("", {"a": "b"})]) == ""
+
+
+def test_adapters_have_labels_until_there_are_too_many() -> None:
+    label = AdapterLabels()
+    assert (label("one", ""), label("one", "sql"), label("one", "sql@v2")) == ("", "sql", "sql")
+    assert [label("two", f"a{n}") for n in range(MOST)] == [*(f"a{n}" for n in range(MOST - 1)), OTHERS]
+    assert (label("two", ""), label("one", "sql"), label("three", "sql")) == ("", "sql", OTHERS)
+
+
+async def test_requests_are_counted_by_model_and_adapter(bench: Bench, engine: Engine) -> None:
+    pins = {"sql": "pin-1", "legal": "pin-2"}
+    paths = frozenset({CHAT, RESPONSES})
+    bench.table(route(engine.port, max_ongoing=1, lora=True, adapters=pins, paths=paths))
+    bench.revisions["sql@v1"] = AdapterRevision(pin="pin-0")
+    for model in ("one", "org/one:sql", "one:sql@v1"):
+        assert (await bench.ask({"model": model, "stream": True}))[0] == 200
+    assert (await bench.ask({"model": "one", "refuse": 1, "stream": True}))[0] == 400
+    assert (await bench.ask({"model": "one", "stream": True}, RESPONSES))[0] == 200
+    assert (await bench.ask({"model": "one:nobody"}))[0] == 404
+    found = await page(bench)
+    mine = {"ingress": "ingress", "model": "one"}
+    assert found[key("llmrun_requests_total", **mine, adapter="sql", status="200")] == 2
+    assert found[key("llmrun_requests_total", **mine, adapter="", status="200")] == 2
+    assert found[key("llmrun_requests_total", **mine, adapter="", status="400")] == 1
+    assert found[key("llmrun_requests_total", ingress="ingress", model="", adapter="", status="404")] == 1
+    first = "llmrun_time_to_first_token_seconds_count"  # no refusal, no event that says that an answer will come
+    assert found[key(first, **mine, adapter="sql")] == 2 and found[key(first, **mine, adapter="")] == 1
+    assert found[key("llmrun_time_to_first_byte_seconds_count", **mine)] == 5
+    asked = [asyncio.create_task(bench.ask({"model": f"one:{name}", "stall": 0.3})) for name in ("sql", "legal")]
+    while not bench.waiting.by_adapter()[0]:
+        await asyncio.sleep(0.01)
+    found = await page(bench)
+    assert found[key("llmrun_requests_in_flight", **mine, adapter="sql")] == 1
+    assert found[key("llmrun_requests_waiting", **mine, adapter="legal")] == 1
+    assert found[key("llmrun_requests_waiting", **mine, adapter="")] == 0
+    await asyncio.gather(*asked)
+    assert bench.waiting.by_adapter() == ({}, {})
+
+
+async def test_an_engine_that_does_not_answer_holds_up_no_page_and_no_request(
+    bench: Bench, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class AgentUnreachable(Engine):
+        async def answer(self, request: Request, send: Send) -> None:
+            if request.url.path == "/metrics":
+                await asyncio.sleep(60)
+            await super().answer(request, send)
+
+    monkeypatch.setattr(metrics_room, "GATHER_TIMEOUT_S", 1)
+    async with AgentUnreachable().running() as silent:
+        control = ("127.0.0.1", engine.http_port)
+        bench.table(route(engine.port), route(silent.port, name="two", names=("two",)), control=control)
+        begun = time.monotonic()
+        asked = asyncio.create_task(page(bench))
+        while not silent.asked:
+            await asyncio.sleep(0.01)
+        assert (await bench.ask({"model": "two"}))[0] == 200 and not asked.done()
+        found = await asked
+        assert 0.9 < time.monotonic() - begun < 3
+    replica = bench.waiting.table.models["one"].replicas[0].id
+    assert found[key("vllm:tokens_total", model="one", replica=replica, model_name="one")] == 7
+    assert not [labels for name, labels in found if name == "vllm:tokens_total" and ("model", "two") in labels]
+
+
+def test_the_time_per_output_token_of_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 10.03, 10.1, 20.0, 30.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    stream, whole, broken_off = (usage_meter.Stream("test:pace") for _ in range(3))
+    for tokens in (3, 1, 4):  # 5 tokens after the first bit, in a tenth of a second
+        stream.came(tokens)
+    whole.came(100)
+    broken_off.came(1)
+    for each in (stream, whole, broken_off, usage_meter.Stream("test:pace")):
+        each.ended()
+    (row,) = [row for row in usage_meter.paces() if row[0] == "test:pace"]
+    assert row[1] == pytest.approx(0.02) and sum(row[2:]) == 1 and len(row) == 2 + len(PACE_BUCKETS) + 1
+    assert json.loads(json.dumps(row)) == list(row)
+
+
+def test_the_pace_of_an_answer_whose_bits_are_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([10.0, 10.1, 11.0, 12.0, 12.5])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    before = {row[0]: row for row in usage_meter.paces()}.get("", ("", 0.0))
+    pace, several = server._Pace(), server._Pace()
+    for text in ("a b c", "d e f"):
+        pace.heard({"choices": [{"index": 0, "delta": {"content": text}}]}, 0)
+    pace.heard({"choices": [], "usage": {}}, 6)
+    for index in (0, 1, 0):
+        several.heard({"choices": [{"index": index, "text": "a"}]}, 0)
+    pace.ended()
+    several.ended()
+    (row,) = [row for row in usage_meter.paces() if row[0] == ""]
+    assert row[1] - before[1] == pytest.approx(0.1 / 5)
+
+
+def pace(total: float, *counts: int) -> PaceRow:
+    """A row of an engine's."""
+    row: tuple[Any, ...] = ("one:sql", total, *counts, *[0] * (len(PACE_BUCKETS) + 1 - len(counts)))
+    return row
+
+
+def told(row: PaceRow, before: PaceRow | None, replica: str = "r1") -> ReplicaReport:
+    """A replica's report."""
+    return ReplicaReport(replica, "one", 1, "node", "host", 1, 2, "t", "ready", paces=((row, before),))
+
+
+def times(paces: Paces) -> tuple[float, float]:
+    """Sum and number of what has been added up."""
+
+    class Given(Collector):
+        def collect(self) -> list[Metric]:
+            return [paces.family(["cold"])]
+
+    found = parsed(generate_latest(Given()).decode())
+    name, labels = "llmrun_time_per_output_token_seconds", {"model": "one", "adapter": "sql"}
+    assert found[key(f"{name}_count", model="cold", adapter="")] == 0
+    assert found[key(f"{name}_bucket", **labels, le="+Inf")] == found[key(f"{name}_count", **labels)]
+    return found[key(f"{name}_sum", **labels)], found[key(f"{name}_count", **labels)]
+
+
+def test_times_are_added_up_once_over_replicas_new_engines_and_controls() -> None:
+    paces = Paces(AdapterLabels())
+    paces.report(told(pace(1, 2), None))
+    paces.report(told(pace(1, 2), None))  # its answer was late: told again
+    paces.report(told(pace(3, 2, 3), pace(1, 2)))
+    paces.report(told(pace(1, 1), None, "r2"))
+    assert times(paces) == (4, 6)
+    paces.report(told(pace(0.5, 0, 1), None))  # its engine was started anew
+    paces.forget(["r1"])
+    assert times(paces) == (4.5, 7)
+    again = Paces(AdapterLabels())  # control was restarted: what the first has heard is not told again
+    again.report(told(pace(0.75, 0, 2), pace(0.5, 0, 1)))
+    again.report(told(pace(1.0, 0, 3), pace(0.75, 0, 2)))
+    assert times(again) == (0.5, 2)
+
+
+def test_wakes_are_counted_by_how_they_end(tmp_path: Path) -> None:
+    registry = CollectorRegistry()
+    starts = ColdStarts(Database(f"sqlite:///{tmp_path / 'test.db'}"), registry)
+    starts.known(["one"])
+
+    def wakes() -> dict[str, float]:
+        found = parsed(generate_latest(registry).decode())
+        return {dict(labels)["outcome"]: n for (name, labels), n in found.items() if name == "llmrun_wakes_total"}
+
+    assert wakes() == {"ready": 0, "failed": 0, "withdrawn": 0}
+    ready = ReplicaReport("r1", "one", 1, "node", "host", 1, 2, "t", "ready")
+    starts.decided("one", 1, time.time())
+    starts.decided("one", 1, time.time())
+    starts.ready(ready)
+    starts.ready(ready)
+    starts.over("one", 1, "failed")  # there is none under way
+    assert wakes() == {"ready": 1, "failed": 0, "withdrawn": 0}
+    starts.decided("one", 1, time.time())
+    starts.over("one", 1, "failed")
+    starts.decided("one", 2, time.time())
+    starts.forget("one")
+    assert wakes() == {"ready": 1, "failed": 1, "withdrawn": 1}
+
+
+def laid_out(panels: list[dict[str, Any]]) -> set[tuple[int, int]]:
+    """The places of the grid that panels take; none may be taken twice."""
+    taken: set[tuple[int, int]] = set()
+    for panel in panels:
+        at = panel["gridPos"]
+        mine = {(at["x"] + x, at["y"] + y) for x in range(at["w"]) for y in range(at["h"])}
+        assert not mine & taken and at["x"] + at["w"] <= 24, panel["title"]
+        taken |= mine
+    return taken
+
+
+def test_the_dashboard_can_be_imported() -> None:
+    made = json.loads(json.dumps(dashboard()))
+    panels = made["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels) and laid_out(panels)
+    assert len({panel["title"] for panel in panels}) == len(panels)
+    names = {variable["name"]: variable for variable in made["templating"]["list"]}
+    assert names["model"]["query"]["query"] == "label_values(llmrun_model_state, model)"
+    for panel in panels:
+        if panel["type"] != "row":
+            assert panel["datasource"]["uid"] == "${datasource}" and panel["targets"]
+            assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
+
+
+def test_what_is_written_names_the_cluster_and_where_all_lies(home: Home, tmp_path: Path) -> None:
+    folder = tmp_path / "with space" / "ops"
+    out = home.run("dashboards", "--out", folder, "--scrape-interval", "5")
+    names = files(folder, home.url, "http://127.0.0.1:9090", 5)
+    assert out.returncode == 0 and out.stdout.splitlines() == [f"{folder / name}: written" for name in names]
+    assert f"prometheus --config.file='{folder}/prometheus.yml'" in out.stderr
+    config = yaml.safe_load((folder / "prometheus.yml").read_text())
+    (job,) = config["scrape_configs"]
+    assert (job["scheme"], job["metrics_path"]) == ("http", "/metrics")
+    assert job["static_configs"] == [{"targets": [f"127.0.0.1:{home.port}"]}]
+    assert (config["global"]["scrape_interval"], config["global"]["scrape_timeout"]) == ("5s", "5s")
+    provider = yaml.safe_load((folder / "grafana/provisioning/dashboards/llmrun.yaml").read_text())["providers"][0]
+    assert (Path(provider["options"]["path"]) / "llmrun.json").is_file()
+    source = yaml.safe_load((folder / "grafana/provisioning/datasources/llmrun.yaml").read_text())["datasources"][0]
+    shown = json.loads((folder / "grafana/llmrun.json").read_text())
+    assert source["uid"] == shown["templating"]["list"][0]["current"]["value"]
+    assert home.ok("dashboards", "--out", folder, "--scrape-interval", "5").count("is there already") == len(names)
+    said = home.fails("dashboards", "--out", folder)
+    assert "has another prometheus.yml" in said and "--force" in said and "llmrun.json" not in said
+    assert home.ok("dashboards", "--out", folder, "--force").count("written over") == 2
+
+
+def test_an_address_behind_a_proxy() -> None:
+    found = files(Path("/x"), "https://llm.example/base/", "http://prometheus:9090", 60)["prometheus.yml"]
+    (job,) = yaml.safe_load(found)["scrape_configs"]
+    assert (job["scheme"], job["metrics_path"]) == ("https", "/base/metrics")
+    assert job["static_configs"] == [{"targets": ["llm.example"]}]
+    assert "scrape_timeout: 10s" in found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--out", "file"], "file: it is a file: name a folder"),
+        (["--out", "file/below"], "Not a directory: name a folder that can be written to"),
+        (["--out", "new", "--url", "10.0.0.5:8000"], "--url 10.0.0.5:8000: it is no address like http://10.0.0.5:8000"),
+        (["--out", "new", "--url", "http://x:y"], "it is no address like"),
+        (["--out", "new", "--prometheus", "prometheus"], "--prometheus prometheus: it is no address like"),
+    ],
+)
+def test_what_cannot_be_written(home: Home, tmp_path: Path, arguments: list[str], words: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    said = home.fails(
+        "dashboards", *(str(tmp_path / a) if a in ("file", "file/below", "new") else a for a in arguments)
+    )
+    assert words in said and not (tmp_path / "new").exists() and (tmp_path / "file").read_text() == "mine"
