@@ -17,11 +17,11 @@ from llmrun.settings import Settings
 from llmrun.wire import KeyInfo
 from llmrun_runtime import asgi, http
 from llmrun_runtime.asgi import Receive, Scope, Send
+from llmrun_runtime.ingress.admission.rate_limits import Limiter
 from llmrun_runtime.ingress.app import Ingress
 from llmrun_runtime.ingress.cors import with_cors
-from llmrun_runtime.ingress.metrics import IngressMetrics
-from llmrun_runtime.ingress.queue import RequestQueue
-from llmrun_runtime.ingress.rate_limits import Limiter
+from llmrun_runtime.ingress.endpoints.metrics import IngressMetrics
+from llmrun_runtime.ingress.queue.request_queue import RequestQueue
 from llmrun_runtime.link.server import Server
 from llmrun_runtime.wire.headers import GONE_HEADER
 from llmrun_runtime.wire.reports import AdapterRevision

@@ -24,8 +24,8 @@ from llmrun_runtime.control.catalog.adapters import AdaptersCatalog as Catalogue
 from llmrun_runtime.control.catalog.adapters import ModelAdapters
 from llmrun_runtime.control.state.database import Database
 from llmrun_runtime.control.state.models import Deployed
-from llmrun_runtime.ingress.admission import find_target
-from llmrun_runtime.ingress.auth import check_seen, may_see
+from llmrun_runtime.ingress.admission.admit import find_target
+from llmrun_runtime.ingress.admission.auth import check_seen, may_see
 from llmrun_runtime.ingress.errors import HTTPError
 from llmrun_runtime.ingress.routing import AFFINITY_SLACK, choose
 from llmrun_runtime.placement import Placement

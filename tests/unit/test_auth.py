@@ -13,9 +13,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from llmrun.wire import KeyInfo
+from llmrun_runtime.ingress.admission.rate_limits import Limit, Limiter
 from llmrun_runtime.ingress.errors import HTTPError
-from llmrun_runtime.ingress.queue import Caller, RequestQueue
-from llmrun_runtime.ingress.rate_limits import Limit, Limiter
+from llmrun_runtime.ingress.queue.request_queue import Caller, RequestQueue
 from llmrun_runtime.rate_window import RateWindow
 from llmrun_runtime.wire.headers import KEY_HEADER, PROBE_HEADER
 from llmrun_runtime.wire.reports import LocalUsage, RemoteUsage

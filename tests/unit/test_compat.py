@@ -11,8 +11,8 @@ import pytest
 from llmrun_runtime.engines.base import Launch, Member
 from llmrun_runtime.engines.registry import get_engine
 from llmrun_runtime.engines.vllm.tool_parsers import BY_TEMPLATE, BY_TYPE, tool_parser
-from llmrun_runtime.ingress.compat import mended
-from llmrun_runtime.ingress.request import read_request
+from llmrun_runtime.ingress.admission.compat import mended
+from llmrun_runtime.ingress.admission.request import read_request
 from tests.support.ingress import Bench, Engine, route
 
 SCHEMA = {"title": "Color", "type": "object", "properties": {"name": {"type": "string"}}}

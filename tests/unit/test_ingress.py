@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 
 from llmrun_runtime import http
-from llmrun_runtime.ingress import wait
-from llmrun_runtime.ingress.request import read_request
+from llmrun_runtime.ingress.admission.request import read_request
+from llmrun_runtime.ingress.queue import caller_wait
 from llmrun_runtime.ingress.routing import choose
 from llmrun_runtime.wire.headers import TOKEN_HEADER
 from llmrun_runtime.wire.reports import Traffic
@@ -308,8 +308,8 @@ async def test_a_queue_has_an_end(bench: Bench, engine: Engine) -> None:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Comments after 0.2 s."""
-    monkeypatch.setattr(wait, "QUIET_S", 0.2)
-    monkeypatch.setattr(wait, "EVERY_S", 0.2)
+    monkeypatch.setattr(caller_wait, "QUIET_S", 0.2)
+    monkeypatch.setattr(caller_wait, "EVERY_S", 0.2)
 
 
 @pytest.mark.usefixtures("impatient")

@@ -24,8 +24,8 @@ from llmrun_runtime.control.metrics import Paces
 from llmrun_runtime.control.state.database import Database
 from llmrun_runtime.engines.shim import usage_meter
 from llmrun_runtime.engines.sidecar import server
-from llmrun_runtime.ingress import metrics as metrics_room
-from llmrun_runtime.ingress.metrics_merge import merge
+from llmrun_runtime.ingress.endpoints import metrics as metrics_room
+from llmrun_runtime.ingress.endpoints.metrics_merge import merge
 from llmrun_runtime.metric_labels import MOST, OTHERS, AdapterLabels
 from llmrun_runtime.wire.reports import AdapterRevision, ReplicaReport
 from llmrun_runtime.wire.usage import PACE_BUCKETS, PaceRow

@@ -14,11 +14,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from llmrun.errors import EngineError
 from llmrun.settings import Settings
-from llmrun_runtime.ingress.admission import no_model
+from llmrun_runtime.ingress.admission.admit import no_model
+from llmrun_runtime.ingress.admission.request import check_method, read_request
+from llmrun_runtime.ingress.endpoints.models import MODELS, entry
 from llmrun_runtime.ingress.errors import HTTPError
-from llmrun_runtime.ingress.models_endpoint import MODELS, entry
 from llmrun_runtime.ingress.relay import EVENTS, broken_off, read_body
-from llmrun_runtime.ingress.request import check_method, read_request
 
 
 class OpenAIIngress:

@@ -18,7 +18,7 @@ from llmrun_runtime.engines.base import Launch, Member
 from llmrun_runtime.engines.process.engine_process import EngineProcess
 from llmrun_runtime.engines.process.temp_dir import sweep_temp_dirs
 from llmrun_runtime.engines.registry import get_engine
-from llmrun_runtime.ingress.admission import no_path
+from llmrun_runtime.ingress.admission.admit import no_path
 from llmrun_runtime.link.client import LinkClient, LinkLostError, Links
 from llmrun_runtime.logs import log_path
 from llmrun_runtime.node.environments import Environments, worker_environment

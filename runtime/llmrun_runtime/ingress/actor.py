@@ -18,11 +18,11 @@ from llmrun.settings import Settings
 from llmrun_runtime import http
 from llmrun_runtime.actors import INGRESS, NAMESPACE, control_handle, ingress_names
 from llmrun_runtime.asgi import App
+from llmrun_runtime.ingress.admission.rate_limits import Limiter
 from llmrun_runtime.ingress.app import Ingress
 from llmrun_runtime.ingress.cors import with_cors
-from llmrun_runtime.ingress.metrics import IngressMetrics
-from llmrun_runtime.ingress.queue import RequestQueue
-from llmrun_runtime.ingress.rate_limits import Limiter
+from llmrun_runtime.ingress.endpoints.metrics import IngressMetrics
+from llmrun_runtime.ingress.queue.request_queue import RequestQueue
 from llmrun_runtime.logs import log_to_file
 from llmrun_runtime.wire.reports import AdapterRevision
 from llmrun_runtime.wire.routing_table import share_of

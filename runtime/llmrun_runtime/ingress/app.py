@@ -20,19 +20,19 @@ from llmrun.settings import Settings
 from llmrun.wire import CONTROL_ROOT, KeyInfo
 from llmrun_runtime.asgi import Receive, Scope, Send, answer, answer_bytes, answer_error
 from llmrun_runtime.engines.registry import get_engine
-from llmrun_runtime.ingress.admission import Target, check_path, find_target
-from llmrun_runtime.ingress.auth import check_awake, check_seen, find_key, may_see
-from llmrun_runtime.ingress.control_proxy import WITH_BODY, new_session, pass_on
+from llmrun_runtime.ingress.admission.admit import Target, check_path, find_target
+from llmrun_runtime.ingress.admission.auth import check_awake, check_seen, find_key, may_see
+from llmrun_runtime.ingress.admission.rate_limits import Limiter, limits_of
+from llmrun_runtime.ingress.admission.request import check_method, read_max_wait, read_request
+from llmrun_runtime.ingress.endpoints.control_proxy import WITH_BODY, new_session, pass_on
+from llmrun_runtime.ingress.endpoints.metrics import IngressMetrics, RequestRecord
+from llmrun_runtime.ingress.endpoints.models import MODELS, describe, list_models
+from llmrun_runtime.ingress.endpoints.openapi import openapi
 from llmrun_runtime.ingress.errors import HTTPError
-from llmrun_runtime.ingress.keepalive import KeepaliveStream
-from llmrun_runtime.ingress.metrics import IngressMetrics, RequestRecord
-from llmrun_runtime.ingress.models_endpoint import MODELS, describe, list_models
-from llmrun_runtime.ingress.openapi import openapi
-from llmrun_runtime.ingress.queue import Caller, Claim, RequestQueue
-from llmrun_runtime.ingress.rate_limits import Limiter, limits_of
+from llmrun_runtime.ingress.queue.caller_wait import CallerWait
+from llmrun_runtime.ingress.queue.keepalive import KeepaliveStream
+from llmrun_runtime.ingress.queue.request_queue import Caller, Claim, RequestQueue
 from llmrun_runtime.ingress.relay import Deadlines, UpstreamGone, forwarded_headers, read_body, relay
-from llmrun_runtime.ingress.request import check_method, read_max_wait, read_request
-from llmrun_runtime.ingress.wait import CallerWait
 from llmrun_runtime.link.client import Links
 from llmrun_runtime.wire.headers import ADAPTER_HEADER, KEY_HEADER, PROBE_HEADER, TOKEN_HEADER
 from llmrun_runtime.wire.reports import AdapterRevision

@@ -11,7 +11,7 @@ from typing import Any
 import python_multipart
 
 from llmrun_runtime.asgi import Scope
-from llmrun_runtime.ingress.compat import mended
+from llmrun_runtime.ingress.admission.compat import mended
 from llmrun_runtime.ingress.errors import HTTPError
 
 MAX_WAIT = b"x-llmrun-max-wait"

@@ -13,7 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
-from llmrun_runtime.ingress.admission import find_model
+from llmrun_runtime.ingress.admission.admit import find_model
 from llmrun_runtime.ingress.errors import NOT_READY, HTTPError
 from llmrun_runtime.ingress.routing import choose
 from llmrun_runtime.wire.reports import Traffic

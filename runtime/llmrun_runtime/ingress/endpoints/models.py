@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from llmrun_runtime.ingress.admission import Visibility, listed_adapters
+from llmrun_runtime.ingress.admission.admit import Visibility, listed_adapters
 from llmrun_runtime.wire.routing_table import ModelRoute
 
 MODELS = "/v1/models"

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Collection
 
 from llmrun_runtime.ingress.errors import NOT_READY, HTTPError
-from llmrun_runtime.ingress.keepalive import EVERY_S, QUIET_S, KeepaliveStream
-from llmrun_runtime.ingress.queue import NOBODY, Caller, Claim, RequestQueue
+from llmrun_runtime.ingress.queue.keepalive import EVERY_S, QUIET_S, KeepaliveStream
+from llmrun_runtime.ingress.queue.request_queue import NOBODY, Caller, Claim, RequestQueue
 
 
 class CallerWait:

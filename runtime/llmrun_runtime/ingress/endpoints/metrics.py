@@ -17,8 +17,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from llmrun_runtime.ingress.metrics_merge import merge
-from llmrun_runtime.ingress.queue import RequestQueue
+from llmrun_runtime.ingress.endpoints.metrics_merge import merge
+from llmrun_runtime.ingress.queue.request_queue import RequestQueue
 from llmrun_runtime.link.client import Links
 from llmrun_runtime.metric_labels import AdapterLabels
 from llmrun_runtime.wire.headers import TOKEN_HEADER
