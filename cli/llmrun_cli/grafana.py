@@ -1,4 +1,4 @@
-"""The Grafana dashboard: which panels it has, and what each asks of Prometheus."""
+"""The Grafana dashboard: its panels and their Prometheus queries."""
 
 from __future__ import annotations
 
@@ -6,39 +6,39 @@ from dataclasses import dataclass
 from typing import Any
 
 DATASOURCE = "llmrun-prometheus"
-WIDTH, WIDE, HEIGHT = 24, 8, 8
-M = '{model=~"$model"}'
-HOT = '{model=~"$model",status="200"}'
+GRID_WIDTH, PANEL_WIDTH, PANEL_HEIGHT = 24, 8, 8
+MODEL = '{model=~"$model"}'
+SUCCESSFUL = '{model=~"$model",status="200"}'
 RATE = "[$__rate_interval]"
-# What happens now and then is counted over all that is shown: over a minute there would mostly be nothing.
-SHOWN = "[$__range]"
+# Rare events are counted over the whole time range: per minute, most values would be 0.
+TIME_RANGE = "[$__range]"
 STATES = {"cold": (0, "blue"), "waking": (1, "yellow"), "hot": (2, "green"), "draining": (3, "purple")}
 STATES |= {"failed": (4, "red")}
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Title, unit as Grafana has it, queries with their legends, and what is worth saying of them."""
+    """A panel: title, Grafana unit, queries with their legends, description, type and width."""
 
     title: str
     unit: str
     queries: tuple[tuple[str, str], ...]
-    text: str = ""
+    description: str = ""
     kind: str = "timeseries"
-    wide: int = WIDE
+    width: int = PANEL_WIDTH
 
 
 def _quantiles(metric: str, *quantiles: float) -> tuple[tuple[str, str], ...]:
-    buckets = f"sum by (model, le) (rate({metric}_bucket{M}{RATE}))"
+    buckets = f"sum by (model, le) (rate({metric}_bucket{MODEL}{RATE}))"
     return tuple((f"histogram_quantile({q}, {buckets})", f"{{{{model}}}} p{100 * q:g}") for q in quantiles)
 
 
-def _rate(metric: str, by: str = "model", labels: str = M) -> str:
+def _rate(metric: str, by: str = "model", labels: str = MODEL) -> str:
     return f"sum by ({by}) (rate({metric}{labels}{RATE}))"
 
 
-def _grown(metric: str, by: str = "model", labels: str = M) -> str:
-    return f"sum by ({by}) (increase({metric}{labels}{SHOWN}))"
+def _total(metric: str, by: str = "model", labels: str = MODEL) -> str:
+    return f"sum by ({by}) (increase({metric}{labels}{TIME_RANGE}))"
 
 
 TOKENS = f"({_rate('llmrun_prompt_tokens_total')} + {_rate('llmrun_completion_tokens_total')})"
@@ -48,31 +48,31 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Requests/s",
             "reqps",
             ((_rate("llmrun_requests_total", "model, status"), "{{model}} {{status}}"),),
-            "Those that have ended. 499: the caller left.",
+            "Finished requests. 499: the client disconnected.",
         ),
         Panel(
             "Tokens/s",
             "short",
             (
-                (_rate("llmrun_prompt_tokens_total"), "{{model}} prompts"),
-                (_rate("llmrun_completion_tokens_total"), "{{model}} answers"),
+                (_rate("llmrun_prompt_tokens_total"), "{{model}} prompt"),
+                (_rate("llmrun_completion_tokens_total"), "{{model}} completion"),
             ),
         ),
         Panel(
             "Peak tokens/s",
             "short",
             ((f"max_over_time({_rate('llmrun_completion_tokens_total')}[$__range:])", "{{model}}"),),
-            "The most tokens of answers a second in the time shown.",
+            "Highest rate of completion tokens in the time range.",
             "stat",
         ),
         Panel(
             "Tokens per request",
             "short",
-            ((f"{TOKENS} / ({_rate('llmrun_requests_total', labels=HOT)} > 0)", "{{model}}"),),
-            "Of prompts and answers together, for each request that was answered.",
+            ((f"{TOKENS} / ({_rate('llmrun_requests_total', labels=SUCCESSFUL)} > 0)", "{{model}}"),),
+            "Prompt and completion tokens per successful request.",
         ),
         Panel(
-            "Input to output",
+            "Prompt to completion tokens",
             "short",
             (
                 (
@@ -80,20 +80,20 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                     "{{model}}",
                 ),
             ),
-            "Tokens of prompts for each token of an answer.",
+            "Prompt tokens per completion token.",
         ),
         Panel(
-            "Requests in the time shown",
+            "Requests in the time range",
             "short",
-            ((_grown("llmrun_requests_total"), "{{model}}"),),
+            ((_total("llmrun_requests_total"), "{{model}}"),),
             kind="bargauge",
         ),
         Panel(
-            "Tokens in the time shown",
+            "Tokens in the time range",
             "short",
             (
-                (_grown("llmrun_prompt_tokens_total"), "{{model}} prompts"),
-                (_grown("llmrun_completion_tokens_total"), "{{model}} answers"),
+                (_total("llmrun_prompt_tokens_total"), "{{model}} prompt"),
+                (_total("llmrun_completion_tokens_total"), "{{model}} completion"),
             ),
             kind="bargauge",
         ),
@@ -116,7 +116,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                     "{{model}}:{{adapter}}",
                 ),
             ),
-            "Of answers.",
+            "Completion tokens.",
         ),
     ),
     "Latency": (
@@ -124,37 +124,37 @@ ROWS: dict[str, tuple[Panel, ...]] = {
             "Time to first token",
             "s",
             _quantiles("llmrun_time_to_first_token_seconds", 0.5, 0.9, 0.99),
-            "Of streamed answers, from the request's arrival, waiting and waking included.",
+            "Streamed responses. From the request's arrival, including queueing and cold starts.",
         ),
         Panel(
             "Time per output token",
             "s",
             _quantiles("llmrun_time_per_output_token_seconds", 0.5, 0.9, 0.99),
-            "Of streamed answers, after the first token, in the engine.",
+            "Streamed responses. After the first token, measured in the engine.",
         ),
-        Panel("Whole request", "s", _quantiles("llmrun_request_seconds", 0.5, 0.9, 0.99)),
+        Panel("Request duration", "s", _quantiles("llmrun_request_seconds", 0.5, 0.9, 0.99)),
     ),
     "Queues and caches": (
         Panel(
             "Waiting",
             "short",
-            ((f"sum by (model) (llmrun_requests_waiting{M})", "{{model}}"),),
-            "Requests without a replica yet.",
+            ((f"sum by (model) (llmrun_requests_waiting{MODEL})", "{{model}}"),),
+            "Requests waiting for a replica.",
         ),
         Panel(
             "In flight",
             "short",
-            ((f"sum by (model) (llmrun_requests_in_flight{M})", "{{model}}"),),
-            "Requests at replicas.",
+            ((f"sum by (model) (llmrun_requests_in_flight{MODEL})", "{{model}}"),),
+            "Requests being processed by replicas.",
         ),
         Panel(
             "KV cache in use",
             "percentunit",
-            ((f"max by (model, replica) (vllm:kv_cache_usage_perc{M})", "{{model}} {{replica}}"),),
-            "vLLM's own; nothing while no replica runs, or with log_engine_metrics=False.",
+            ((f"max by (model, replica) (vllm:kv_cache_usage_perc{MODEL})", "{{model}} {{replica}}"),),
+            "Reported by vLLM. Empty if no replica runs, or with log_engine_metrics=False.",
         ),
         Panel(
-            "Prompt tokens from the cache",
+            "Prompt tokens from cache",
             "percentunit",
             (
                 (
@@ -162,11 +162,11 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                     "{{model}}",
                 ),
             ),
-            "The share of prompts that engines did not have to compute.",
+            "Share of prompt tokens that engines did not have to compute.",
         ),
         Panel("Weights on nodes", "bytes", (("max by (node) (llmrun_weights_cache_bytes)", "{{node}}"),)),
         Panel(
-            "Weights needed",
+            "Weights requested",
             "short",
             (
                 (
@@ -174,7 +174,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                     "{{node}} {{outcome}}",
                 ),
             ),
-            "In the time shown: found on the node, brought there, or failed to come.",
+            "In the time range: already on the node, downloaded, or failed.",
             "bargauge",
         ),
     ),
@@ -192,46 +192,46 @@ ROWS: dict[str, tuple[Panel, ...]] = {
                 ),
             ),
             kind="state-timeline",
-            wide=2 * WIDE,
+            width=2 * PANEL_WIDTH,
         ),
         Panel(
             "Replicas",
             "short",
             (
-                (f"sum by (model) (llmrun_replicas_ready{M})", "{{model}} ready"),
-                (f"sum by (model) (llmrun_replicas_target{M})", "{{model}} target"),
+                (f"sum by (model) (llmrun_replicas_ready{MODEL})", "{{model}} ready"),
+                (f"sum by (model) (llmrun_replicas_target{MODEL})", "{{model}} target"),
             ),
         ),
         Panel(
             "Wakes",
             "short",
-            ((_grown("llmrun_wakes_total", "model, outcome"), "{{model}} {{outcome}}"),),
-            "In the time shown. withdrawn: nobody waited any more.",
+            ((_total("llmrun_wakes_total", "model, outcome"), "{{model}} {{outcome}}"),),
+            "In the time range. withdrawn: all waiting clients disconnected.",
             "bargauge",
         ),
         Panel(
-            "From zero to the first token",
+            "Cold start to first token",
             "s",
             (
                 (
-                    f"{_grown('llmrun_cold_start_seconds_sum')} / ({_grown('llmrun_cold_start_seconds_count')} > 0)",
+                    f"{_total('llmrun_cold_start_seconds_sum')} / ({_total('llmrun_cold_start_seconds_count')} > 0)",
                     "{{model}}",
                 ),
             ),
-            "Mean of the cold starts in the time shown.",
+            "Mean of the cold starts in the time range.",
             "bargauge",
         ),
         Panel(
-            "Parts of cold starts",
+            "Cold start phases",
             "s",
             (
                 (
-                    f"{_grown('llmrun_cold_start_part_seconds_sum', 'model, part')} / "
-                    f"({_grown('llmrun_cold_start_part_seconds_count', 'model, part')} > 0)",
+                    f"{_total('llmrun_cold_start_part_seconds_sum', 'model, part')} / "
+                    f"({_total('llmrun_cold_start_part_seconds_count', 'model, part')} > 0)",
                     "{{model}} {{part}}",
                 ),
             ),
-            "Means of the cold starts in the time shown.",
+            "Mean of the cold starts in the time range.",
             "bargauge",
         ),
     ),
@@ -239,21 +239,21 @@ ROWS: dict[str, tuple[Panel, ...]] = {
 
 
 def dashboard() -> dict[str, Any]:
-    """The dashboard as Grafana imports it."""
+    """Return the dashboard as Grafana's JSON model."""
     source = {"type": "prometheus", "uid": "${datasource}"}
     panels: list[dict[str, Any]] = []
-    at = 0
+    y = 0
     for title, row in ROWS.items():
-        place = {"x": 0, "y": at, "w": WIDTH, "h": 1}
-        panels.append({"id": len(panels) + 1, "type": "row", "title": title, "gridPos": place, "panels": []})
-        across, at = 0, at + 1
+        position = {"x": 0, "y": y, "w": GRID_WIDTH, "h": 1}
+        panels.append({"id": len(panels) + 1, "type": "row", "title": title, "gridPos": position, "panels": []})
+        x, y = 0, y + 1
         for panel in row:
-            if across + panel.wide > WIDTH:
-                across, at = 0, at + HEIGHT
-            place = {"x": across, "y": at, "w": panel.wide, "h": HEIGHT}
-            panels.append({"id": len(panels) + 1, "gridPos": place, "datasource": source, **_shown(panel)})
-            across += panel.wide
-        at += HEIGHT
+            if x + panel.width > GRID_WIDTH:
+                x, y = 0, y + PANEL_HEIGHT
+            position = {"x": x, "y": y, "w": panel.width, "h": PANEL_HEIGHT}
+            panels.append({"id": len(panels) + 1, "gridPos": position, "datasource": source, **_render(panel)})
+            x += panel.width
+        y += PANEL_HEIGHT
     return {
         "uid": "llmrun",
         "title": "llmrun",
@@ -267,7 +267,7 @@ def dashboard() -> dict[str, Any]:
     }
 
 
-def _shown(panel: Panel) -> dict[str, Any]:
+def _render(panel: Panel) -> dict[str, Any]:
     over_time = panel.kind in ("timeseries", "state-timeline")
     defaults: dict[str, Any] = {"unit": panel.unit}
     options: dict[str, Any] = {"tooltip": {"mode": "multi"}, "legend": {"displayMode": "list", "placement": "bottom"}}
@@ -281,7 +281,7 @@ def _shown(panel: Panel) -> dict[str, Any]:
     return {
         "type": panel.kind,
         "title": panel.title,
-        "description": panel.text,
+        "description": panel.description,
         "fieldConfig": {"defaults": defaults, "overrides": []},
         "options": options,
         "targets": [

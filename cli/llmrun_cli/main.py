@@ -1,4 +1,4 @@
-"""`llmrun`: the commands, and how errors reach a person."""
+"""The `llmrun` command: its subcommands, and how errors are shown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 import llmrun
 from llmrun.errors import AppError, LLMRunError
-from llmrun_cli.commands import adapters, cluster, dashboards, deploy, export, init, keys, models, weights
+from llmrun_cli.commands import adapters, chat, cluster, dashboards, deploy, export, init, keys, models, weights
 from llmrun_cli.terminal import error_line
 
 app = typer.Typer(
@@ -18,14 +18,14 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Deploy LLMs from a Python file, on machines that you own, behind one OpenAI-compatible endpoint.",
+    help="Deploy LLMs from a Python file to your own machines, behind one OpenAI-compatible endpoint.",
 )
 app.command()(deploy.deploy)
 app.command()(deploy.schema)
 app.command()(export.export)
 app.command()(init.init)
 app.command()(models.status)
-app.command()(models.chat)
+app.command()(chat.chat)
 app.command()(models.warm)
 app.command()(models.unload)
 app.command()(models.logs)
@@ -47,13 +47,15 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
-    """The options before a command."""
+    """Options before a subcommand."""
 
 
 def main() -> None:
-    """Run the command line; every error that a person can meet is one line on standard error, and exit code 1."""
+    """Run the command line. Prints an LLMRunError as one line on standard error and exits with 1."""
     try:
         app()
     except LLMRunError as error:

@@ -1,6 +1,6 @@
-"""How much memory a model wants and accelerators have: what `llmrun init` suggests from. Pure, but for reading configs.
+"""Memory sizes of models and accelerators, for the suggestions of `llmrun init`.
 
-Figures of models are those of their `config.json` and of the files in their repositories; of accelerators the makers'.
+Model figures are from their `config.json` and the files in their repositories; accelerator figures are the vendors'.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import httpx
 from llmrun.errors import WeightsError
 
 GB = 10**9
-# By the names that Ray gives them (`ray.util.accelerators`).
+# Names as in `ray.util.accelerators`.
 MEMORY_GB = {
     "T4": 16,
     "L4": 24,
@@ -28,131 +28,148 @@ MEMORY_GB = {
     "H200": 141,
     "B200": 180,
 }
-# vLLM's default share of a GPU, and what it needs beside weights and KV cache.
+# vLLM's default share of a GPU's memory, and what it needs in addition to weights and KV cache.
 USABLE, OVERHEAD = 0.9, 2 * GB
-# Weights that a CPU reads fast enough to answer somebody.
+# Models with smaller weights are fast enough on CPUs.
 SMALL = 2 * GB
-# Tokens of requests that are answered at once, for which there should be room.
-TOKENS = 32_768
-MOST_GPUS = 8
+# Capacity of the KV cache: tokens of all concurrent requests.
+KV_CACHE_TOKENS = 32_768
+MAX_GPUS = 8
 TIMEOUT_S = 20
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a model takes: bytes of its weights, bytes of KV cache for one token, and heads that can be spread."""
+    """A model's size: bytes of weights, bytes of KV cache per token, and attention heads (0: unknown)."""
 
     weights: int
-    kv: int = 0
+    kv_per_token: int = 0
     heads: int = 0
 
     @property
-    def wanted(self) -> int:
-        """Bytes in all, for TOKENS tokens at once."""
-        return self.weights + self.kv * TOKENS + OVERHEAD
+    def required(self) -> int:
+        """The memory required in bytes, with a KV cache of KV_CACHE_TOKENS."""
+        return self.weights + self.kv_per_token * KV_CACHE_TOKENS + OVERHEAD
 
 
 @dataclass(frozen=True)
-class ModelSize:
-    """A well-known open model."""
+class SuggestedModel:
+    """An open model that `llmrun init` suggests."""
 
     use: str
     size: Size
     note: str = ""
 
 
-def _of(billions: float, layers: int, kv_heads: int, head: int, heads: int, bytes_each: float = 2) -> Size:
-    return Size(int(billions * bytes_each * GB), layers * 2 * kv_heads * head * 2, heads)
+def _bf16(billions: float, layers: int, kv_heads: int, head_dim: int, heads: int) -> Size:
+    """Return the size of a model with 16-bit weights and KV cache."""
+    return Size(int(billions * 2 * GB), _kv_per_token(layers, kv_heads, head_dim), heads)
 
 
-GATED = "gated: needs HF_TOKEN of an account that has accepted its licence"
+def _kv_per_token(layers: int, kv_heads: int, head_dim: int) -> int:
+    """Return the bytes of a token's keys and values, 16 bits each."""
+    return layers * 2 * kv_heads * head_dim * 2
+
+
+GATED = "gated: needs the HF_TOKEN of an account that accepted its license"
 MODELS = {
-    "HuggingFaceTB/SmolLM2-135M-Instruct": ModelSize("chat", _of(0.135, 30, 3, 64, 9), "answers on CPUs"),
-    "Qwen/Qwen3-0.6B": ModelSize("chat", _of(0.6, 28, 8, 128, 16), "answers on CPUs"),
-    "Qwen/Qwen3-4B-Instruct-2507": ModelSize("chat", _of(4, 36, 8, 128, 32)),
-    "Qwen/Qwen3-8B": ModelSize("chat", _of(8.2, 36, 8, 128, 32)),
-    "meta-llama/Llama-3.1-8B-Instruct": ModelSize("chat", _of(8, 32, 8, 128, 32), GATED),
-    "openai/gpt-oss-20b": ModelSize("chat", Size(14 * GB, 24 * 2 * 8 * 64 * 2, 64), "4 bits"),
-    "mistralai/Mistral-Small-3.2-24B-Instruct-2506": ModelSize("chat", _of(24, 40, 8, 128, 32)),
-    "Qwen/Qwen3-30B-A3B-Instruct-2507": ModelSize("chat", _of(30.5, 48, 4, 128, 32), "mixture of experts"),
-    "Qwen/Qwen3-32B": ModelSize("chat", _of(32.8, 64, 8, 128, 64)),
-    "meta-llama/Llama-3.3-70B-Instruct": ModelSize("chat", _of(70.6, 80, 8, 128, 64), GATED),
-    "openai/gpt-oss-120b": ModelSize("chat", Size(65 * GB, 36 * 2 * 8 * 64 * 2, 64), "4 bits"),
-    "Qwen/Qwen2.5-Coder-7B-Instruct": ModelSize("code", _of(7.6, 28, 4, 128, 28)),
-    "Qwen/Qwen3-Coder-30B-A3B-Instruct": ModelSize("code", _of(30.5, 48, 4, 128, 32), "mixture of experts"),
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": ModelSize("reasoning", _of(7.6, 28, 4, 128, 28)),
-    "deepseek-ai/DeepSeek-R1-Distill-Llama-70B": ModelSize("reasoning", _of(70.6, 80, 8, 128, 64)),
-    "Qwen/Qwen2.5-VL-7B-Instruct": ModelSize("vision", _of(8.3, 28, 4, 128, 28)),
-    "sentence-transformers/all-MiniLM-L6-v2": ModelSize("embed", _of(0.023, 0, 0, 0, 12), "answers on CPUs"),
-    "BAAI/bge-m3": ModelSize("embed", _of(0.57, 0, 0, 0, 16), "answers on CPUs"),
-    "Qwen/Qwen3-Embedding-0.6B": ModelSize("embed", _of(0.6, 28, 8, 128, 16)),
+    "HuggingFaceTB/SmolLM2-135M-Instruct": SuggestedModel("chat", _bf16(0.135, 30, 3, 64, 9), "fast enough on CPUs"),
+    "Qwen/Qwen3-0.6B": SuggestedModel("chat", _bf16(0.6, 28, 8, 128, 16), "fast enough on CPUs"),
+    "Qwen/Qwen3-4B-Instruct-2507": SuggestedModel("chat", _bf16(4, 36, 8, 128, 32)),
+    "Qwen/Qwen3-8B": SuggestedModel("chat", _bf16(8.2, 36, 8, 128, 32)),
+    "meta-llama/Llama-3.1-8B-Instruct": SuggestedModel("chat", _bf16(8, 32, 8, 128, 32), GATED),
+    "openai/gpt-oss-20b": SuggestedModel("chat", Size(14 * GB, _kv_per_token(24, 8, 64), 64), "4-bit weights"),
+    "mistralai/Mistral-Small-3.2-24B-Instruct-2506": SuggestedModel("chat", _bf16(24, 40, 8, 128, 32)),
+    "Qwen/Qwen3-30B-A3B-Instruct-2507": SuggestedModel("chat", _bf16(30.5, 48, 4, 128, 32), "mixture of experts"),
+    "Qwen/Qwen3-32B": SuggestedModel("chat", _bf16(32.8, 64, 8, 128, 64)),
+    "meta-llama/Llama-3.3-70B-Instruct": SuggestedModel("chat", _bf16(70.6, 80, 8, 128, 64), GATED),
+    "openai/gpt-oss-120b": SuggestedModel("chat", Size(65 * GB, _kv_per_token(36, 8, 64), 64), "4-bit weights"),
+    "Qwen/Qwen2.5-Coder-7B-Instruct": SuggestedModel("code", _bf16(7.6, 28, 4, 128, 28)),
+    "Qwen/Qwen3-Coder-30B-A3B-Instruct": SuggestedModel("code", _bf16(30.5, 48, 4, 128, 32), "mixture of experts"),
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": SuggestedModel("reasoning", _bf16(7.6, 28, 4, 128, 28)),
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-70B": SuggestedModel("reasoning", _bf16(70.6, 80, 8, 128, 64)),
+    "Qwen/Qwen2.5-VL-7B-Instruct": SuggestedModel("vision", _bf16(8.3, 28, 4, 128, 28)),
+    "sentence-transformers/all-MiniLM-L6-v2": SuggestedModel("embed", _bf16(0.023, 0, 0, 0, 12), "fast enough on CPUs"),
+    "BAAI/bge-m3": SuggestedModel("embed", _bf16(0.57, 0, 0, 0, 16), "fast enough on CPUs"),
+    "Qwen/Qwen3-Embedding-0.6B": SuggestedModel("embed", _bf16(0.6, 28, 8, 128, 16)),
 }
-USES = tuple(dict.fromkeys(known.use for known in MODELS.values()))
+USES = tuple(dict.fromkeys(model.use for model in MODELS.values()))
 
 
 def gpus_for(size: Size, accelerator: str) -> int:
-    """GPUs of that kind that one replica wants: the least power of two that divides its heads. Raises WeightsError."""
-    each = MEMORY_GB[accelerator] * GB * USABLE
-    for count in (1, 2, 4, MOST_GPUS):
-        if count * each >= size.wanted and (not size.heads or size.heads % count == 0):
+    """Return the GPUs of that kind per replica: the smallest sufficient power of two that divides the heads.
+
+    Raises WeightsError if MAX_GPUS are not enough.
+    """
+    usable = MEMORY_GB[accelerator] * GB * USABLE
+    for count in (1, 2, 4, MAX_GPUS):
+        if count * usable >= size.required and (not size.heads or size.heads % count == 0):
             return count
-    text = f"it wants {size.wanted / GB:.0f} GB, and {MOST_GPUS} {accelerator} have {MOST_GPUS * each / GB:.0f}"
-    raise WeightsError(f"{text} that vLLM can use: choose a larger accelerator, or a smaller or quantized model")
+    raise WeightsError(
+        f"the model needs {size.required / GB:.0f} GB, but {MAX_GPUS} {accelerator} have "
+        f"{MAX_GPUS * usable / GB:.0f} GB usable: choose a larger accelerator, or a smaller or quantized model"
+    )
 
 
-def smallest(size: Size) -> str:
-    """The accelerator that is enough with the fewest GPUs, and of those the smallest. Raises WeightsError."""
-    fits: dict[str, int] = {}
+def smallest_accelerator(size: Size) -> str:
+    """Return the accelerator that needs the fewest GPUs; the smallest of several. Raises WeightsError."""
+    counts: dict[str, int] = {}
     for name in MEMORY_GB:
         try:
-            fits[name] = gpus_for(size, name)
+            counts[name] = gpus_for(size, name)
         except WeightsError:
             continue
-    if not fits:
-        gpus_for(size, max(MEMORY_GB, key=lambda name: MEMORY_GB[name]))
-    return min(fits, key=lambda name: (fits[name], MEMORY_GB[name]))
+    if not counts:
+        gpus_for(size, max(MEMORY_GB, key=lambda name: MEMORY_GB[name]))  # raises
+    return min(counts, key=lambda name: (counts[name], MEMORY_GB[name]))
 
 
-def size_of(model: str, endpoint: str, token: str = "") -> Size:
-    """Of a model that is not in MODELS: from a folder, or from its repository on the Hub. Raises WeightsError."""
-    folder = Path(model).expanduser()
+def size_of(source: str, endpoint: str, token: str = "") -> Size:
+    """Return the size of a model in a folder, or in a repository of the Hub at `endpoint`. Raises WeightsError."""
+    folder = Path(source).expanduser()
     if folder.is_dir():
-        config = _parsed((folder / "config.json").read_bytes() if (folder / "config.json").is_file() else b"", model)
-        return _read(config, sum(file.stat().st_size for file in folder.glob("*.safetensors")))
-    repo, _, revision = model.partition("@")
+        config = (folder / "config.json").read_bytes() if (folder / "config.json").is_file() else b""
+        weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        return _size_from_config(_parse(config, source), weights)
+    repo, _, revision = source.partition("@")
     headers = {"authorization": f"Bearer {token}"} if token else {}
     revision = revision or "main"
     try:
         with httpx.Client(headers=headers, timeout=TIMEOUT_S, follow_redirects=True) as client:
-            said = client.get(f"{endpoint}/{repo}/resolve/{revision}/config.json").raise_for_status().content
-            about = client.get(f"{endpoint}/api/models/{repo}/revision/{revision}", params={"blobs": "true"})
-            files = _parsed(about.raise_for_status().content, model).get("siblings") or ()
+            config = client.get(f"{endpoint}/{repo}/resolve/{revision}/config.json").raise_for_status().content
+            info = client.get(f"{endpoint}/api/models/{repo}/revision/{revision}", params={"blobs": "true"})
+            files = _parse(info.raise_for_status().content, source).get("siblings") or ()
     except httpx.HTTPStatusError as error:
         status = error.response.status_code
-        why = "it is gated or private: set HF_TOKEN" if status in (401, 403) else f"{endpoint} answered {status}"
-        raise WeightsError(f"{model}: its size is not known ({why}): say --accelerator, and --gpus") from None
+        forbidden = status in (401, 403)
+        raise _unknown_size(
+            source, "it is gated or private; set HF_TOKEN" if forbidden else f"{endpoint} returned {status}"
+        ) from None
     except httpx.HTTPError as error:
-        why = f"{endpoint} cannot be asked: {type(error).__name__}"
-        raise WeightsError(f"{model}: its size is not known ({why}): say --accelerator, and --gpus") from None
+        raise _unknown_size(source, f"cannot connect to {endpoint} ({type(error).__name__})") from None
     sizes = [int(file.get("size") or 0) for file in files if str(file.get("rfilename", "")).endswith(".safetensors")]
-    return _read(_parsed(said, model), sum(sizes))
+    return _size_from_config(_parse(config, source), sum(sizes))
 
 
-def _parsed(data: bytes, model: str) -> dict[str, Any]:
+def _unknown_size(source: str, reason: str) -> WeightsError:
+    return WeightsError(f"{source}: cannot determine its size: {reason}. Or set --accelerator and --gpus.")
+
+
+def _parse(data: bytes, source: str) -> dict[str, Any]:
     try:
-        found = json.loads(data)
+        parsed = json.loads(data)
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise WeightsError(f"{model}: it has no config.json that can be read: is it a model?")
-    return found
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise WeightsError(f"{source}: no valid config.json found; is it a model?")
+    return parsed
 
 
-def _read(config: Mapping[str, Any], weights: int) -> Size:
-    """From a model's configuration, or from that of its part that makes text."""
+def _size_from_config(config: Mapping[str, Any], weights: int) -> Size:
+    """Return the size by a model's config, or by that of its text model in a multimodal one."""
     text = config.get("text_config") if isinstance(config.get("text_config"), dict) else config
     assert isinstance(text, Mapping)
     heads = int(text.get("num_attention_heads") or 0)
-    head = int(text.get("head_dim") or (int(text.get("hidden_size") or 0) // heads if heads else 0))
+    head_dim = int(text.get("head_dim") or (int(text.get("hidden_size") or 0) // heads if heads else 0))
     kv_heads = int(text.get("num_key_value_heads") or heads)
-    return Size(weights, int(text.get("num_hidden_layers") or 0) * 2 * kv_heads * head * 2, heads)
+    return Size(weights, _kv_per_token(int(text.get("num_hidden_layers") or 0), kv_heads, head_dim), heads)

@@ -1,11 +1,11 @@
-"""Shows how a job goes: its steps and its transfers, as bars on a terminal, as plain lines elsewhere."""
+"""Shows the progress of an operation: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
-import typer
 from rich.console import Group
 from rich.filesize import decimal
 from rich.live import Live
@@ -21,47 +21,45 @@ from rich.progress import (
 from rich.spinner import Spinner
 from rich.text import Text
 
-from llmrun.errors import ControlError
 from llmrun.wire import Event
-from llmrun_cli.client import Client
 from llmrun_cli.terminal import err, note
 
 LINE_EVERY_S = 5.0
 
 
-def follow(client: Client, job_id: str, what: str) -> Iterator[Event]:
-    """The job's events, less steps and progress, which are shown, and less its end.
+@contextmanager
+def starting_cluster(url: str) -> Iterator[None]:
+    """Show that a cluster is starting."""
+    note(f"No cluster at {url}. Starting one on this machine (stop it with `llmrun down`).")
+    with err.status("Starting a cluster (Ray, control, ingress)"):
+        yield
 
-    Raises ControlError if control is lost before the end; Ctrl-C leaves the job running and exits with 130.
+
+def show_progress(events: Iterable[Event], operation: str) -> Iterator[Event]:
+    """Show an operation's steps and transfers; yield its other events.
+
+    On Ctrl-C, tells that the operation continues and raises KeyboardInterrupt.
     """
-    shown = _Bars(what) if err.is_terminal else _Lines()
-    ended = False
+    display = _Bars(operation) if err.is_terminal else _Lines()
     try:
-        with shown:
-            for event in client.events(job_id):
-                line = f"{event.model}: {event.text}" if event.model else event.text
+        with display:
+            for event in events:
                 if event.kind == "step":
-                    shown.step(line)
+                    display.step(f"{event.model}: {event.text}" if event.model else event.text)
                 elif event.kind == "progress":
-                    shown.progress(event)
-                elif event.kind == "end":
-                    ended = True
+                    display.progress(event)
                 else:
                     yield event
     except KeyboardInterrupt:
-        note(f"\ndetached: the {what} goes on, `llmrun status` shows how; nothing was cancelled", "yellow")
-        raise typer.Exit(130) from None
-    if not ended:
-        raise ControlError(
-            f"control was lost before the {what}'s end: `llmrun status` says how far it came; run it again"
-        )
+        note(f"\nDetached. The {operation} continues on the cluster; check it with `llmrun status`.", "yellow")
+        raise
 
 
 class _Bars:
-    """For a terminal."""
+    """Progress bars, for a terminal."""
 
-    def __init__(self, what: str) -> None:
-        self._spinner = Spinner("dots", Text(what))
+    def __init__(self, operation: str) -> None:
+        self._spinner = Spinner("dots", Text(operation))
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -80,14 +78,14 @@ class _Bars:
         self._live.stop()
 
     def step(self, line: str) -> None:
-        """What it does now; the transfers before are over."""
+        """Show the current step; remove the bars of the previous one."""
         self._spinner.update(text=Text(line))
         for task in self._tasks.values():
             self._bars.remove_task(task)
         self._tasks.clear()
 
     def progress(self, event: Event) -> None:
-        """How far one transfer is."""
+        """Show one transfer's progress."""
         key = (event.model, event.text)
         if key not in self._tasks:
             self._tasks[key] = self._bars.add_task(event.text, total=event.total)
@@ -95,7 +93,7 @@ class _Bars:
 
 
 class _Lines:
-    """For a file or a pipe: a line for each step, and every few seconds one for each transfer."""
+    """Plain lines, for a file or a pipe: one per step, and one per transfer every LINE_EVERY_S."""
 
     def __init__(self) -> None:
         self._last: dict[tuple[str, str], tuple[float, int]] = {}
@@ -107,18 +105,17 @@ class _Lines:
         pass
 
     def step(self, line: str) -> None:
-        """What it does now."""
+        """Show the current step."""
         self._last.clear()
         note(line)
 
     def progress(self, event: Event) -> None:
-        """How far one transfer is."""
+        """Show one transfer's progress."""
         key, now = (event.model, event.text), time.monotonic()
-        then, before = self._last.setdefault(key, (now, event.here))
+        then, bytes_then = self._last.setdefault(key, (now, event.here))
         if now - then < LINE_EVERY_S:
             return
-        rate = max(event.here - before, 0) / (now - then)
-        left = f", {(event.total - event.here) / rate:.0f} s left" if rate else ""
-        size = f"{decimal(event.here)} of {decimal(event.total)}"
-        note(f"  {event.text}: {size}, {decimal(int(rate))}/s{left}")
+        rate = max(event.here - bytes_then, 0) / (now - then)
+        remaining = f", {(event.total - event.here) / rate:.0f} s left" if rate else ""
+        note(f"  {event.text}: {decimal(event.here)} of {decimal(event.total)}, {decimal(int(rate))}/s{remaining}")
         self._last[key] = (now, event.here)

@@ -1,4 +1,4 @@
-"""llmrun: serve LLMs on machines that you own.
+"""Serve LLMs on your own machines.
 
 from llmrun import llm
 
@@ -7,10 +7,23 @@ class Assistant: ...
 """
 
 from llmrun.decorator import llm
+from llmrun.deployment import Deployment, deploy
 from llmrun.errors import LLMRunError, SpecError
 from llmrun.lora import LoRA
+from llmrun.options import LLMOptions
 from llmrun.spec import Secret
 from llmrun.weights import Weights
 
-__all__ = ["LLMRunError", "LoRA", "Secret", "SpecError", "Weights", "__version__", "llm"]
+__all__ = [
+    "Deployment",
+    "LLMOptions",
+    "LLMRunError",
+    "LoRA",
+    "Secret",
+    "SpecError",
+    "Weights",
+    "__version__",
+    "deploy",
+    "llm",
+]
 __version__ = "0.1.0"

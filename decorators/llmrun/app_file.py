@@ -1,4 +1,4 @@
-"""Imports an app file as a module of its own, and reads paths in it, the same way for all who do."""
+"""Imports an app file as a module, and resolves the paths in its specs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _loading = ContextVar("_loading", default=False)
 
 
 def is_loading() -> bool:
-    """Whether an app file is being imported here: its classes are described then, and nothing is deployed."""
+    """Whether `load_file` is importing an app file: its models are only described, and nothing may be deployed."""
     return _loading.get()
 
 
@@ -28,32 +28,31 @@ def load_file(path: Path) -> ModuleType:
     """
     path = path.absolute()
     sys.path.insert(0, str(path.parent))
-    loader = importlib.util.spec_from_file_location(path.stem, path)
-    if loader is None or loader.loader is None:
-        raise ImportError(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(loader)
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    if module_spec is None or module_spec.loader is None:
+        raise ImportError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
     sys.modules[path.stem] = module
     token = _loading.set(True)
     try:
-        loader.loader.exec_module(module)
+        module_spec.loader.exec_module(module)
     finally:
         _loading.reset(token)
     return module
 
 
-def absolute(spec: ModelSpec, folder: Path) -> ModelSpec:
-    """The same, paths in it from the app's folder on."""
-    lora = spec.lora and _absolute_lora(spec.lora, folder)
-    return spec.model_copy(update={"model": _absolute(spec.model, folder), "lora": lora})
+def resolve_paths(spec: ModelSpec, folder: Path) -> ModelSpec:
+    """Return a copy whose relative paths are resolved against the app file's folder."""
+    lora = spec.lora and _resolve_lora(spec.lora, folder)
+    return spec.model_copy(update={"model": _resolve_weights(spec.model, folder), "lora": lora})
 
 
-def _absolute(where: Weights, folder: Path) -> Weights:
-    """The same, a path from the app's folder on."""
-    if not where.path or where.path.startswith("~"):
-        return where
-    return Weights(os.path.normpath(folder / where.path))
+def _resolve_weights(weights: Weights, folder: Path) -> Weights:
+    if not weights.path or weights.path.startswith("~"):
+        return weights
+    return Weights(os.path.normpath(folder / weights.path))
 
 
-def _absolute_lora(lora: LoRA, folder: Path) -> LoRA:
-    found = {name: _absolute(where, folder) for name, where in lora.adapters.items()}
-    return lora.model_copy(update={"path": lora.path and _absolute(lora.path, folder), "adapters": found})
+def _resolve_lora(lora: LoRA, folder: Path) -> LoRA:
+    adapters = {name: _resolve_weights(source, folder) for name, source in lora.adapters.items()}
+    return lora.model_copy(update={"path": lora.path and _resolve_weights(lora.path, folder), "adapters": adapters})

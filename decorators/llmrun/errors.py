@@ -1,18 +1,18 @@
-"""Every error that a person can meet.
+"""Every error that a user can see.
 
-LLMRunError                what happened, why, what to type
-├── SpecError              an `@llm` is wrong: names the argument, the value and the fix
-├── AppError               an app file is missing, broken or holds no model
-├── ControlError           control is away, or refused what was asked
-│   ├── Unreachable        nothing answers at the URL
-│   └── Refused            control said no; `.status` is the HTTP status
-├── DeployError            a model did not start; the message is the engine's own root cause
+LLMRunError                the base class; the message is what failed, why, and what to do
+├── SpecError              an `@llm` definition is invalid: names the argument, the value and the fix
+├── AppError               an app file is missing, broken or contains no model
+├── ControlError           control is not reachable, or rejected a request
+│   ├── Unreachable        no connection to the URL
+│   └── Refused            control answered with an error; `.status` is the HTTP status
+├── DeployError            a model did not start; the message is the engine's root cause
 ├── ClusterError           a cluster cannot be started, found or stopped
-├── WeightsError           weights cannot be found, fetched, checked or kept; names the source and the node
-│   └── NotThere           the source answers, and has no such thing
-├── EngineError            an engine did not start or died; the message is one line
-├── RequestError           a model refused a request, or failed at it; `.status` and `.body` are its answer
-└── HookError              a hook raised, took too long or answered with no request; names it
+├── WeightsError           weights cannot be found, downloaded, verified or stored; names the source and the node
+│   └── NotFound           the source is reachable, but has no such repository, revision or file
+├── EngineError            an engine did not start, or died; the message is one line
+├── RequestError           a model refused or failed a request; `.status` and `.body` are its response
+└── HookError              a hook raised an exception, timed out or returned no request; names the hook
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from typing import Any
 
 
 class LLMRunError(Exception):
-    """The base of all: its text is one line for a person."""
+    """The base class of llmrun's errors. The message is one line for a person."""
 
 
 class SpecError(LLMRunError, ValueError):
-    """An `@llm` definition is wrong."""
+    """An `@llm` definition is invalid."""
 
 
 class AppError(LLMRunError):
-    """An app file cannot be used; `detail` is the user's own traceback, if there is one."""
+    """An app file cannot be used. `detail` is the traceback of the user's own code, or ""."""
 
     def __init__(self, message: str, detail: str = "") -> None:
         super().__init__(message)
@@ -37,15 +37,15 @@ class AppError(LLMRunError):
 
 
 class ControlError(LLMRunError):
-    """Control could not do what was asked."""
+    """Control could not carry out a request."""
 
 
 class Unreachable(ControlError):
-    """Nothing answers at the URL."""
+    """No connection to the URL."""
 
 
 class Refused(ControlError):
-    """llmrun answered with an error; `status` is its HTTP status, `code` its error's code where it has one."""
+    """The response is an error. `status` is the HTTP status, `code` the error's code, or ""."""
 
     def __init__(self, message: str, status: int, code: str = "") -> None:
         super().__init__(message)
@@ -62,11 +62,11 @@ class ClusterError(LLMRunError):
 
 
 class WeightsError(LLMRunError):
-    """Weights cannot be found, fetched, checked or kept."""
+    """Weights cannot be found, downloaded, verified or stored."""
 
 
 class NotFound(WeightsError):
-    """The source answers, and has no such thing."""
+    """The source is reachable, but has no such repository, revision or file."""
 
 
 class EngineError(LLMRunError):
@@ -74,7 +74,7 @@ class EngineError(LLMRunError):
 
 
 class RequestError(LLMRunError):
-    """A model refused a request, or failed at it: `status` is the HTTP status, `body` what it said, JSON or text."""
+    """A model refused or failed a request. `status` is the HTTP status, `body` the response's body, JSON or text."""
 
     def __init__(self, message: str, status: int, body: Any) -> None:
         super().__init__(message)
@@ -82,9 +82,9 @@ class RequestError(LLMRunError):
         self.body = body
 
     def __reduce__(self) -> tuple[type, tuple[str, int, Any]]:
-        """It goes from the model's process to the caller's."""
+        """Support pickling: the error is raised in the model's process and sent to the caller's."""
         return type(self), (str(self), self.status, self.body)
 
 
 class HookError(LLMRunError):
-    """A hook raised, took too long or answered with something that is no request."""
+    """A hook raised an exception, timed out or returned something other than a request."""

@@ -1,6 +1,6 @@
-"""Where a model's adapters lie, and how many of them an engine holds.
+"""Where a model's adapters are stored, and how many of them an engine holds.
 
-Knows how that is written; fetches nothing.
+Parses and validates only; it fetches nothing.
 """
 
 from __future__ import annotations
@@ -13,45 +13,47 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from llmrun.errors import SpecError
+from llmrun.markers import Marker
 from llmrun.weights import Weights, as_weights
 
-# In a request it stands after `model:`, and `@revision` may follow; in stores it is a folder's name.
+# Clients send `model:adapter` or `model:adapter@revision`; in stores the name is a folder.
 ADAPTER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,126}")
-# As people name branches, tags and commits; no spaces, for it stands in a header. The Hub keeps what was only proposed
-# under `refs/`: anybody may put that there.
+# Names of branches, tags and commits. No spaces, because a revision is sent in a header. Nothing under `refs/`: the Hub
+# keeps proposed changes there, which anybody can create.
 REVISION = re.compile(r"(?!refs/)(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._/-]{0,199}")
-# An adapter's files, PEFT's: https://huggingface.co/docs/peft/developer_guides/checkpoint
+# PEFT's files: https://huggingface.co/docs/peft/developer_guides/checkpoint
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# Real ones have a few hundred bytes.
+# Real configurations have a few hundred bytes.
 MAX_CONFIG_BYTES = 2**20
-# What vLLM has kernels for: `vllm.config.lora.MaxLoRARanks`.
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-# What an engine is made for where no rank is known, and at least: slots of a small rank cost little.
-USUAL_RANK, LEAST_RANK = 64, 16
+# The ranks that vLLM has kernels for: `vllm.config.lora.MaxLoRARanks`.
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# An engine's rank if no adapter's rank is known, and its smallest one: slots of a small rank cost little.
+DEFAULT_LORA_RANK, MIN_LORA_RANK = 64, 16
 
 
 class LoRA(BaseModel):
-    """A model's adapters, served as `model:adapter`.
+    """A model's LoRA adapters, served as `model:adapter`. Either `path` or `adapters` is required.
 
     Args:
-        path: a place with a folder for each adapter, or one adapter: any source that weights can come from.
-        adapters: adapters by name, each with a source of its own.
-        max_loaded: adapters that one replica holds at once (the engine keeps room for so many).
-        max_rank: the largest rank that an adapter may have; None: that of those that are there at the deploy.
-        refresh: seconds after which changes at the sources are seen.
-        canary: after each load a fixed prompt is run, and its log-probabilities are compared with those of the first
-            load of the same files: an adapter that answers otherwise is not used.
+        path: A place with one folder per adapter, or a single adapter; any source that weights can come from.
+        adapters: The source of each adapter, by name.
+        max_loaded: The largest number of adapters that one replica holds at once; the engine reserves memory for them.
+        max_rank: The largest rank of an adapter: 1, 8, 16, 32, 64, 128, 256, 320 or 512. By default the largest rank
+            among the adapters that exist at the deploy.
+        refresh: Seconds between checks of the sources for new, changed and removed adapters.
+        canary: Whether to run a fixed prompt after each load and compare its log-probabilities with those of the first
+            load of the same files. An adapter whose results differ is not used.
 
     Raises:
-        SpecError: something is written wrong; the message says what.
+        SpecError: an argument is invalid. The message contains its name, its value and the fix.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    path: Annotated[Weights | None, BeforeValidator(as_weights)] = None
-    adapters: dict[str, Annotated[Weights, BeforeValidator(as_weights)]] = {}
+    path: Annotated[Weights | None, BeforeValidator(as_weights), Marker.NO_RESTART] = None
+    adapters: Annotated[dict[str, Annotated[Weights, BeforeValidator(as_weights)]], Marker.NO_RESTART] = {}
     max_loaded: int = 16
     max_rank: int | None = None
-    refresh: float = 60
+    refresh: Annotated[float, Marker.NO_RESTART] = 60
     canary: bool = False
 
     def __init__(
@@ -65,21 +67,24 @@ class LoRA(BaseModel):
         canary: bool = False,
     ) -> None:
         if (path is None) == (not adapters):
-            raise SpecError('lora: say where adapters lie, lora="s3://bucket/adapters", or which, lora={"legal": "…"}')
+            raise SpecError(
+                'lora: exactly one place or a mapping of adapters is required: lora="s3://bucket/adapters" '
+                'or lora={"legal": "…"}'
+            )
         for name in adapters or {}:
             if not isinstance(name, str) or not ADAPTER_NAME.fullmatch(name):
-                raise SpecError(f"lora={name!r}: an adapter's name has letters, digits, '.', '_' and '-'")
+                raise SpecError(f"lora={name!r}: an adapter's name may contain only letters, digits, '.', '_' and '-'")
         if type(max_loaded) is not int or max_loaded < 1:
-            raise SpecError(f"lora: max_loaded={max_loaded!r}: a number of adapters, 1 or more")
-        if max_rank is not None and max_rank not in RANKS:
-            raise SpecError(f"lora: max_rank={max_rank!r}: one of {', '.join(map(str, RANKS))}")
+            raise SpecError(f"lora: max_loaded={max_loaded!r}: must be a number of adapters, 1 or more")
+        if max_rank is not None and max_rank not in LORA_RANKS:
+            raise SpecError(f"lora: max_rank={max_rank!r}: must be one of {', '.join(map(str, LORA_RANKS))}")
         if not isinstance(canary, bool):
-            raise SpecError(f"lora: canary={canary!r}: True or False")
+            raise SpecError(f"lora: canary={canary!r}: must be True or False")
         if not isinstance(refresh, int | float) or not 1 <= refresh < float("inf"):
-            raise SpecError(f"lora: refresh={refresh!r}: seconds, 1 or more")
+            raise SpecError(f"lora: refresh={refresh!r}: must be seconds, 1 or more")
         super().__init__(
             path=as_weights(path),
-            adapters={name: as_weights(where) for name, where in (adapters or {}).items()},
+            adapters={name: as_weights(source) for name, source in (adapters or {}).items()},
             max_loaded=max_loaded,
             max_rank=max_rank,
             refresh=float(refresh),
@@ -87,47 +92,53 @@ class LoRA(BaseModel):
         )
 
     def __str__(self) -> str:
-        fields = LoRA.model_fields
-        said = {name: getattr(self, name) for name in ("max_loaded", "max_rank", "refresh", "canary")}
-        options = [f"{name}={_show(value)}" for name, value in said.items() if value != fields[name].default]
-        return f"{self.places} ({', '.join(options)})" if options else self.places
+        options = [
+            f"{name}={_show(value)}"
+            for name in ("max_loaded", "max_rank", "refresh", "canary")
+            if (value := getattr(self, name)) != LoRA.model_fields[name].default
+        ]
+        return f"{self.location} ({', '.join(options)})" if options else self.location
 
     @property
-    def places(self) -> str:
-        """Where its adapters lie, for a person."""
-        return str(self.path) if self.path else ", ".join(f"{name}: {where}" for name, where in self.adapters.items())
+    def location(self) -> str:
+        """Where the adapters are stored, for messages."""
+        return str(self.path) if self.path else ", ".join(f"{name}: {source}" for name, source in self.adapters.items())
 
     @property
     def sources(self) -> tuple[Weights | None, dict[str, Weights]]:
-        """What says which adapters there are; the rest says how they are served."""
+        """The part that determines which adapters exist; the rest determines how they are served."""
         return self.path, self.adapters
 
-    def settled(self, ranks: Iterable[int], before: LoRA | None) -> LoRA:
-        """With a `max_rank`: that of `before` while it suffices for `ranks` (0: not known), else one that does."""
+    def with_max_rank(self, ranks: Iterable[int], previous: LoRA | None) -> LoRA:
+        """Return a copy with a `max_rank` that is sufficient for `ranks` (0: unknown), if possible that of `previous`.
+
+        Keeping the previous rank avoids a restart of the engines. An explicit `max_rank` stays.
+        """
         if self.max_rank:
             return self
-        known = max(ranks, default=0)
-        if before and before.max_rank and before.max_rank >= known:
-            return self.model_copy(update={"max_rank": before.max_rank})
-        wanted = max(known, LEAST_RANK) if known else USUAL_RANK
-        return self.model_copy(update={"max_rank": next((rank for rank in RANKS if rank >= wanted), RANKS[-1])})
+        largest = max(ranks, default=0)
+        if previous and previous.max_rank and previous.max_rank >= largest:
+            return self.model_copy(update={"max_rank": previous.max_rank})
+        required = max(largest, MIN_LORA_RANK) if largest else DEFAULT_LORA_RANK
+        max_rank = next((rank for rank in LORA_RANKS if rank >= required), LORA_RANKS[-1])
+        return self.model_copy(update={"max_rank": max_rank})
 
 
-def split_revision(called: str) -> tuple[str, str]:
-    """`adapter@revision`: its name and the revision; "" of one that is asked for as it is now."""
-    name, _, revision = called.partition("@")
+def split_revision(adapter: str) -> tuple[str, str]:
+    """Split `adapter@revision` into name and revision, "" if there is none."""
+    name, _, revision = adapter.partition("@")
     return name, revision
 
 
-def read_rank(config: str | bytes) -> int:
-    """The largest rank that an adapter's configuration says. Raises ValueError if it says none."""
+def read_lora_rank(config: str | bytes) -> int:
+    """Return the largest rank in an adapter's configuration. Raises ValueError if it contains none."""
     try:
-        said = json.loads(config)
-        rank = max(int(said["r"]), *(int(rank) for rank in (said.get("rank_pattern") or {}).values()), 0)
+        options = json.loads(config)
+        rank = max(int(options["r"]), *(int(rank) for rank in (options.get("rank_pattern") or {}).values()), 0)
     except (LookupError, TypeError, OverflowError, RecursionError, AttributeError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from None
     if rank < 1:
-        raise ValueError(f"its rank is {rank}")
+        raise ValueError(f"invalid rank {rank}")
     return rank
 
 
@@ -136,7 +147,7 @@ def _show(value: float) -> str:
 
 
 def as_lora(value: Any) -> Any:
-    """What `lora=` may be: a source, sources by name, or a LoRA. For pydantic."""
+    """Turn a value of `lora=` (a source, sources by name, or a LoRA) into a LoRA, for pydantic. Raises SpecError."""
     if isinstance(value, str | Weights):
         return LoRA(value)
     if isinstance(value, dict):
@@ -144,5 +155,7 @@ def as_lora(value: Any) -> Any:
             return LoRA(**value)
         return LoRA(adapters=value)
     if value is not None and not isinstance(value, LoRA):
-        raise SpecError(f'lora={value!r}: write a place, lora="s3://bucket/adapters", names with places, or LoRA(…)')
+        raise SpecError(
+            f'lora={value!r}: must be a place, lora="s3://bucket/adapters", a mapping of adapters, or LoRA(…)'
+        )
     return value

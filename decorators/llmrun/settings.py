@@ -1,6 +1,6 @@
-"""Every setting, in one place: `LLMRUN_*` variables (docs/settings.md lists them).
+"""All settings: `LLMRUN_*` environment variables (docs/reference/settings.md is generated from them).
 
-Not imported by `import llmrun`, which stays light.
+`import llmrun` does not import this module, to stay fast.
 """
 
 from __future__ import annotations
@@ -17,93 +17,103 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 class Settings(BaseSettings):
-    """What may be set, by the environment, for the command line and for a cluster's head. Times in seconds."""
+    """Settings of the command line, the cluster's head and its nodes. Times are in seconds."""
 
     model_config = SettingsConfigDict(env_prefix="LLMRUN_", extra="ignore", frozen=True)
 
     home: Path = Field(
-        default=Path("~/.llmrun"), description="Where a node keeps its state: database, keys, logs, environments."
+        default=Path("~/.llmrun"), description="Directory of a node's state: database, keys, logs, environments."
     )
     url: str = Field(
         default="",
-        description=f"The ingress. By default the one that this home's `llmrun up` started, else {DEFAULT_URL}.",
+        description=f"URL of the ingress. By default that of the cluster that `llmrun up` started from this home, "
+        f"otherwise {DEFAULT_URL}.",
     )
-    admin_key: str = Field(default="", description="The key for control. By default the one in the home's `admin.key`.")
+    admin_key: str = Field(
+        default="", description="Key for control. By default the content of the file `admin.key` in the home."
+    )
     weights_dir: Path | None = Field(
-        default=None, description="Where a node keeps weights. By default `weights` in the home."
+        default=None, description="Directory of a node's weights. By default `weights` in the home."
     )
     weights_max_bytes: int = Field(
-        default=0, ge=0, description="What weights may take of a node's disk. 0: as much as there is room."
+        default=0, ge=0, description="Largest size of a node's weights, in bytes. 0: limited only by the disk."
     )
     database_url: str = Field(
-        default="", description="Any SQLAlchemy URL. By default SQLite in the home (`llmrun.db`)."
+        default="",
+        description="SQLAlchemy URL of control's database. By default the SQLite file `llmrun.db` in the home.",
     )
     wake_timeout: float = Field(
-        default=540, gt=0, description="How long a request may wait for its model to wake, before it gets a 503."
+        default=540, gt=0, description="Longest wait of a request for its model to start. After that it gets a 503."
     )
     start_timeout: float = Field(
-        default=3600, gt=0, description="How long an engine may take from its start to its first answer."
+        default=3600, gt=0, description="Longest time from an engine's start until it is ready."
     )
     forkserver: bool = Field(
         default=True,
-        description="Whether a node keeps a process with the engine's code loaded, which new engines are forked from.",
+        description="Whether each node runs a fork server: a process with the engine's code loaded, from which engines "
+        "are forked.",
     )
     node_idle_timeout: float = Field(
         default=300,
         gt=0,
-        description="How long a node that an autoscaler could give back stays without a replica.",
+        description="Time without a replica after which a node is released, so that an autoscaler can remove it.",
     )
     place_timeout: float = Field(
-        default=60, gt=0, description="How long a deploy waits for Ray to place the proof where there is room."
+        default=60,
+        gt=0,
+        description="Longest wait of a deploy for Ray to place the first replica when there is enough capacity.",
     )
     drain_timeout: float = Field(
-        default=600, gt=0, description="How long a replica that ends waits for its requests in flight."
+        default=600, gt=0, description="Longest wait of a stopping replica for its requests in flight."
     )
-    hook_timeout: float = Field(default=30, gt=0, description="How long a user's hook may take for one request.")
+    hook_timeout: float = Field(default=30, gt=0, description="Longest time of a user's hook for one request.")
     max_body_bytes: int = Field(
-        default=32 * 2**20, gt=0, description="The largest request body that the ingress takes (413 above)."
+        default=32 * 2**20,
+        gt=0,
+        description="Largest request body that the ingress accepts, in bytes. Larger ones get a 413.",
     )
 
     cors_origins: str = Field(
-        default="", description="Web pages that may call the ingress: origins with commas between, or `*`."
+        default="",
+        description="Origins of web pages that may call the ingress: comma-separated, or `*` for all. By default none.",
     )
     ingresses: int = Field(
-        default=1, ge=1, le=64, description="How many processes on the head are the ingress, on one port."
+        default=1, ge=1, le=64, description="Number of ingress processes on the head. They share one port."
     )
-    connect_timeout: float = Field(default=5, gt=0, description="How long the ingress tries to reach an engine.")
+    connect_timeout: float = Field(default=5, gt=0, description="Longest time to connect to an engine.")
     first_byte_timeout: float = Field(
-        default=0, ge=0, description="How long an engine may take to begin its answer. 0: as long as it wants."
+        default=0, ge=0, description="Longest wait for the first byte of an engine's response. 0: no limit."
     )
     idle_stream_timeout: float = Field(
-        default=0, ge=0, description="How long an engine's answer may pause. 0: as long as it wants."
+        default=0, ge=0, description="Longest pause in an engine's response. 0: no limit."
     )
     request_timeout: float = Field(
-        default=0, ge=0, description="How long a request may take in all, waiting included. 0: as long as it wants."
+        default=0, ge=0, description="Longest time of a request, including its wait for a replica. 0: no limit."
     )
-    api_key: str = Field(default="", description="The key that `llmrun chat` sends. By default the admin key.")
+    api_key: str = Field(default="", description="API key that `llmrun chat` sends. By default the admin key.")
 
     @property
     def root(self) -> Path:
-        """The home, absolute."""
+        """The absolute path of the home."""
         return self.home.expanduser().absolute()
 
     @property
     def weights_root(self) -> Path:
-        """Where this node's weights lie, absolute."""
+        """The absolute path of this node's weights."""
         return (self.weights_dir or self.root / "weights").expanduser().absolute()
 
     @property
     def admin_key_file(self) -> Path:
-        """Where the head keeps the admin key."""
+        """The file with the admin key, on the head."""
         return self.root / "admin.key"
 
     @property
     def cluster_file(self) -> Path:
-        """Where a running cluster says how it can be reached."""
+        """The file with the addresses of the cluster that runs from this home."""
         return self.root / "cluster.json"
 
     def resolved_url(self) -> str:
-        """The ingress's URL: as set, else the running local cluster's, else the default."""
+        """Return the ingress's URL: the setting, else that of the running local cluster, else the default."""
         if self.url:
             return self.url.rstrip("/")
         try:
@@ -112,7 +122,7 @@ class Settings(BaseSettings):
             return DEFAULT_URL
 
     def resolved_admin_key(self) -> str:
-        """The admin key as set, else the home's; "" where there is none."""
+        """Return the admin key: the setting, else the one in the home, else ""."""
         if self.admin_key:
             return self.admin_key
         try:
@@ -121,22 +131,22 @@ class Settings(BaseSettings):
             return ""
 
     def resolved_database_url(self) -> str:
-        """The database as set, else SQLite in the home."""
+        """Return the database's URL: the setting, else SQLite in the home."""
         return self.database_url or f"sqlite:///{self.root / 'llmrun.db'}"
 
     def make_home(self) -> None:
-        """Make the home (mode 0700) and, once, its admin key (mode 0600)."""
+        """Create the home (mode 0700) and its admin key (mode 0600), if they do not exist."""
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        secret_file(self.admin_key_file)
+        read_or_create_secret(self.admin_key_file)
 
 
-def secret_file(path: Path) -> str:
-    """The secret in `path`, made there (mode 0600, 256 random bits) if it does not exist."""
+def read_or_create_secret(path: Path) -> str:
+    """Return the secret in `path`; create it (mode 0600, 256 random bits) if it does not exist."""
     try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         return path.read_text().strip()
-    with os.fdopen(handle, "w") as file:
+    with os.fdopen(descriptor, "w") as file:
         secret = secrets.token_hex(32)
         file.write(secret)
     return secret

@@ -1,24 +1,29 @@
-"""What a model may say that is served without llmrun's control and ingress: by `llmrun_runtime.builders`, or by
-`serve run` of what `llmrun export` prints."""
+"""Which models can be served without llmrun's control and ingress.
+
+`llmrun_runtime.builders` does so, and `serve run` with the output of `llmrun export`.
+"""
 
 from __future__ import annotations
 
+from llmrun.errors import SpecError
+from llmrun.markers import Marker, marked
 from llmrun.spec import ModelSpec
 
-# What control and llmrun's ingress do, and nobody does without them.
-OF_CONTROL = ("schedule", "min_uptime", "evictable", "rpm", "tpm", "max_in_flight", "log_engine_metrics")
 
+def check_standalone(spec: ModelSpec) -> str:
+    """Return a one-line warning that names the options without effect, or "".
 
-def refused_alone(spec: ModelSpec) -> str:
-    """Why such a model cannot be served without control, in one line; "" if it can."""
+    Raises SpecError if the model cannot be served without control.
+    """
     if spec.lora:
-        return f"{spec.name}: lora= needs control, which lists and brings adapters: `llmrun deploy`"
+        raise SpecError(f"{spec.name}: lora= requires control, which lists and downloads adapters: use `llmrun deploy`")
     if spec.nodes > 1:
-        return f"{spec.name}: nodes= needs control: `llmrun deploy`"
-    return ""
-
-
-def lost_alone(spec: ModelSpec) -> str:
-    """What was said of a model and does nothing without control, in one line; "" if there is nothing."""
-    lost = [name for name in OF_CONTROL if getattr(spec, name) != ModelSpec.model_fields[name].default]
-    return f"{spec.name}: {'=, '.join(lost)}= does nothing without control: `llmrun deploy`" if lost else ""
+        raise SpecError(f"{spec.name}: nodes= requires control: use `llmrun deploy`")
+    ignored = [
+        f"{name}="
+        for name in marked(ModelSpec, Marker.NEEDS_CONTROL)
+        if getattr(spec, name) != ModelSpec.model_fields[name].default
+    ]
+    if not ignored:
+        return ""
+    return f"{spec.name}: {', '.join(ignored)} has no effect without control: use `llmrun deploy`"

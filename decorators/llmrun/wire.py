@@ -1,4 +1,4 @@
-"""What the command line and control say to each other under `/llmrun/v1`, as JSON."""
+"""The JSON messages between the command line and control, under `/llmrun/v1`."""
 
 from __future__ import annotations
 
@@ -14,42 +14,43 @@ MAX_ADAPTER_BYTES = 8 * 2**30
 MAX_PACKAGE_BYTES = 100 * 2**20
 State = Literal["cold", "waking", "hot", "draining", "failed"]
 ReplicaState = Literal["starting", "ready", "draining"]
+EventKind = Literal["step", "progress", "done", "ready", "unproven", "failed", "removed", "tuned", "end"]
 
 
 class Message(BaseModel):
-    """The base of all messages."""
+    """The base class of all messages."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class DeployRequest(Message):
-    """An app as its file has it, and what the person agreed to."""
+    """An app file's models, and the plan that the user confirmed."""
 
     app: str
     source: str
-    """Where it was deployed from: `host:path`, or `cli` for a model without a file."""
+    """Where the app is deployed from: `host:path`, or `cli` for a model without a file."""
     specs: tuple[ModelSpec, ...]
     only: bool = False
-    """Touch only the models named here: the app's others are not missing (`PATH::Name`)."""
+    """Change only these models, and do not treat the app's other models as removed (`PATH::Name`)."""
     prune: bool = False
     adopt: bool = False
     lazy: bool = False
     plan: str = ""
-    """The fingerprint of the plan that the person saw; control refuses if it would do something else now."""
+    """The fingerprint of the confirmed plan. Control refuses the deploy if the current plan differs."""
 
 
 class Change(Message):
-    """What a deploy does to one model. `remove` is carried out only with `prune`."""
+    """The effect of a deploy on one model. `remove` applies only with `prune`."""
 
     model: str
     kind: Literal["add", "change", "tune", "remove", "same"]
-    """`change` starts a new engine; `tune` changes numbers without a restart."""
+    """`change` starts a new engine; `tune` changes options without a restart."""
     lines: tuple[str, ...] = ()
     placement: str = ""
 
 
 class Plan(Message):
-    """What a deploy would do."""
+    """The changes that a deploy would make."""
 
     app: str
     changes: tuple[Change, ...]
@@ -57,14 +58,15 @@ class Plan(Message):
 
 
 class Event(Message):
-    """One step of a job. `ready`, `unproven`, `failed` and `removed` end a model; `end` ends the job."""
+    """One event of an operation. `end` is its last; `ready`, `unproven`, `failed` or `removed` is a model's last."""
 
-    kind: Literal["step", "progress", "done", "ready", "unproven", "failed", "removed", "tuned", "end"]
+    kind: EventKind
     model: str = ""
     text: str = ""
     here: int = 0
-    """Of `progress`: bytes that have come, of `total`, to what `text` names."""
+    """For `progress`: bytes downloaded to the place that `text` names."""
     total: int = 0
+    """For `progress`: bytes to download."""
 
 
 class AdapterRow(Message):
@@ -73,24 +75,24 @@ class AdapterRow(Message):
     name: str
     source: str
     short: str
-    """What its address means now: a commit, or the hash of its files' names, sizes and checksums."""
+    """The current revision: a commit, or the hash of the files' names, sizes and checksums."""
     bytes: int
     rank: int = 0
-    """0: not known."""
+    """The LoRA rank; 0 if unknown."""
     loaded_on: tuple[str, ...] = ()
-    """Replicas that have it in their engines."""
+    """Replicas whose engines hold it."""
     last_used: float = 0
-    """Unix time; 0: not since control started."""
+    """Unix time; 0 if unused since control started."""
 
 
 class WeightsRow(Message):
-    """Weights that lie on a node."""
+    """Weights that are stored on a node."""
 
     source: str
     pin: str
-    """Its name on disk."""
+    """The pin's name on disk."""
     short: str
-    """What the source's name was pinned to: a commit, or the hash of the manifest."""
+    """The pinned revision: a commit, or the hash of the manifest."""
     bytes: int
     files: int
     last_used: float
@@ -98,16 +100,16 @@ class WeightsRow(Message):
     node: str
     """The node's address."""
     pinned_by: tuple[str, ...] = ()
-    """The deployed models that have it."""
+    """The deployed models that use them."""
 
 
 class WeightsRequest(Message):
-    """What `llmrun weights …` asks for."""
+    """The request of a `llmrun weights …` command."""
 
     do: Literal["pull", "verify", "remove", "prune", "import", "mirror"]
     weights: AnyWeights | None = None
     target: AnyWeights | None = None
-    """For `mirror`: where to."""
+    """For `mirror`: the destination."""
     folder: str = ""
     """For `import`: an absolute path on a node."""
 
@@ -123,27 +125,27 @@ class ReplicaStatus(Message):
     in_flight: int
 
 
-# What a cold start passes through, in this order.
+# The phases of a cold start, in order.
 START_PARTS = ("decided", "placed", "weights", "forked", "ready", "registered", "first_token")
 
 
 class ColdStart(Message):
-    """One way from zero to the first token."""
+    """The timing of one start from zero replicas to the first token."""
 
     model: str
     version: int
     node: str
     """The node's address."""
     forked: bool
-    """Whether the engine came from the node's warm parent."""
+    """Whether the engine was forked from the node's fork server."""
     asked: float
-    """Unix time of the request that found no replica."""
+    """Unix time of the request that started it."""
     parts: dict[str, float]
-    """Seconds from `asked` to the end of each of START_PARTS."""
+    """Seconds from `asked` to the end of each phase in START_PARTS."""
 
 
 class ModelStatus(Message):
-    """One model, as `llmrun status --json` shows it."""
+    """One model, as shown by `llmrun status --json`."""
 
     name: str
     app: str
@@ -155,7 +157,7 @@ class ModelStatus(Message):
     waiting: int
     model: str
     pin: str
-    """What `model` was pinned to at the deploy: a commit, or the hash of a manifest; empty for a path."""
+    """The revision pinned at the deploy: a commit, or the hash of a manifest; empty for a path."""
     aliases: tuple[str, ...]
     placement: str
     cause: str
@@ -163,47 +165,47 @@ class ModelStatus(Message):
 
 
 class Status(Message):
-    """Everything that is deployed."""
+    """All deployed models."""
 
     url: str
     models: tuple[ModelStatus, ...]
 
 
 class KeyInfo(Message):
-    """What an API key may. 0 is no limit."""
+    """An API key's permissions and limits. 0 means no limit."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
     models: tuple[str, ...] = ()
-    """Names of models; none: all."""
+    """Names of the allowed models; empty for all."""
     rpm: int = Field(default=0, ge=0)
-    """Requests a minute."""
+    """Requests per minute."""
     tpm: int = Field(default=0, ge=0)
-    """Tokens a minute, of prompts and answers together."""
+    """Tokens per minute, of prompts and answers together."""
     max_in_flight: int = Field(default=0, ge=0)
-    """Requests that wait or are answered at once."""
+    """Requests that wait or are being answered."""
     wake: bool = True
-    """Whether it wakes models; one that does not reaches hot ones only, and does not keep them hot."""
+    """Whether requests wake models. Otherwise they reach hot models only, and do not keep them hot."""
     expires: float = 0
-    """Unix time."""
+    """Unix time; 0 if the key does not expire."""
     created: float = 0
     """Unix time."""
 
     @property
     def limited(self) -> bool:
-        """Whether anything has to be counted for it."""
+        """Whether the key has any limit."""
         return bool(self.rpm or self.tpm or self.max_in_flight)
 
 
 class NewKey(Message):
-    """A key that was just made."""
+    """A new API key."""
 
     key: str
-    """Shown this once: only its hash is stored."""
+    """Shown only once: control stores only its hash."""
     facts: KeyInfo
 
 
 class UsageLine(Message):
-    """What was used, summed over what the question did not ask to tell apart."""
+    """Usage, summed over the dimensions that the query does not group by; their fields are empty."""
 
     day: str = ""
     """`2026-11-23`, in UTC."""
@@ -215,4 +217,4 @@ class UsageLine(Message):
     completion_tokens: int = 0
     cached_tokens: int = 0
     gpu_seconds: float = 0
-    """Replicas' time on GPUs; it belongs to models, not to keys."""
+    """GPU time of replicas, counted for models, not for keys."""

@@ -1,4 +1,4 @@
-"""Two models behind one endpoint of Ray Serve's own: `python builder.py`, then http://127.0.0.1:8000/v1."""
+"""Serves two models behind one Ray Serve endpoint: `python builder.py`, then http://127.0.0.1:8000/v1."""
 
 import sys
 
@@ -12,5 +12,5 @@ if __name__ == "__main__":
     serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1]) if sys.argv[1:] else 8000})
     serve.run(application)
     print("ready", flush=True)
-    sys.stdin.read()  # until it is closed, or Ctrl-C
+    sys.stdin.read()  # serve until stdin is closed, or Ctrl-C
     serve.shutdown()

@@ -1,4 +1,4 @@
-"""A model inside an application of your own, asked by its handle."""
+"""Calls a model from your own Serve application, through its handle."""
 
 import sys
 from collections.abc import AsyncIterator
@@ -17,12 +17,12 @@ class Poet:
         self._assistant = assistant.options(stream=True)
 
     async def __call__(self, request: Request) -> StreamingResponse:
-        return StreamingResponse(self._verse((await request.body()).decode()), media_type="text/plain")
+        return StreamingResponse(self._write_verse((await request.body()).decode()), media_type="text/plain")
 
-    async def _verse(self, about: str) -> AsyncIterator[str]:
-        messages = [{"role": "user", "content": f"Write a verse about {about}."}]
-        asked = {"messages": messages, "stream": True, "max_tokens": 20, "temperature": 0}
-        async for chunk in self._assistant.chat.remote(asked):
+    async def _write_verse(self, topic: str) -> AsyncIterator[str]:
+        messages = [{"role": "user", "content": f"Write a verse about {topic}."}]
+        body = {"messages": messages, "stream": True, "max_tokens": 20, "temperature": 0}
+        async for chunk in self._assistant.chat.remote(body):
             yield chunk["choices"][0]["delta"].get("content") or ""
 
 
@@ -31,5 +31,5 @@ if __name__ == "__main__":
     serve.start(http_options={"host": "127.0.0.1", "port": int(sys.argv[1]) if sys.argv[1:] else 8000})
     serve.run(application)
     print("ready", flush=True)
-    sys.stdin.read()
+    sys.stdin.read()  # serve until stdin is closed, or Ctrl-C
     serve.shutdown()

@@ -1,8 +1,8 @@
-"""`llmrun deploy` from Python: starts a cluster if none runs, and returns when the model answers."""
+"""Deploys a model from Python: starts a cluster if none is running, and waits until the model answers."""
 
 import os
 
-from llmrun import llm
+from llmrun import deploy, llm
 
 
 @llm(os.environ.get("MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct"), name="from-python", cpus=0.2)
@@ -10,5 +10,5 @@ class Assistant: ...
 
 
 if __name__ == "__main__":
-    deployed = Assistant.deploy()  # type: ignore[attr-defined]
-    print(deployed.model, deployed.url)
+    deployment = deploy(Assistant)
+    print(deployment.model, deployment.url)

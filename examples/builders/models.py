@@ -1,4 +1,4 @@
-"""Two models, for the examples beside this file. `MODEL` names other weights than SmolLM2's."""
+"""The models of the other examples in this folder. Set `MODEL` to use other weights than SmolLM2's."""
 
 import os
 from typing import Any
@@ -14,7 +14,7 @@ class Assistant: ...
 
 @llm(MODEL, accelerator="cpu", cpus=0.2)
 class Short:
-    """Answers with few tokens, whatever was asked for: a hook sees to it."""
+    """Limits every answer to three tokens with a hook."""
 
     def on_request(self, request: dict[str, Any]) -> dict[str, Any]:
         return request | {"max_tokens": 3}

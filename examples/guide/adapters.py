@@ -1,4 +1,4 @@
-"""Every LoRA of the model `adapted`, asked by its name."""
+"""Lists the LoRA adapters of the model `adapted`, and sends a request to each of them."""
 
 from openai import OpenAI
 

@@ -1,6 +1,6 @@
-"""What Ray Serve LLM's guide shows, as one app: `llmrun deploy app.py --lazy`, then the other files beside this one.
+"""The features of Ray Serve LLM's guide in one app: `llmrun deploy app.py --lazy`, then run the other files here.
 
-Each model's weights can be others: MODEL, EMBEDDER, EYES, and ADAPTERS for a folder or bucket of LoRAs.
+Set MODEL, EMBEDDER and EYES to use other weights, and ADAPTERS to a folder or bucket of LoRA adapters.
 """
 
 import os
@@ -17,7 +17,7 @@ MODEL = os.environ.get("MODEL", "HuggingFaceTB/SmolLM2-135M-Instruct")
     max_replicas=2,
     target_ongoing_requests=16,
     idle_timeout=600,
-    # Which parser a template needs is seen by llmrun where it is plain; here it is said.
+    # llmrun detects the parser from common chat templates; this one is set explicitly.
     engine_args="--max-model-len 2048 --enable-auto-tool-choice --tool-call-parser hermes",
 )
 class Talker: ...

@@ -1,4 +1,4 @@
-"""Where engines run: kinds in order of preference, many GPUs, a part of one, several nodes."""
+"""Where engines run: GPU kinds in order of preference, several GPUs, a fraction of one, several nodes."""
 
 from llmrun import llm
 

@@ -1,4 +1,4 @@
-"""Answers in a shape: a pydantic class, a bare JSON schema as Ray Serve LLM's guide writes it, a choice, a pattern."""
+"""Structured output: a pydantic class, a bare JSON schema as in Ray Serve LLM's guide, a choice, a regex."""
 
 import json
 from typing import Literal
@@ -14,26 +14,30 @@ class Capital(BaseModel):
     continent: Literal["Europe", "Asia", "Africa"]
 
 
-asked = "Which city is the capital of France?"
+question = "Which city is the capital of France?"
 parsed = client.chat.completions.parse(
-    model="talker", messages=[{"role": "user", "content": asked}], response_format=Capital, temperature=0, max_tokens=60
+    model="talker",
+    messages=[{"role": "user", "content": question}],
+    response_format=Capital,
+    temperature=0,
+    max_tokens=60,
 )
 print("parsed:", parsed.choices[0].message.parsed)
 
 bare = client.chat.completions.create(
     model="talker",
-    messages=[{"role": "user", "content": asked}],
+    messages=[{"role": "user", "content": question}],
     extra_body={"response_format": {"type": "json_schema", "json_schema": Capital.model_json_schema()}},
     temperature=0,
     max_tokens=60,
 )
 print("bare:", json.loads(bare.choices[0].message.content or "")["continent"])
 
-for how in ({"choice": ["yes", "no"]}, {"regex": "[a-z]{3}-[0-9]{2}"}):
+for constraint in ({"choice": ["yes", "no"]}, {"regex": "[a-z]{3}-[0-9]{2}"}):
     answer = client.chat.completions.create(
         model="talker",
-        messages=[{"role": "user", "content": asked}],
-        extra_body={"structured_outputs": how},
+        messages=[{"role": "user", "content": question}],
+        extra_body={"structured_outputs": constraint},
         temperature=0,
         max_tokens=20,
     )

@@ -1,4 +1,4 @@
-"""A tool that is named is called; with "auto" the model decides."""
+"""Calls a tool by name, and lets the model decide with "auto"."""
 
 from openai import OpenAI
 from openai.types.chat import ChatCompletionToolParam

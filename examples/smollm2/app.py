@@ -1,6 +1,6 @@
-"""A 135M model that answers on a laptop's CPU: `llmrun deploy` this file.
+"""A 135M model for a laptop's CPU: `llmrun deploy app.py`.
 
-`just demo` needs no network: it makes the weights and imports them under the name that stands here.
+`just demo` needs no network: it creates the weights and imports them under this model's name.
 """
 
 from llmrun import llm

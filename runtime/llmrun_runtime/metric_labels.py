@@ -1,4 +1,4 @@
-"""What all of llmrun's metrics share: how they call an adapter."""
+"""Adapter labels for the metrics of control and the ingresses, with a bounded number of series."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from prometheus_client import disable_created_metrics
 
 from llmrun.lora import split_revision
 
-# When each series began would be a series more for each.
+# A series' creation time would be one more series for each.
 disable_created_metrics()  # type: ignore[no-untyped-call]
-# A model may have thousands, and each has dozens of series: a page that nobody could read in time.
-MOST = 500
+# A model may have thousands of adapters with dozens of series each, too many for one page.
+MAX_ADAPTERS = 500
 OTHERS = "(others)"
 
 
 class AdapterLabels:
-    """Each of the first MOST adapters that are asked for has series of its own; all further ones share theirs."""
+    """Gives each of the first MAX_ADAPTERS adapters its own label; all further adapters share OTHERS."""
 
     def __init__(self) -> None:
-        self._known: set[tuple[str, str]] = set()
+        self._seen: set[tuple[str, str]] = set()
 
     def __call__(self, model: str, adapter: str) -> str:
-        """The adapter's name, whatever its revision; "" for the model itself."""
+        """Return the label of an adapter at any revision; "" for the model itself."""
         name, _ = split_revision(adapter)
-        if not name or (model, name) in self._known:
+        if not name or (model, name) in self._seen:
             return name
-        if len(self._known) >= MOST:
+        if len(self._seen) >= MAX_ADAPTERS:
             return OTHERS
-        self._known.add((model, name))
+        self._seen.add((model, name))
         return name

@@ -160,7 +160,7 @@ def measure(ways: dict[str, Callable[[], float]], rounds: int) -> dict[str, list
 def parts(home: Home, count: int) -> list[dict[str, float]]:
     """The parts of the last cold starts: seconds from the request to the end of each."""
     key = (home.path / "admin.key").read_text()
-    answer = httpx.get(f"{home.url}/llmrun/v1/starts/warm", headers={"authorization": f"Bearer {key}"})
+    answer = httpx.get(f"{home.url}/llmrun/v1/cold-starts/warm", headers={"authorization": f"Bearer {key}"})
     rows: list[dict[str, Any]] = answer.json()[:count]
     return [row["parts"] for row in rows]
 

@@ -19,7 +19,7 @@ from llmrun_runtime.engines.base import Launch, Member, ShimConfig
 from llmrun_runtime.engines.forkserver.supervisor import ForkServerSupervisor, forkserver_socket
 from llmrun_runtime.engines.process.engine_process import EngineProcess
 from llmrun_runtime.engines.registry import get_engine
-from llmrun_runtime.node.environments import environment
+from llmrun_runtime.node.environments import merged_env
 from llmrun_runtime.wire.headers import TOKEN_HEADER
 from tests.support.cluster import SMOLLM2
 
@@ -45,7 +45,7 @@ async def rate(session: aiohttp.ClientSession, engine: EngineProcess, callers: i
 
 async def run(folder: Path) -> None:
     """Start both, measure in turns, print."""
-    kind, env = get_engine("vllm"), environment({}, "here")
+    kind, env = get_engine("vllm"), merged_env({}, "here")
     warm = forkserver_socket(folder, "here", "vllm")
     keeper = ForkServerSupervisor(kind, warm, folder / "warm.log", env)
     keeper.start()
@@ -61,7 +61,7 @@ async def run(folder: Path) -> None:
                 env=env,
                 shim=ShimConfig(model="m"),
                 log=folder / f"{name}.log",
-                warm=path,
+                forkserver=path,
             )
             engine = engines[name] = EngineProcess(kind, launch)
             await engine.start()

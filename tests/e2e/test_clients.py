@@ -205,4 +205,4 @@ def test_litellm(cluster: Home, client: openai.OpenAI, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
     assert done.returncode == 0, done.stderr
     whole, streamed, missing = json.loads(done.stdout.splitlines()[-1])
-    assert "Paris" in whole and streamed == whole and "the model 'nobody' does not exist" in missing
+    assert "Paris" in whole and streamed == whole and "model 'nobody' not found" in missing

@@ -159,9 +159,9 @@ def test_what_an_engine_cannot_do_is_refused_at_the_deploy(cluster: Home, tmp_pa
         text = f'@llm({str(SMOLLM2)!r}, name="odd", cpus=0.3, {arguments})\nclass Odd: ...\n'
         return cluster.fails("deploy", write_app(tmp_path / "odd.py", text))
 
-    assert "engine='transformers' takes no adapters" in refused('engine="transformers", lora="./adapters"')
-    assert "engine='transformers' has no task='embed'" in refused('engine="transformers", task="embed"')
-    assert "sglang is not installed there: pip install sglang" in refused('engine="sglang"')
+    assert "engine='transformers' does not support adapters" in refused('engine="transformers", lora="./adapters"')
+    assert "engine='transformers' does not support task='embed'" in refused('engine="transformers", task="embed"')
+    assert "sglang is not installed on the node: pip install sglang" in refused('engine="sglang"')
 
 
 def family(cluster: Home, kind: str) -> list[psutil.Process]:

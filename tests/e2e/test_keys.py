@@ -34,7 +34,7 @@ def keyed(cluster: Home, tmp_path_factory: pytest.TempPathFactory, tiny_weights:
     """A hot tiny model called `keyed`, and the key of `alice`."""
     text = f"@llm({str(tiny_weights)!r}, cpus=0.2, idle_timeout=600)\nclass Keyed: ...\n"
     cluster.ok("deploy", write_app(tmp_path_factory.mktemp("keyed") / "keyed" / "app.py", text))
-    assert "there are no keys" in cluster.ok("key", "list")
+    assert "No keys" in cluster.ok("key", "list")
     yield create(cluster, "alice", "--rpm", "1000")
     for row in json.loads(cluster.ok("key", "list", "--json")):
         cluster.ok("key", "revoke", row["name"])
@@ -74,16 +74,16 @@ def test_keys_are_made_listed_and_revoked(cluster: Home, keyed: str) -> None:
     assert "alice" in shown and "bob" in shown and bob not in shown
     assert ask(cluster, bob, max_tokens=64).status_code == 200
     refused = until(lambda: (answer := ask(cluster, bob)).status_code == 429 and answer, 5, "its tokens are used up")
-    assert "tokens a minute (tpm)" in refused.text and 1 <= int(refused.headers["retry-after"]) <= 60
+    assert "tokens per minute (tpm)" in refused.text and 1 <= int(refused.headers["retry-after"]) <= 60
     assert ask(cluster, keyed).status_code == 200
     cluster.ok("key", "revoke", "bob")
     until(lambda: ask(cluster, bob).status_code == 401, 2, "a revoked key is refused")
     assert "there is a key 'alice': revoke it first" in cluster.fails("key", "create", "alice")
-    assert "there is no such model" in cluster.fails("key", "create", "carol", "--model", "nobody")
-    assert "a key's name has" in cluster.fails("key", "create", "No Good")
-    assert "write a time like 30d" in cluster.fails("key", "create", "carol", "--expires", "soon")
-    assert "would have expired already" in cluster.fails("key", "create", "carol", "--expires", "2020-01-01")
-    assert "there is no key 'carol'; there are: alice" in cluster.fails("key", "revoke", "carol")
+    assert "model 'nobody' not found" in cluster.fails("key", "create", "carol", "--model", "nobody")
+    assert "invalid key name" in cluster.fails("key", "create", "No Good")
+    assert "invalid time; write a duration" in cluster.fails("key", "create", "carol", "--expires", "soon")
+    assert "its expiry is in the past" in cluster.fails("key", "create", "carol", "--expires", "2020-01-01")
+    assert "key 'carol' not found; available: alice" in cluster.fails("key", "revoke", "carol")
     assert "Paris" not in cluster.ok("chat", "keyed", "Hi", "--max-tokens", "4")  # the admin key is one too
 
 
@@ -110,7 +110,7 @@ def test_usage_is_what_the_answers_say(cluster: Home, keyed: str) -> None:
     shown = cluster.ok("usage", "--by", "model", "--by", "day", "--since", "1d")
     assert "keyed" in shown and "COMPLETION TOKENS" in shown
     assert all(row["key"] != "dora" for row in json.loads(cluster.ok("usage", "--since", "2100-01-01", "--json")))
-    assert "write a time like" in cluster.fails("usage", "--since", "yesterday")
+    assert "invalid time; write a duration" in cluster.fails("usage", "--since", "yesterday")
 
 
 def metrics(cluster: Home) -> list[Sample]:
@@ -126,6 +126,10 @@ def running(cluster: Home) -> float:
 
 
 def test_when_a_client_goes_the_engine_stops_within_a_second(cluster: Home, keyed: str) -> None:
+    def tokens() -> int:
+        return sum(row["completion_tokens"] for row in used(cluster, "key") if row["key"] == "alice")
+
+    before = tokens()
     body = {"model": "keyed", "prompt": "Hi", "max_tokens": 2000, "ignore_eos": True, "stream": True}
     headers = {"authorization": f"Bearer {keyed}"}
     with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, headers=headers, timeout=60) as answer:
@@ -133,8 +137,7 @@ def test_when_a_client_goes_the_engine_stops_within_a_second(cluster: Home, keye
         next(lines)
         until(lambda: running(cluster) == 1, 5, "it runs")
     until(lambda: running(cluster) == 0, 1.5, "it has stopped")  # one second, and the question itself
-    (row,) = [row for row in used(cluster, "key") if row["key"] == "alice"]
-    assert row["completion_tokens"] < 2000
+    assert tokens() - before < 2000
 
 
 def test_the_engines_other_paths(cluster: Home, keyed: str) -> None:
@@ -227,12 +230,12 @@ def test_what_the_openapi_document_allows_never_breaks_it(cluster: Home, keyed: 
 def test_two_ingresses_agree_one_may_die_and_beyond_loopback_needs_a_key(tmp_path: Path, tiny_weights: Path) -> None:
     home, other = Home(tmp_path / "two", free_port()), Home(tmp_path / "other", free_port())
     everywhere = ("up", "--host", "0.0.0.0")
-    assert "--host 0.0.0.0: there is no API key yet" in home.fails(*everywhere)
+    assert "--host 0.0.0.0 requires an API key" in home.fails(*everywhere)
     assert not (home.path / "cluster.json").exists()
     home.ok(*everywhere, "--insecure", LLMRUN_INGRESSES="2")
     try:
         said = other.fails("up", "--port", str(home.port), LLMRUN_INGRESSES="2")
-        assert "cannot be listened on" in said and not (other.path / "cluster.json").exists()
+        assert "cannot listen on" in said and not (other.path / "cluster.json").exists()
         text = f"@llm({str(tiny_weights)!r}, cpus=0.2, min_replicas=1)\nclass Keyed: ...\n"
         home.ok("deploy", write_app(tmp_path / "keyed" / "app.py", text))
         key = create(home, "both", "--rpm", "40")

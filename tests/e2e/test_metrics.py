@@ -92,8 +92,8 @@ def test_prometheus_answers_every_question_of_the_dashboard(cluster: Home, tmp_p
     text = f"@llm({str(tiny_weights)!r}, cpus=0.2, idle_timeout=600, {lora})\nclass Measured: ...\n"
     out = tmp_path / "out"
     said = cluster.ok("dashboards", "--out", out, "--scrape-interval", "1")
-    assert "prometheus.yml: written" in said and "start: prometheus --config.file=" in said
-    assert "is there already" in cluster.ok("dashboards", "--out", out, "--scrape-interval", "1")
+    assert "prometheus.yml: created" in said and "prometheus --config.file=" in said
+    assert "unchanged" in cluster.ok("dashboards", "--out", out, "--scrape-interval", "1")
     assert "--force" in cluster.fails("dashboards", "--out", out)
     with prometheus(out) as url:
         until(lambda: answers(url, "up") == [1], 30, "it is scraped")

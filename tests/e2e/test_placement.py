@@ -143,8 +143,8 @@ def test_what_no_set_of_nodes_can_give_is_refused(stub: StubHome, tmp_path: Path
         text = f'@llm({str(tmp_path)!r}, name="one", engine="stub", cpus=0.1, {arguments})\nclass One: ...\n'
         return stub.fails("deploy", write_app(tmp_path / "app.py", text))
 
-    assert "nodes=3: no node can give 3 nodes × 2 × H100" in refused('accelerator="H100", gpus=6, nodes=3')
-    assert "accelerator='H100:3': no node can give 3 × H100" in refused('accelerator="H100:3"')
+    assert "nodes=3: no node has 3 nodes × 2 × H100" in refused('accelerator="H100", gpus=6, nodes=3')
+    assert "accelerator='H100:3': no node has 3 × H100" in refused('accelerator="H100:3"')
     assert "each gets the same number of GPUs" in refused('accelerator="H100", gpus=3, nodes=2')
 
 

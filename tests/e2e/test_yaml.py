@@ -39,15 +39,15 @@ def test_ray_serve_llms_file_is_deployed_as_it_is(cluster: Home, tmp_path: Path,
     path = tmp_path / "serve.yaml"
     path.write_text(RAYS.format(weights=tiny_weights))
     said = cluster.ok("deploy", path, "--name", "rays")
-    assert "! http_options is left out: `llmrun up --host --port`" in said
-    assert "engine_kwargs.tokenizer_pool_size is left out: vLLM has it no more" in said
+    assert "! http_options is ignored: set the ingress address with `llmrun up --host --port`" in said
+    assert "engine_kwargs.tokenizer_pool_size is ignored: vLLM no longer supports it" in said
     with OpenAI(base_url=f"{cluster.url}/v1", api_key="none") as client:
         answer = client.completions.create(model="acme/Tiny_Llama", prompt="Once", max_tokens=4, temperature=0)
     assert answer.usage and answer.usage.completion_tokens == 4
     listed = {model["id"]: model["llmrun"] for model in httpx.get(f"{cluster.url}/v1/models").json()["data"]}
     assert listed["tiny-llama"]["aliases"] == ["acme/Tiny_Llama"] and listed["tiny-llama"]["max_model_len"] == 256
     assert 'model="tiny-llama",replica="' not in httpx.get(f"{cluster.url}/metrics").text
-    assert "nothing has changed" in cluster.ok("deploy", path, "--name", "rays")
+    assert "no changes" in cluster.ok("deploy", path, "--name", "rays")
     path.write_text(path.read_text().replace("log_engine_metrics: false", "log_engine_metrics: true"))
     assert "without a restart" in cluster.ok("deploy", path, "--name", "rays")
     assert 'model="tiny-llama",replica="' in httpx.get(f"{cluster.url}/metrics").text
@@ -63,7 +63,7 @@ def test_a_generating_model_embeds_if_that_is_its_task(cluster: Home, tmp_path: 
         found = client.embeddings.create(model="vectors", input=["one", "two"])
     assert len(found.data) == 2 and len(found.data[0].embedding) > 8
     path.write_text(path.read_text().replace("task:", "tsk:"))
-    assert "vectors.yml: models[0]: @llm does not know tsk='embed': did you mean task=?" in cluster.fails(
+    assert "vectors.yml: models[0]: @llm: unknown option tsk='embed': did you mean task=?" in cluster.fails(
         "deploy", path
     )
     cluster.ok("delete", "vectors", "--yes")

@@ -1,4 +1,4 @@
-"""Adapters for tests: PEFT's format, random, strong enough that each answers in its own way."""
+"""Random adapters in PEFT's format, each strong enough to change the model's answers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from safetensors.numpy import save_file
 from llmrun_runtime.weights.pin import File
 
 Shapes = dict[str, tuple[int, int]]
-# Of the tiny Llama that `conftest.make_tiny_weights` makes: what goes into a layer's module, and what comes out.
+"""Input and output width of a layer's modules."""
+# The tiny Llama of `cluster.make_tiny_weights`.
 TINY: Shapes = {"q_proj": (128, 128), "v_proj": (128, 64), "o_proj": (128, 128)}
 LAYERS = 2
-# And of SmolLM2-135M.
+# SmolLM2-135M.
 SMOL: Shapes = {"q_proj": (576, 576), "k_proj": (576, 192), "v_proj": (576, 192), "o_proj": (576, 576)}
 SMOL_LAYERS = 30
 
@@ -22,15 +23,15 @@ SMOL_LAYERS = 30
 def make_adapter(
     folder: Path, seed: int, rank: int = 8, scale: float = 1.0, shapes: Shapes = TINY, layers: int = LAYERS
 ) -> Path:
-    """An adapter in that folder; `scale` is how strong it is."""
+    """Make an adapter in the folder; `scale` is its strength."""
     folder.mkdir(parents=True, exist_ok=True)
-    dice = np.random.default_rng(seed)
+    random = np.random.default_rng(seed)
     tensors = {}
     for layer in range(layers):
         for name, (width, height) in shapes.items():
             key = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            tensors[f"{key}.lora_A.weight"] = dice.normal(0, 1, (rank, width)).astype(np.float32)
-            tensors[f"{key}.lora_B.weight"] = dice.normal(0, scale / rank, (height, rank)).astype(np.float32)
+            tensors[f"{key}.lora_A.weight"] = random.normal(0, 1, (rank, width)).astype(np.float32)
+            tensors[f"{key}.lora_B.weight"] = random.normal(0, scale / rank, (height, rank)).astype(np.float32)
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "bias": "none"}
     config |= {"target_modules": list(shapes), "base_model_name_or_path": "tiny"}
@@ -39,5 +40,5 @@ def make_adapter(
 
 
 def files(*names: str) -> tuple[File, ...]:
-    """Files of a listing."""
+    """Files of a listing, one byte each."""
     return tuple(File(name=name, size=1, version=f"v of {name}") for name in names)

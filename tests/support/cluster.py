@@ -116,27 +116,56 @@ class Home:
         assert "llmrun_cli" not in done.stderr
         return done.stderr
 
+    def api(self, method: str, path: str, **content: Any) -> httpx.Response:
+        """Call control's HTTP API as the command line does; starting that takes half a second of a core."""
+        key = (self.path / "admin.key").read_text()
+        headers = {"authorization": f"Bearer {key}"}
+        return httpx.request(method, f"{self.url}/llmrun/v1{path}", headers=headers, timeout=30, **content)
+
+    def models(self) -> list[dict[str, Any]]:
+        """The status of all models; raises HTTPError while control is not reachable."""
+        rows: list[dict[str, Any]] = self.api("GET", "/status").raise_for_status().json()["models"]
+        return rows
+
+    def find(self, model: str) -> dict[str, Any] | None:
+        """One model's status; None if it is not deployed."""
+        return next((row for row in self.models() if row["name"] == model), None)
+
     def status(self, model: str) -> dict[str, Any]:
         """One model's status."""
-        data = json.loads(self.ok("status", model, "--json"))
-        found: dict[str, Any] = data["models"][0]
-        return found
+        row = self.find(model)
+        assert row, f"{model} is not deployed"
+        return row
 
     def wait_for(self, model: str, state: str, timeout: float = 60) -> dict[str, Any]:
         """Wait for a state; the status then."""
 
         def reached() -> dict[str, Any] | None:
-            found = self.status(model)
-            return found if found["state"] == state else None
+            with contextlib.suppress(httpx.HTTPError):  # control may be restarting
+                row = self.find(model)
+                return row if row and row["state"] == state else None
+            return None
 
         status: dict[str, Any] = until(reached, timeout, f"{model} is {state}")
         return status
 
+    def unload(self, *models: str) -> None:
+        """Scale models to zero (by default all), and wait until they are."""
+        names = models or [row["name"] for row in self.models()]
+        for name in names:
+            until(lambda name=name: self.api("POST", f"/unload/{name}").status_code == 200, 30, f"{name} unloads")
+        for name in names:
+            until(lambda name=name: self.status(name)["state"] in ("cold", "failed"), 60, f"{name} is at zero")
+
+    def make_hot(self, model: str) -> None:
+        """Have a replica of a model that answers."""
+        if self.status(model)["state"] != "hot":
+            answer = self.ask(model)
+            assert answer.status_code == 200, answer.text
+
     def starts(self, model: str) -> list[dict[str, Any]]:
         """The model's last cold starts."""
-        key = (self.path / "admin.key").read_text()
-        answer = httpx.get(f"{self.url}/llmrun/v1/starts/{model}", headers={"authorization": f"Bearer {key}"})
-        rows: list[dict[str, Any]] = answer.json()
+        rows: list[dict[str, Any]] = self.api("GET", f"/cold-starts/{model}").json()
         return rows
 
     def ask(

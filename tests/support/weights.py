@@ -1,4 +1,4 @@
-"""A node that is sent errands for weights as its agent sends them, and stores that it fetches from."""
+"""A node that runs weights tasks as its agent does, and stores to fetch from."""
 
 from __future__ import annotations
 
@@ -17,113 +17,140 @@ import pytest
 from llmrun.weights import Weights
 from llmrun_runtime.weights.cache.cache import Cache
 from llmrun_runtime.weights.pin import Pin
-from llmrun_runtime.weights.worker import WorkerTask
+from llmrun_runtime.weights.tasks import FetchTask, PinTask, Task
 from tests.support.servers import AWS, S3, Hub, Proxy, hub_server, proxy_to, s3_server
 
 MIB = 2**20
+Worker = subprocess.Popen[str]
 
 
 @dataclass
 class Node:
-    """A node without Ray: a home, and workers that are sent as its agent sends them."""
+    """A node without Ray: a home, and weights workers, each reused while the environment stays the same."""
 
     home: Path
     env: dict[str, str] = field(default_factory=dict)
-    sent: list[subprocess.Popen[str]] = field(default_factory=list)
+    workers: list[Worker] = field(default_factory=list)
+    idle: list[tuple[dict[str, str], Worker]] = field(default_factory=list)
 
     def close(self) -> None:
-        """End its workers, as its agent's end does."""
-        for process in self.sent:
-            process.kill()
-            process.wait(10)
-            for stream in (process.stdin, process.stdout, process.stderr):
+        """Kill the workers."""
+        for worker in self.workers:
+            worker.kill()
+            worker.wait(10)
+            for stream in (worker.stdin, worker.stdout, worker.stderr):
                 if stream:
                     with contextlib.suppress(BrokenPipeError):
                         stream.close()
 
     @property
     def cache(self) -> Cache:
-        """Its cache."""
+        """The node's cache."""
         return Cache(self.home / "weights")
 
     @property
     def environment(self) -> dict[str, str]:
-        """Of its workers."""
+        """The environment of its workers."""
         ours = ("LLMRUN_", "HF_", "AWS_", "GOOGLE_")
         clean = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
         cache = {"LLMRUN_HOME": str(self.home), "HF_HOME": str(self.home / "hf")}
-        return {**clean, **cache, **AWS, "RAY_none": "", **self.env}
+        return {**clean, **cache, **AWS, **self.env}
 
-    def start(self, do: str, *before: str, **fields: Any) -> subprocess.Popen[str]:
-        """Send a worker; `before` goes in front of its command."""
-        process = subprocess.Popen(
-            [*before, sys.executable, "-m", "llmrun_runtime.weights.worker"],
+    def start(self, task: Task, *prefix: str) -> Worker:
+        """Send a task to a worker; `prefix` goes in front of the command of a new one."""
+        worker = self._new_worker(prefix) if prefix else self._idle_worker() or self._new_worker()
+        assert worker.stdin
+        worker.stdin.write(task.model_dump_json() + "\n")
+        worker.stdin.flush()
+        return worker
+
+    def _idle_worker(self) -> Worker | None:
+        env = self.environment
+        usable = [item for item in self.idle if item[0] == env and item[1].poll() is None]
+        if not usable:
+            return None
+        self.idle.remove(usable[0])
+        return usable[0][1]
+
+    def _new_worker(self, prefix: tuple[str, ...] = ()) -> Worker:
+        worker = subprocess.Popen(
+            [*prefix, sys.executable, "-m", "llmrun_runtime.weights.worker"],
             env=self.environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        self.sent.append(process)
-        assert process.stdin
-        process.stdin.write(WorkerTask.model_validate({"do": do, **fields}).model_dump_json() + "\n")
-        process.stdin.flush()
-        return process
+        self.workers.append(worker)
+        return worker
 
-    def end(self, process: subprocess.Popen[str]) -> dict[str, Any]:
-        """Its word on the errand, `{"result": …}` or `{"error": …}`, when it is free again; then it is ended."""
-        assert process.stdout and process.stderr and process.stdin
-        said: list[dict[str, Any]] = []
-        while not said or "free" not in said[-1]:
-            line = process.stdout.readline()
-            assert line, process.stderr.read()
-            said.append(json.loads(line))
-        process.stdin.close()
-        process.wait(10)
-        return said[-2]
+    def wait(self, worker: Worker) -> dict[str, Any]:
+        """Wait until a worker is idle; return its last message, `{"result": …}` or `{"error": …}`."""
+        assert worker.stdout and worker.stderr
+        messages: list[dict[str, Any]] = []
+        while not messages or "idle" not in messages[-1]:
+            line = worker.stdout.readline()
+            assert line, worker.stderr.read()
+            messages.append(json.loads(line))
+        return messages[-2]
 
-    def do(self, do: str, *before: str, **fields: Any) -> Any:
-        """The errand's result."""
-        word = self.end(self.start(do, *before, **fields))
-        assert "result" in word, word
-        return word["result"]
+    def run(self, task: Task) -> Any:
+        """Run a task and return its result."""
+        message = self._run(task)
+        assert "result" in message, message
+        return message["result"]
 
-    def fails(self, do: str, *before: str, **fields: Any) -> str:
-        """The errand's error."""
-        word = self.end(self.start(do, *before, **fields))
-        assert "error" in word, word
-        return str(word["error"])
+    def error(self, task: Task, *prefix: str) -> str:
+        """Run a task and return its error."""
+        message = self._run(task, *prefix)
+        assert "error" in message, message
+        return str(message["error"])
+
+    def _run(self, task: Task, *prefix: str) -> dict[str, Any]:
+        env, worker = self.environment, self.start(task, *prefix)
+        message = self.wait(worker)
+        if not prefix:
+            self.idle.append((env, worker))
+        return message
 
     def pin(self, weights: Weights) -> Pin:
-        """What a source means now."""
-        return Pin.model_validate(self.do("pin", weights=weights))
+        """Pin a source."""
+        return Pin.model_validate(self.run(PinTask(weights=weights)))
 
-    def bring(self, pin: Pin, **fields: Any) -> Path:
-        """The pin's folder."""
-        return Path(self.do("bring", pin=pin, **fields))
+    def pin_error(self, weights: Weights) -> str:
+        """The error when a source is pinned."""
+        return self.error(PinTask(weights=weights))
 
-    def partial(self) -> list[str]:
-        """What is left of downloads."""
+    def fetch(self, pin: Pin) -> Path:
+        """Fetch a pin and return its folder."""
+        return Path(self.run(FetchTask(pin=pin)))
+
+    def fetch_error(self, pin: Pin, *prefix: str, keep: tuple[str, ...] = ()) -> str:
+        """The error when a pin is fetched."""
+        return self.error(FetchTask(pin=pin, keep=keep), *prefix)
+
+    def partial_files(self) -> list[str]:
+        """The names of partial downloads."""
         folder = self.home / "weights" / "partial"
         return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[Node]:
-    """A node with nothing on it."""
+    """A node with an empty cache."""
     made = Node(tmp_path / "node")
     yield made
     made.close()
 
 
 def make_model(folder: Path, sizes: tuple[int, ...] = (3 * MIB,), seed: int = 0) -> Path:
-    """A folder like a model's: the bytes of its weights are noise."""
+    """Make a folder like a model's: one file of random bytes for each of `sizes`, and files that are not needed."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"seed": seed}))
     (folder / "tokenizer.json").write_text("{}" * 1000)
-    (folder / "README.md").write_text("not taken")
+    (folder / "README.md").write_text("not needed")
     (folder / "onnx").mkdir()
-    (folder / "onnx" / "model.onnx").write_text("not taken")
+    (folder / "onnx" / "model.onnx").write_text("not needed")
     for number, size in enumerate(sizes):
         with (folder / f"model-{number}.safetensors").open("wb") as file:
             for start in range(0, size, MIB):
@@ -131,8 +158,8 @@ def make_model(folder: Path, sizes: tuple[int, ...] = (3 * MIB,), seed: int = 0)
     return folder
 
 
-def taken(folder: Path) -> dict[str, bytes]:
-    """The files of a model's folder that an engine needs, by name."""
+def read_files(folder: Path) -> dict[str, bytes]:
+    """The content of the files in a model's folder that an engine needs, by name."""
     files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix not in (".md", ".onnx"))
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
@@ -153,7 +180,7 @@ def s3(buckets: Path) -> Iterator[S3]:
 
 @pytest.fixture
 def proxy(s3: S3) -> Iterator[Proxy]:
-    """In front of it."""
+    """A proxy in front of the S3 server."""
     with proxy_to(s3.url) as made:
         yield made
 

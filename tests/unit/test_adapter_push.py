@@ -1,4 +1,4 @@
-"""`llmrun adapter push`, control's side; the store and the listing are stand-ins."""
+"""`llmrun adapter push` in control. The store and the listing are stand-ins."""
 
 from __future__ import annotations
 
@@ -17,109 +17,109 @@ from llmrun import LoRA
 from llmrun.errors import Refused
 from llmrun.lora import MAX_CONFIG_BYTES
 from llmrun.spec import ModelSpec
-from llmrun_runtime.control.operations import adapter_push as pushes_module
+from llmrun_runtime.control.operations import adapter_push
 from llmrun_runtime.control.operations.adapter_push import AdapterPushes
-from llmrun_runtime.control.state.models import Deployed
+from llmrun_runtime.control.state.models import Deployed, Models
 from llmrun_runtime.control.state.operation import Operations
 from llmrun_runtime.placement import Placement
 
 
-class Shop:
-    """Pushes over a node agent that copies nothing: `copying` says what it does now, `most` how many at once it did."""
+class Bench:
+    """Pushes with a node agent that copies nothing: `copying` are the current targets, `peak` the most at once."""
 
     def __init__(self, folder: Path, lora: LoRA) -> None:
         self.copying: list[str] = []
-        self.most = 0
-        self.listed = True
-        self.known: set[str] = set()
-        self.jobs = Operations()
+        self.peak = 0
+        self.listable = True
+        self.listed: set[str] = set()
         row = Deployed("app", 1, 1, ModelSpec(name="one", model="org/one", lora=lora), Placement(1, 0), proven=True)
-        scaling: Any = SimpleNamespace(deployed={"one": row})
-        adapters: Any = SimpleNamespace(look=self.look, has=lambda model, name: name in self.known)
-        self.pushes = AdapterPushes(folder, scaling, adapters, self.jobs)
-        self.agent = SimpleNamespace(push=SimpleNamespace(remote=self.copy))
+        models = Models()
+        models.put(row)
+        adapters: Any = SimpleNamespace(refresh=self.refresh, has=lambda model, name: name in self.listed)
+        self.pushes = AdapterPushes(folder, models, adapters, Operations())
+        self.agent = SimpleNamespace(push_adapter=SimpleNamespace(remote=self.copy))
 
-    async def copy(self, here: str, target: Any, env: Any) -> None:
+    async def copy(self, folder: str, target: Any, env: Any) -> None:
         """Take a moment."""
         self.copying.append(str(target))
-        self.most = max(self.most, self.copying.count(str(target)))
+        self.peak = max(self.peak, self.copying.count(str(target)))
         await asyncio.sleep(0.05)
         self.copying.remove(str(target))
-        self.known.add(str(target).rpartition("/")[2])
+        self.listed.add(str(target).rpartition("/")[2])
 
-    async def look(self, model: str) -> bool:
-        """Whether it could be listed."""
-        return self.listed
+    async def refresh(self, model: str) -> bool:
+        """Whether the source could be listed."""
+        return self.listable
 
     async def push(self, name: str, config: bytes = b'{"r": 8}') -> list[str]:
-        """What is heard of it, to the end."""
-        job = await self.pushes.start("one", name, packed(config))
-        return [f"{event.kind}: {event.text}" async for event in job.events()]
+        """Return all events of a push."""
+        operation = await self.pushes.start("one", name, packed(config))
+        return [f"{event.kind}: {event.text}" async for event in operation.events()]
 
 
 async def packed(config: bytes) -> AsyncIterator[bytes]:
-    """An adapter as the command line sends it."""
-    whole = io.BytesIO()
-    with tarfile.open(fileobj=whole, mode="w") as tar:
+    """An adapter as the CLI sends it."""
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
         for name, data in (("adapter_config.json", config), ("adapter_model.safetensors", b"weights")):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    yield whole.getvalue()
+    yield archive.getvalue()
 
 
 @pytest.fixture
-def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
-    made = Shop(tmp_path / "pushes", LoRA("s3://acme/all", max_rank=16))
-    monkeypatch.setattr(pushes_module, "agent_on", lambda node: made.agent)
-    here = SimpleNamespace(get_node_id=lambda: "head")
-    monkeypatch.setattr(ray, "get_runtime_context", lambda: here)
-    return made
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    bench = Bench(tmp_path / "pushes", LoRA("s3://acme/all", max_rank=16))
+    monkeypatch.setattr(adapter_push, "agent_on", lambda node: bench.agent)
+    context = SimpleNamespace(get_node_id=lambda: "head")
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    return bench
 
 
-async def test_pushes_to_one_place_take_turns_and_leave_nothing(shop: Shop, tmp_path: Path) -> None:
-    heard = await asyncio.gather(*(shop.push(name) for name in ("legal", "legal", "legal", "sql")))
-    assert [said[-2] for said in heard[:3]] == ["done: one:legal is s3://acme/all/legal now"] * 3
-    assert shop.most == 1 and not list((tmp_path / "pushes").iterdir())
+async def test_pushes_to_one_target_take_turns_and_leave_no_files(bench: Bench, tmp_path: Path) -> None:
+    events = await asyncio.gather(*(bench.push(name) for name in ("legal", "legal", "legal", "sql")))
+    assert [lines[-2] for lines in events[:3]] == ["done: pushed one:legal to s3://acme/all/legal"] * 3
+    assert bench.peak == 1 and not list((tmp_path / "pushes").iterdir())
 
 
-async def test_what_was_copied_and_is_not_listed_is_said(shop: Shop) -> None:
-    shop.listed = False
-    assert "it was copied to s3://acme/all/legal, which could not be listed" in (await shop.push("legal"))[-2]
-    shop.listed = True
-    shop.known = set()
-    shop.agent.push.remote = lambda *_: asyncio.sleep(0)
-    assert "and is not listed there" in (await shop.push("legal"))[-2]
+async def test_an_adapter_that_was_copied_but_is_not_listed_is_an_error(bench: Bench) -> None:
+    bench.listable = False
+    assert "copied to s3://acme/all/legal, but listing it failed" in (await bench.push("legal"))[-2]
+    bench.listable = True
+    bench.listed = set()
+    bench.agent.push_adapter.remote = lambda *_: asyncio.sleep(0)
+    assert "but not listed there" in (await bench.push("legal"))[-2]
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
-    [(b'{"r": 32}', "its rank is 32"), (b"no", "cannot be read"), (b" " * (MAX_CONFIG_BYTES + 1), "bytes")],
+    ("config", "message"),
+    [(b'{"r": 32}', "legal has rank 32"), (b"no", "cannot read"), (b" " * (MAX_CONFIG_BYTES + 1), "bytes")],
 )
-async def test_what_no_engine_would_take_is_refused_before_it_is_copied(
-    shop: Shop, tmp_path: Path, config: bytes, said: str
+async def test_an_adapter_that_no_engine_can_load_is_refused_before_it_is_copied(
+    bench: Bench, tmp_path: Path, config: bytes, message: str
 ) -> None:
-    with pytest.raises(Refused, match=said):
-        await shop.push("legal", config)
+    with pytest.raises(Refused, match=message):
+        await bench.push("legal", config)
     assert not list((tmp_path / "pushes").iterdir())
 
 
-async def test_a_job_that_runs_is_not_forgotten() -> None:
-    jobs, hold = Operations(), asyncio.Event()
+async def test_a_running_operation_is_not_forgotten() -> None:
+    operations, hold = Operations(), asyncio.Event()
 
     async def wait(_: Any) -> None:
         await hold.wait()
 
-    async def end(_: Any) -> None:
+    async def finish(_: Any) -> None:
         return None
 
-    first = jobs.start("first", wait)
+    first = operations.start("first", wait)
     ended = []
     for _ in range(40):
-        ended.append(jobs.start("more", end))
+        ended.append(operations.start("more", finish))
         await asyncio.sleep(0.001)
-    assert jobs.find(first.id) is first and jobs.find(ended[-1].id)
-    with pytest.raises(Refused):
-        jobs.find(ended[0].id)
+    assert operations.find(first.id) is first and operations.find(ended[-1].id)
+    with pytest.raises(Refused, match=f"operation {ended[0].id} not found"):
+        operations.find(ended[0].id)
     hold.set()
     assert [event.kind async for event in first.events()] == ["end"]

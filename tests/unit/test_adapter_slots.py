@@ -1,4 +1,4 @@
-"""An engine's adapters: which are loaded, which go, one load for all, and whether they answer as before."""
+"""Adapter slots: loading, eviction, shared loads, and the canary."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from llmrun_runtime.engines.base import TokenLogprobs
-from llmrun_runtime.engines.shim import adapter_slots as room
+from llmrun_runtime.engines.shim import adapter_slots
 from llmrun_runtime.engines.shim.adapter_slots import AdapterError, AdapterSlots
 from llmrun_runtime.engines.shim.canary import Canary
 
 
 class Fake:
-    """A loader that says what was done; adapters called `bad…` fail."""
+    """A loader that records its calls; adapters named `bad…` fail."""
 
     def __init__(self) -> None:
         self.inside: list[str] = []
@@ -27,7 +27,7 @@ class Fake:
         self.answers: list[TokenLogprobs] = []
 
     async def load(self, name: str, folder: Path) -> str:
-        """Takes a moment."""
+        """Load after a short random delay."""
         self.loads.append(name)
         await asyncio.sleep(random.uniform(0, 0.005))
         if name.startswith("bad"):
@@ -37,18 +37,18 @@ class Fake:
         return name
 
     async def unload(self, adapter: str) -> None:
-        """Never one in use."""
+        """Fail if the adapter is in use."""
         assert adapter not in self.used
         await asyncio.sleep(random.uniform(0, 0.002))
         self.inside.remove(adapter)
 
     async def probe(self, adapter: str) -> list[TokenLogprobs]:
-        """Whatever the test wants."""
+        """Return the test's answers."""
         return self.answers
 
     @contextlib.contextmanager
     def using(self, adapter: str) -> Iterator[None]:
-        """Count it as in use."""
+        """Record the adapter as in use."""
         assert adapter in self.inside
         self.used.append(adapter)
         try:
@@ -57,16 +57,16 @@ class Fake:
             self.used.remove(adapter)
 
 
-async def bring(name: str, pin: str) -> Path:
-    """At once."""
-    if name == "badly-brought":
-        raise AdapterError("the store is away", 503)
+async def fetch(name: str, pin: str) -> Path:
+    """Return immediately."""
+    if name == "fetch-fails":
+        raise AdapterError("the object store is not reachable", 503)
     return Path(pin)
 
 
-async def test_the_least_recently_used_goes_and_one_in_use_stays() -> None:
+async def test_the_least_recently_used_adapter_is_unloaded_unless_it_is_in_use() -> None:
     fake = Fake()
-    adapters = AdapterSlots(fake, 2, bring)
+    adapters = AdapterSlots(fake, 2, fetch)
 
     async def use(name: str) -> None:
         async with adapters.using(name, name):
@@ -86,12 +86,12 @@ async def test_the_least_recently_used_goes_and_one_in_use_stays() -> None:
     assert sorted(adapters.loaded()) == ["a", "e"]
 
 
-async def test_a_store_that_hangs_costs_those_that_are_loaded_nothing() -> None:
-    away = asyncio.Event()
+async def test_an_object_store_that_hangs_does_not_affect_loaded_adapters() -> None:
+    reachable = asyncio.Event()
 
     async def slow(name: str, pin: str) -> Path:
         if name.startswith("cold"):
-            await away.wait()
+            await reachable.wait()
         return Path(pin)
 
     fake = Fake()
@@ -108,16 +108,16 @@ async def test_a_store_that_hangs_costs_those_that_are_loaded_nothing() -> None:
         await asyncio.wait_for(use("a"), 0.5)
         await asyncio.wait_for(use("b"), 0.5)
     assert fake.loads == ["a", "b"] and sorted(adapters.loaded()) == ["a", "b"]
-    away.set()
+    reachable.set()
     await asyncio.wait_for(asyncio.gather(*cold), 5)
     assert fake.most == 2
 
 
-async def test_adapters_that_are_always_in_use_keep_none_out_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "PATIENCE_S", 0.1)
-    monkeypatch.setattr(room, "WAIT_S", 1.0)
+async def test_adapters_in_constant_use_do_not_keep_others_out_indefinitely(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter_slots, "YIELD_AFTER_S", 0.1)
+    monkeypatch.setattr(adapter_slots, "SLOT_TIMEOUT_S", 1.0)
     fake, ended = Fake(), asyncio.Event()
-    adapters = AdapterSlots(fake, 2, bring)
+    adapters = AdapterSlots(fake, 2, fetch)
 
     async def use(name: str, seconds: float) -> None:
         async with adapters.using(name, name):
@@ -137,16 +137,18 @@ async def test_adapters_that_are_always_in_use_keep_none_out_for_ever(monkeypatc
     ended.set()
     await asyncio.wait_for(asyncio.gather(*callers), 5)
     async with adapters.using("a", "a"), adapters.using("b", "b"):
-        with pytest.raises(AdapterError, match=r"all 2 places .* in use after 1 s \(max_loaded\)") as full:
+        with pytest.raises(
+            AdapterError, match=r"timed out after 1 s: all 2 adapter slots are in use \(max_loaded\)"
+        ) as full:
             await use("c" if "c" not in adapters.loaded() else "d", 0)
     assert full.value.status == 503
     await use("a", 0)
     assert not fake.used and fake.most == 2
 
 
-async def test_one_load_for_all_who_ask_and_none_is_spoilt_by_one_who_leaves() -> None:
+async def test_concurrent_requests_share_one_load_which_a_cancelled_request_does_not_abort() -> None:
     fake = Fake()
-    adapters = AdapterSlots(fake, 2, bring)
+    adapters = AdapterSlots(fake, 2, fetch)
 
     async def use(name: str) -> None:
         async with adapters.using(name, name):
@@ -157,7 +159,7 @@ async def test_one_load_for_all_who_ask_and_none_is_spoilt_by_one_who_leaves() -
     tasks[0].cancel()
     await asyncio.gather(*tasks[1:])
     assert fake.loads == ["a"]
-    for name, status in (("bad", 400), ("badly-brought", 503)):
+    for name, status in (("bad", 400), ("fetch-fails", 503)):
         with pytest.raises(AdapterError) as failed:
             await use(name)
         assert failed.value.status == status
@@ -166,23 +168,23 @@ async def test_one_load_for_all_who_ask_and_none_is_spoilt_by_one_who_leaves() -
     assert sorted(adapters.loaded()) == ["a", "b"]
 
 
-async def test_a_canary_keeps_no_first_answers_that_are_no_numbers_and_mends_what_is_damaged(tmp_path: Path) -> None:
+async def test_a_canary_stores_no_invalid_reference_and_replaces_a_damaged_one(tmp_path: Path) -> None:
     canary, good = Canary(tmp_path), [{"1": -1.0}]
-    with pytest.raises(AdapterError, match="no numbers") as failed:
+    with pytest.raises(AdapterError, match="not numbers") as failed:
         await canary.check("a", "pin", [{"1": float("nan")}])
     assert failed.value.status == 503 and not list(tmp_path.iterdir())
     (tmp_path / "pin.json").write_text("{")
     await canary.check("a", "pin", good)
-    with pytest.raises(AdapterError, match="otherwise"):
+    with pytest.raises(AdapterError, match="answers differ"):
         await canary.check("a", "pin", [{"1": -3.0}])
     (tmp_path / "other.json").mkdir()
-    with pytest.raises(AdapterError, match="cannot be read or kept"):
+    with pytest.raises(AdapterError, match="cannot read or store"):
         await canary.check("a", "other", good)
 
 
-async def test_an_adapter_that_answers_otherwise_than_at_its_first_load_is_not_used(tmp_path: Path) -> None:
+async def test_an_adapter_whose_answers_differ_from_its_first_load_is_not_used(tmp_path: Path) -> None:
     fake = Fake()
-    adapters = AdapterSlots(fake, 1, bring, Canary(tmp_path / "canary").check)
+    adapters = AdapterSlots(fake, 1, fetch, Canary(tmp_path / "canary").check)
 
     async def use(name: str, *answers: float) -> None:
         fake.answers = [{"1": answer, "2": -9.0} for answer in answers]
@@ -191,19 +193,19 @@ async def test_an_adapter_that_answers_otherwise_than_at_its_first_load_is_not_u
 
     await use("a", -1.0, -2.0)
     await use("b", -5.0, -7.0)
-    for answers, said in (((-1.0, -4.0), "0.5 apart"), ((-1.0,), "inf apart"), ((-1.0, float("nan")), "inf apart")):
-        with pytest.raises(AdapterError, match=f"otherwise than .*{said}") as failed:
+    for answers, distance in (((-1.0, -4.0), "0.5"), ((-1.0,), "inf"), ((-1.0, float("nan")), "inf")):
+        with pytest.raises(AdapterError, match=f"differ from the first load .*: mean distance {distance} ") as failed:
             await use("a", *answers)
         assert failed.value.status == 503 and fake.inside == []
     await use("a", -1.05, -1.95)
     assert fake.inside == ["a"]
 
 
-async def test_different_adapters_are_brought_side_by_side() -> None:
+async def test_different_adapters_are_fetched_concurrently() -> None:
     both = asyncio.Barrier(2)
 
     async def meet(name: str, pin: str) -> Path:
-        await both.wait()  # until the other one is being brought, too
+        await both.wait()  # until the other one is being fetched too
         return Path(pin)
 
     adapters = AdapterSlots(Fake(), 2, meet)
@@ -217,16 +219,16 @@ async def test_different_adapters_are_brought_side_by_side() -> None:
     assert sorted(adapters.loaded()) == ["a", "b"]
 
 
-async def test_whatever_comes_and_goes_there_are_never_too_many_nor_one_used_that_is_gone() -> None:
+async def test_random_load_never_exceeds_the_slots_nor_uses_an_unloaded_adapter() -> None:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     dice = random.Random(seed)
     fake = Fake()
-    adapters = AdapterSlots(fake, 3, bring)
+    adapters = AdapterSlots(fake, 3, fetch)
 
     async def caller() -> None:
         for _ in range(40):
-            name = dice.choice(["a", "b", "c", "d", "e", "f", "bad", "badly-brought"])
+            name = dice.choice(["a", "b", "c", "d", "e", "f", "bad", "fetch-fails"])
             with contextlib.suppress(AdapterError, TimeoutError):
                 async with asyncio.timeout(dice.choice([0.001, 0.01, 5])), adapters.using(name, name):
                     await asyncio.sleep(dice.uniform(0, 0.003))

@@ -1,31 +1,31 @@
-"""Adapters: how they are written, found at a source, known to control, asked for and routed."""
+"""Adapters: their definition, discovery at a source, control's catalog, names in requests, and routing."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from llmrun import LoRA, SpecError, Weights
-from llmrun.errors import WeightsError
-from llmrun.lora import as_lora, read_rank
+from llmrun.errors import Refused, WeightsError
+from llmrun.lora import as_lora, read_lora_rank
 from llmrun.spec import ModelSpec
 from llmrun.wire import KeyInfo
-from llmrun_runtime.control.catalog.adapters import AdaptersCatalog as Catalogues
-from llmrun_runtime.control.catalog.adapters import ModelAdapters
+from llmrun_runtime.control.catalog.adapter_sources import ModelAdapters
+from llmrun_runtime.control.catalog.adapters import AdaptersCatalog
 from llmrun_runtime.control.state.database import Database
-from llmrun_runtime.control.state.models import Deployed
-from llmrun_runtime.ingress.admission.admit import find_target
-from llmrun_runtime.ingress.admission.auth import check_seen, may_see
+from llmrun_runtime.control.state.models import Deployed, Models
+from llmrun_runtime.ingress.admission.auth import can_access, check_access
+from llmrun_runtime.ingress.admission.target import find_target
 from llmrun_runtime.ingress.errors import HTTPError
 from llmrun_runtime.ingress.routing import AFFINITY_SLACK, choose
 from llmrun_runtime.placement import Placement
@@ -39,41 +39,42 @@ from tests.support.ingress import Bench, Engine, bearer, keys, route
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("arguments", "message"),
     [
-        ({}, "say where adapters lie"),
-        ({"path": "s3://a/b", "adapters": {"x": "s3://c"}}, "say where adapters lie"),
-        ({"adapters": {"a:b": "s3://c"}}, "an adapter's name has letters"),
-        ({"path": "s3://a/b", "max_loaded": 0}, "max_loaded=0: a number of adapters, 1 or more"),
-        ({"path": "s3://a/b", "max_rank": 12}, "max_rank=12: one of 1, 8, 16"),
-        ({"path": "s3://a/b", "refresh": 0}, "refresh=0: seconds, 1 or more"),
-        ({"path": ""}, "name the weights"),
-        ({"path": "s3://a/b", "canary": "yes"}, "canary='yes': True or False"),
+        ({}, "exactly one place or a mapping of adapters is required"),
+        ({"path": "s3://a/b", "adapters": {"x": "s3://c"}}, "exactly one place or a mapping of adapters is required"),
+        ({"adapters": {"a:b": "s3://c"}}, "an adapter's name may contain only letters"),
+        ({"path": "s3://a/b", "max_loaded": 0}, "max_loaded=0: must be a number of adapters, 1 or more"),
+        ({"path": "s3://a/b", "max_rank": 12}, "max_rank=12: must be one of 1, 8, 16"),
+        ({"path": "s3://a/b", "refresh": 0}, "refresh=0: must be seconds, 1 or more"),
+        ({"path": ""}, "must be a source of weights"),
+        ({"path": "s3://a/b", "canary": "yes"}, "canary='yes': must be True or False"),
     ],
 )
-def test_what_is_written_wrong_is_said(given: dict[str, Any], said: str) -> None:
-    with pytest.raises(SpecError, match=said):
-        LoRA(**given)
+def test_an_invalid_argument_is_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        LoRA(**arguments)
 
 
-def test_the_ways_of_writing_it_are_one() -> None:
+def test_all_ways_of_writing_lora_are_equivalent() -> None:
     assert as_lora("s3://a/b") == LoRA("s3://a/b") == as_lora({"path": "s3://a/b"})
-    found = as_lora({"legal": "acme/legal@v3", "sql": Weights("s3://acme/sql", anonymous=True)})
-    assert found == LoRA(adapters={"legal": "acme/legal@v3", "sql": Weights("s3://acme/sql", anonymous=True)})
-    assert LoRA.model_validate(found.model_dump(mode="json")) == found and as_lora(None) is None
-    with pytest.raises(SpecError, match="lora=7: write a place"):
+    lora = as_lora({"legal": "acme/legal@v3", "sql": Weights("s3://acme/sql", anonymous=True)})
+    assert lora == LoRA(adapters={"legal": "acme/legal@v3", "sql": Weights("s3://acme/sql", anonymous=True)})
+    assert LoRA.model_validate(lora.model_dump(mode="json")) == lora and as_lora(None) is None
+    with pytest.raises(SpecError, match="lora=7: must be a place"):
         as_lora(7)
 
 
-def test_the_rank_is_that_of_the_adapters() -> None:
+def test_max_rank_is_sufficient_for_the_adapters() -> None:
     lora = LoRA("s3://a/b")
-    assert [lora.settled(ranks, None).max_rank for ranks in ([], [0], [8, 4], [24, 0], [999])] == [64, 64, 16, 32, 512]
-    before = LoRA("s3://a/b", max_rank=128, max_loaded=2)
-    assert lora.settled([24], before).max_rank == 128, "a deploy does not restart for less"
-    assert lora.settled([200], before).max_rank == 256
-    assert lora.settled([24], LoRA("s3://other", max_rank=128)).max_rank == 128, "nor for other places"
-    assert LoRA("s3://a/b", max_rank=8).settled([24], before).max_rank == 8
-    assert read_rank('{"r": 8, "rank_pattern": {"q_proj": 64, "v_proj": 4}}') == 64
+    max_ranks = [lora.with_max_rank(ranks, None).max_rank for ranks in ([], [0], [8, 4], [24, 0], [999])]
+    assert max_ranks == [64, 64, 16, 32, 512]
+    previous = LoRA("s3://a/b", max_rank=128, max_loaded=2)
+    assert lora.with_max_rank([24], previous).max_rank == 128, "a smaller rank does not cause a restart"
+    assert lora.with_max_rank([200], previous).max_rank == 256
+    assert lora.with_max_rank([24], LoRA("s3://other", max_rank=128)).max_rank == 128, "nor do other sources"
+    assert LoRA("s3://a/b", max_rank=8).with_max_rank([24], previous).max_rank == 8
+    assert read_lora_rank('{"r": 8, "rank_pattern": {"q_proj": 64, "v_proj": 4}}') == 64
     for config in (
         "[]",
         '{"r": 8, "rank_pattern": [64]}',
@@ -86,10 +87,10 @@ def test_the_rank_is_that_of_the_adapters() -> None:
         b"\xff",
     ):
         with pytest.raises(ValueError):
-            read_rank(config)
+            read_lora_rank(config)
 
 
-def test_adapters_are_found_folder_by_folder() -> None:
+def test_each_folder_is_one_adapter() -> None:
     both = ("adapter_config.json", "adapter_model.safetensors")
     names = [f"{folder}/{name}" for folder in ("one", "two") for name in both]
     more = [
@@ -99,68 +100,68 @@ def test_adapters_are_found_folder_by_folder() -> None:
         *(f"bad name/{name}" for name in both),
     ]
     listed = Pin(weights=Weights("s3://acme/all"), files=files(*names, *more))
-    found = find_adapters(listed)
-    assert found.keys() == {"one", "two"}
-    pin = found["one"].pin
+    adapters = find_adapters(listed)
+    assert adapters.keys() == {"one", "two"}
+    pin = adapters["one"].pin
     assert pin.weights.source == "s3://acme/all/one" and [file.name for file in pin.files] == list(both)
-    assert pin.id != found["two"].pin.id
+    assert pin.id != adapters["two"].pin.id
     hub = find_adapters(Pin(weights=Weights("acme/all@v1"), revision="c" * 40, files=files(*names)))
     assert (hub["two"].folder, hub["two"].pin.revision) == ("two", "c" * 40)
     assert [file.name for file in hub["two"].pin.files] == [f"two/{name}" for name in both]
-    alone = find_adapters(Pin(weights=Weights("acme/legal@v3"), revision="c" * 40, files=files(*both, "README.md")))
-    assert alone.keys() == {"legal"} and alone["legal"].folder == ""
+    single = find_adapters(Pin(weights=Weights("acme/legal@v3"), revision="c" * 40, files=files(*both, "README.md")))
+    assert single.keys() == {"legal"} and single["legal"].folder == ""
 
 
-def test_a_folder_on_disk_is_a_source_of_adapters_too(tmp_path: Path) -> None:
+def test_a_local_folder_is_a_source_too(tmp_path: Path) -> None:
     make_adapter(tmp_path / "one", seed=1)
-    first = find_adapters(ObjectStore(Weights(str(tmp_path)), 1).listed())
+    first = find_adapters(ObjectStore(Weights(str(tmp_path)), 1).list_files())
     assert first.keys() == {"one"} and first["one"].pin.weights.path == str(tmp_path / "one")
     make_adapter(tmp_path / "one", seed=2)
-    assert find_adapters(ObjectStore(Weights(str(tmp_path)), 1).listed())["one"].pin.id != first["one"].pin.id
+    assert find_adapters(ObjectStore(Weights(str(tmp_path)), 1).list_files())["one"].pin.id != first["one"].pin.id
 
 
 def table(**more: Any) -> Table:
-    """One model with adapters, one without."""
-    facts: dict[str, Any] = {"lora": True, "adapters": {"legal": "pin-1", "sql": "pin-2"}} | more
-    models = {"one": route(1, **facts), "two": route(2, name="two", names=("two",))}
+    """A routing table with one model with adapters and one without."""
+    fields: dict[str, Any] = {"lora": True, "adapters": {"legal": "pin-1", "sql": "pin-2"}} | more
+    models = {"one": route(1, **fields), "two": route(2, name="two", names=("two",))}
     return Table("e", 1, models, by_names(models))
 
 
-def test_names_of_adapters() -> None:
-    found = find_target(table(), "org/one:legal")
-    assert (found.model.name, found.name, found.adapter, found.pin) == ("one", "org/one", "legal", "pin-1")
+def test_adapter_names_in_requests() -> None:
+    target = find_target(table(), "org/one:legal")
+    assert (target.model.name, target.name, target.adapter, target.pin) == ("one", "org/one", "legal", "pin-1")
     assert find_target(table(), "one").adapter == ""
-    for name, status, said in (
-        ("one:legl", 404, "one has no adapter 'legl': did you mean one:legal?"),
-        ("one:xyz", 404, "it has 2, which GET /v1/models lists"),
+    for name, status, message in (
+        ("one:legl", 404, "adapter 'legl' of one not found. Did you mean one:legal?"),
+        ("one:xyz", 404, "Available: 2 (see GET /v1/models)"),
         ("two:legal", 404, "two has no adapters"),
-        ("three:legal", 404, "the model 'three:legal' does not exist"),
+        ("three:legal", 404, "model 'three:legal' not found"),
     ):
         with pytest.raises(HTTPError) as refused:
             find_target(table(), name)
-        assert refused.value.status == status and said in refused.value.text
+        assert refused.value.status == status and message in refused.value.message
     with pytest.raises(HTTPError) as refused:
-        find_target(table(adapters=None, adapters_trouble="access denied"), "one:legal")
-    assert refused.value.status == 503 and "access denied" in refused.value.text and refused.value.retry_after
+        find_target(table(adapters=None, adapters_error="access denied"), "one:legal")
+    assert refused.value.status == 503 and "access denied" in refused.value.message and refused.value.retry_after
 
 
-def test_a_wrong_name_among_ten_thousand_costs_milliseconds() -> None:
+def test_suggestions_among_ten_thousand_adapters_take_milliseconds() -> None:
     many = table(adapters={f"customer-{number:05d}-legal": "pin" for number in range(10_000)})
     started = time.perf_counter()
-    with pytest.raises(HTTPError, match="did you mean one:customer-01234-legal"):
+    with pytest.raises(HTTPError, match="Did you mean one:customer-01234-legal"):
         find_target(many, "one:customer-1234-legal")
     assert time.perf_counter() - started < 0.05
 
 
-def test_replicas_that_have_the_adapter_come_first_while_they_are_not_overloaded() -> None:
+def test_replicas_with_the_adapter_are_preferred_unless_overloaded() -> None:
     has = {"a": "", "b": "x", "c": "x"}
     replicas = tuple(ReplicaRoute(name, "h", 1, "t", frozenset(pins)) for name, pins in has.items())
     model = route(replicas=replicas, max_ongoing=100)
 
-    def chosen(**flying: int) -> str:
-        found = choose(model, flying, adapter="x")
-        assert found
-        return found.id
+    def chosen(**in_flight: int) -> str:
+        replica = choose(model, in_flight, adapter="x")
+        assert replica
+        return replica.id
 
     assert chosen() == "b" and chosen(b=1) == "c"
     assert chosen(b=AFFINITY_SLACK + 1, c=AFFINITY_SLACK) == "c"
@@ -168,21 +169,21 @@ def test_replicas_that_have_the_adapter_come_first_while_they_are_not_overloaded
 
 
 @pytest.mark.parametrize("models", [("org/one:legal",), ("one:legal", "two")])
-def test_a_key_may_be_for_one_adapter(models: tuple[str, ...]) -> None:
+def test_a_key_can_be_limited_to_one_adapter(models: tuple[str, ...]) -> None:
     key, model = KeyInfo(name="few", models=models), table().models["one"]
-    assert may_see(key, model, "legal") and not may_see(key, model, "sql") and not may_see(key, model)
+    assert can_access(key, model, "legal") and not can_access(key, model, "sql") and not can_access(key, model)
     with pytest.raises(HTTPError) as refused:
-        check_seen(key, model, "sql")
-    assert refused.value.status == 403 and "not for one:sql: it is for" in refused.value.text
+        check_access(key, model, "sql")
+    assert refused.value.status == 403 and "no access to one:sql. Available: " in refused.value.message
     with pytest.raises(HTTPError) as refused:
-        find_target(table(), "one:sq", partial(may_see, key))
-    assert "sql" not in refused.value.text and "it has 1," in refused.value.text
+        find_target(table(), "one:sq", partial(can_access, key))
+    assert "sql" not in refused.value.message and "Available: 1 " in refused.value.message
     whole = KeyInfo(name="all", models=("one",))
-    assert may_see(whole, model) and may_see(whole, model, "sql")
-    assert may_see(key, model, "legal@v3") and not may_see(key, model, "sql@v3")
+    assert can_access(whole, model) and can_access(whole, model, "sql")
+    assert can_access(key, model, "legal@v3") and not can_access(key, model, "sql@v3")
 
 
-async def test_models_are_listed_as_far_as_the_key_sees_them(bench: Bench) -> None:
+async def test_only_models_that_the_key_can_access_are_listed(bench: Bench) -> None:
     known = keys(KeyInfo(name="few", models=("one:legal",)))
     bench.table(route(1, lora=True, adapters={"legal": "pin-1", "sql": "pin-2"}), keys=known)
     async with bench.session.get(bench.url + "/v1/models", **bearer("few")) as answer:
@@ -196,139 +197,140 @@ LORA = LoRA("s3://acme/all", refresh=1)
 
 
 class Source:
-    """What a model's address has: adapters, or a reason why it cannot be asked. Stands for control's stock."""
+    """A stand-in for WeightsCatalog: a source with adapters, or with an error."""
 
     def __init__(self, *names: str) -> None:
-        self.trouble = ""
-        self.gate = asyncio.Event()
-        """Answers are held back while it is not set."""
-        self.gate.set()
-        self.hold(*names)
+        self.error = ""
+        self.available = asyncio.Event()
+        """Replies are held back until it is set."""
+        self.available.set()
+        self.set_adapters(*names)
 
-    def hold(self, *names: str) -> None:
-        """Have those and no others."""
+    def set_adapters(self, *names: str) -> None:
+        """Replace the adapters."""
         files = ("adapter_config.json", "adapter_model.safetensors")
         listed = tuple(File(name=f"{name}/{file}", size=1, version="1") for name in names for file in files)
-        self.adapters_there = list(find_adapters(Pin(weights=Weights("s3://acme/all"), files=listed)).values())
+        self.adapters = list(find_adapters(Pin(weights=Weights("s3://acme/all"), files=listed)).values())
 
-    async def adapters(self, *_: Any) -> list[Adapter]:
-        """They, or WeightsError."""
-        await self.gate.wait()
-        if self.trouble:
-            raise WeightsError(self.trouble)
-        return self.adapters_there
+    async def list_adapters(self, *_: Any) -> list[Adapter]:
+        """Return the adapters, or raise WeightsError."""
+        await self.available.wait()
+        if self.error:
+            raise WeightsError(self.error)
+        return self.adapters
 
 
 @contextlib.asynccontextmanager
-async def catalogue(
+async def running_catalog(
     source: Source, database: Database, lora: LoRA = LORA
-) -> AsyncIterator[tuple[Catalogues, dict[str, Any]]]:
-    """Control's adapters of one model, looked at all the time; and what ingresses would be told."""
-    told: dict[str, Any] = {}
+) -> AsyncIterator[tuple[AdaptersCatalog, dict[str, Any]]]:
+    """Run the catalog of one model; also yields what it publishes to the ingresses, by model."""
+    published: dict[str, Any] = {}
     spec = ModelSpec(name="one", model="org/one", lora=lora)
-    row = Deployed("app", 1, 1, spec, Placement(1, 0), proven=True)
 
-    def tell(model: str, found: dict[str, str] | None, trouble: str = "") -> None:
-        told[model] = (found, trouble)
+    def publish(model: str, pins: dict[str, str] | None, error: str) -> None:
+        published[model] = (pins, error)
 
-    scaling: Any = SimpleNamespace(deployed={"one": row}, set_adapters=tell)
-    stock: Any = source
-    made = Catalogues(scaling, stock, database)
-    made.load()
-    running = asyncio.create_task(made.run())
+    models = Models()
+    models.put(Deployed("app", 1, 1, spec, Placement(1, 0), proven=True))
+    weights: Any = source
+    catalog = AdaptersCatalog(models, weights, database, publish)
+    catalog.load()
+    running = asyncio.create_task(catalog.run())
     try:
-        yield made, told
+        yield catalog, published
     finally:
         running.cancel()
-        await asyncio.gather(running, *made._looking.values(), return_exceptions=True)
+        await asyncio.gather(running, *catalog._refreshes.values(), return_exceptions=True)
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
-    """Wait until it is so."""
+    """Wait until the condition is met."""
     async with asyncio.timeout(10):
         while not condition():
             await asyncio.sleep(0.02)
 
 
-async def test_a_listing_that_fails_or_is_empty_removes_nothing_and_control_may_restart(tmp_path: Path) -> None:
+async def test_a_failed_or_empty_listing_removes_nothing_even_after_a_restart(tmp_path: Path) -> None:
     database = Database(f"sqlite:///{tmp_path}/control.db")
     source = Source("legal", "sql")
-    async with catalogue(source, database) as (made, told):
-        await eventually(lambda: "one" in told)
-        known = told["one"]
-        assert known[0].keys() == {"legal", "sql"} and made.has("one", "sql") and not made.has("one", "law")
-        for source.trouble, names in (("away", ["legal", "sql"]), ("", [])):
-            source.hold(*names)
-            before = made._known["one"].looked
-            await eventually(lambda before=before: made._known["one"].looked > before)  # type: ignore[misc]
-            assert told["one"] == known
-    source.trouble = "away"
-    async with catalogue(source, database) as (made, told):
-        assert told["one"] == known
-        assert made.find("one", "sql", known[0]["sql"]).name == "sql"
-        source.trouble = ""
-        source.hold("legal", "law")
-        await eventually(lambda: told["one"][0].keys() == {"legal", "law"})
-        assert made.find("one", "sql", known[0]["sql"]).name == "sql", "for requests that were let in before"
+    async with running_catalog(source, database) as (catalog, published):
+        await eventually(lambda: "one" in published)
+        first = published["one"]
+        assert first[0].keys() == {"legal", "sql"} and catalog.has("one", "sql") and not catalog.has("one", "law")
+        for source.error, names in (("unavailable", ["legal", "sql"]), ("", [])):
+            source.set_adapters(*names)
+            before = catalog._listings["one"].listed_at
+            await eventually(lambda before=before: catalog._listings["one"].listed_at > before)  # type: ignore[misc]
+            assert published["one"] == first
+    source.error = "unavailable"
+    async with running_catalog(source, database) as (catalog, published):
+        assert published["one"] == first
+        assert catalog.find("one", "sql", first[0]["sql"]).name == "sql"
+        source.error = ""
+        source.set_adapters("legal", "law")
+        await eventually(lambda: published["one"][0].keys() == {"legal", "law"})
+        assert catalog.find("one", "sql", first[0]["sql"]).name == "sql", "for requests that were admitted before"
     database.remove(["one"])
-    async with catalogue(Source("new"), database) as (_, told):
-        assert told == {}
+    async with running_catalog(Source("new"), database) as (_, published):
+        assert published == {}
     database.close()
 
 
-async def test_a_redeploy_while_the_address_is_empty_removes_nothing(tmp_path: Path) -> None:
+async def test_a_redeploy_while_the_source_is_empty_removes_nothing(tmp_path: Path) -> None:
     database = Database(f"sqlite:///{tmp_path}/control.db")
     source = Source("legal", "sql")
-    async with catalogue(source, database) as (made, told):
-        await eventually(lambda: "one" in told)
-        source.hold()
+    async with running_catalog(source, database) as (catalog, published):
+        await eventually(lambda: "one" in published)
+        source.set_adapters()
         spec = ModelSpec(name="one", model="org/one", lora=LORA, max_replicas=2)
-        await made.settle(spec, Placement(1, 0), ask=True)
-        made.tell("one")
-        assert told["one"][0].keys() == {"legal", "sql"}
+        await catalog.with_max_rank(spec, Placement(1, 0), fresh=True)
+        catalog.activate("one")
+        assert published["one"][0].keys() == {"legal", "sql"}
     database.close()
 
 
-async def test_one_source_that_is_away_holds_up_no_other(tmp_path: Path) -> None:
+async def test_an_unavailable_source_does_not_block_the_others(tmp_path: Path) -> None:
     class Each:
         """A folder of one adapter for each source."""
 
         def __init__(self) -> None:
-            self.away: set[str] = set()
+            self.unavailable: set[str] = set()
             self.version = "1"
 
-        async def adapters(self, weights: Weights, *_: Any) -> list[Adapter]:
-            if weights.source in self.away:
-                raise WeightsError(f"{weights.source} is away")
+        async def list_adapters(self, weights: Weights, *_: Any) -> list[Adapter]:
+            if weights.source in self.unavailable:
+                raise WeightsError(f"{weights.source} is unavailable")
             names = ("adapter_config.json", "adapter_model.safetensors")
             listed = tuple(File(name=name, size=1, version=self.version) for name in names)
             return list(find_adapters(Pin(weights=weights, files=listed)).values())
 
     database, each = Database(f"sqlite:///{tmp_path}/control.db"), Each()
     named = LoRA(adapters={"a": "s3://acme/a", "b": "s3://acme/b"}, refresh=1)
-    async with catalogue(each, database, named) as (made, told):  # type: ignore[arg-type]
-        await eventually(lambda: "one" in told)
-        before = told["one"][0]
-        each.away, each.version = {"s3://acme/a"}, "2"
-        await eventually(lambda: told["one"][0]["b"] != before["b"])
-        assert told["one"][0]["a"] == before["a"]
-        with pytest.raises(WeightsError, match="s3://acme/a is away"):
-            await made.settle(ModelSpec(name="one", model="org/one", lora=named), Placement(1, 0), ask=True)
+    async with running_catalog(each, database, named) as (catalog, published):  # type: ignore[arg-type]
+        await eventually(lambda: "one" in published)
+        before = published["one"][0]
+        each.unavailable, each.version = {"s3://acme/a"}, "2"
+        await eventually(lambda: published["one"][0]["b"] != before["b"])
+        assert published["one"][0]["a"] == before["a"]
+        spec = ModelSpec(name="one", model="org/one", lora=named)
+        with pytest.raises(WeightsError, match="s3://acme/a is unavailable"):
+            await catalog.with_max_rank(spec, Placement(1, 0), fresh=True)
     database.close()
 
 
-async def test_the_engine_hears_which_adapter_was_admitted(bench: Bench, engine: Engine) -> None:
+async def test_the_engine_receives_the_admitted_adapter(bench: Bench, engine: Engine) -> None:
     bench.table(route(engine.port, lora=True, adapters={"legal": "pin-1"}))
-    assert (await bench.ask({"model": "one:legal"}, headers={ADAPTER_HEADER: "other pin-9"}))[0] == 200
-    assert (await bench.ask(headers={ADAPTER_HEADER: "other pin-9"}))[0] == 200
-    adapted, plain = engine.asked
+    assert (await bench.post({"model": "one:legal"}, headers={ADAPTER_HEADER: "other pin-9"}))[0] == 200
+    assert (await bench.post(headers={ADAPTER_HEADER: "other pin-9"}))[0] == 200
+    adapted, plain = engine.requests
     assert adapted.headers.getlist(ADAPTER_HEADER) == ["legal pin-1"] and ADAPTER_HEADER not in plain.headers
     async with bench.session.get(bench.url + "/v1/models/one:legal") as answer:
         listed = await answer.json()
     assert (listed["id"], listed["parent"]) == ("one:legal", "one")
 
 
-async def test_ten_thousand_adapters_are_listed_while_others_have_their_turn(bench: Bench) -> None:
+async def test_listing_ten_thousand_adapters_does_not_block_the_loop(bench: Bench) -> None:
     many = {f"customer-{number:05d}": f"pin-{number}" for number in range(10_000)}
     bench.table(route(1, lora=True, adapters=many))
     pauses, ended = [], False
@@ -346,46 +348,65 @@ async def test_ten_thousand_adapters_are_listed_while_others_have_their_turn(ben
     await ticking
     listed = json.loads(raw)["data"]
     assert len(listed) == 10_001 and listed[1]["id"] == "one:customer-00000" and listed[1]["parent"] == "one"
-    assert sorted(pauses)[-5] < 0.02, "the loop is never held for long (rare pauses are the machine's)"
+    assert sorted(pauses)[-5] < 0.02, "the loop is never blocked for long (rare pauses are the machine's)"
 
 
-async def test_only_the_revision_that_lora_names_may_be_asked_for(tmp_path: Path) -> None:
+async def test_only_the_revision_in_lora_is_available(tmp_path: Path) -> None:
     database = Database(f"sqlite:///{tmp_path}/control.db")
     pin = Pin(weights=Weights("acme/legal@v3"), revision="c" * 40, files=files("adapter_config.json"))
     source = Source()
-    source.adapters_there = [Adapter(name="legal", pin=pin)]
+    source.adapters = [Adapter(name="legal", pin=pin)]
     lora = LoRA(adapters={"legal": "acme/legal@v3", "free": "acme/free"})
-    async with catalogue(source, database, lora) as (made, told):
-        await eventually(lambda: bool(told.get("one", [None])[0]))
-        assert (await made.revision("one", "free@v1")).pin == (await made.revision("one", "legal@v3")).pin == pin.id
-        other = await made.revision("one", "legal@v2")
-        assert other.missing and "names the revision v3 of acme/legal, and no other" in other.trouble
+    async with running_catalog(source, database, lora) as (catalog, published):
+        await eventually(lambda: bool(published.get("one", [None])[0]))
+        replies = [await catalog.revision("one", name) for name in ("free@v1", "legal@v3")]
+        assert [reply.pin for reply in replies] == [pin.id, pin.id]
+        other = await catalog.revision("one", "legal@v2")
+        assert other.missing and "lora= of one allows only revision v3 of acme/legal" in other.error
     database.close()
 
 
-async def test_a_redeploy_with_other_sources_tells_what_its_plan_heard(tmp_path: Path) -> None:
+async def test_a_redeploy_with_other_sources_publishes_the_listing_of_its_plan(tmp_path: Path) -> None:
     database = Database(f"sqlite:///{tmp_path}/control.db")
     source = Source("legal")
-    async with catalogue(source, database) as (made, told):
-        await eventually(lambda: "one" in told)
-        source.hold("sql")
-        source.gate.clear()  # a listing of the old sources is under way ...
-        await eventually(lambda: bool(made._looking))
-        late = made._looking["one"]
-        row = made._scaling.deployed["one"]
+    async with running_catalog(source, database) as (catalog, published):
+        await eventually(lambda: "one" in published)
+        source.set_adapters("sql")
+        source.available.clear()  # a listing of the old sources is in progress ...
+        await eventually(lambda: bool(catalog._refreshes))
+        late = catalog._refreshes["one"]
+        row = catalog._models.deployed["one"]
         lora = LoRA("s3://acme/more", refresh=60)
         spec = row.spec.model_copy(update={"lora": lora})
-        made._planned["one"] = ModelAdapters(lora, {a.name: a for a in Source("law").adapters_there}, looked=1e9)
-        made._scaling.deployed["one"] = replace(row, spec=spec)
-        made.tell("one")
-        assert told["one"][0].keys() == {"law"}
-        source.gate.set()
-        assert not await late, "... and changes nothing any more"
-        assert told["one"][0].keys() == {"law"}
+        adapters = {adapter.name: adapter for adapter in Source("law").adapters}
+        catalog._planned["one"] = ModelAdapters(lora, adapters, listed_at=1e9)
+        catalog._models.deployed["one"] = replace(row, spec=spec)
+        catalog.activate("one")
+        assert published["one"][0].keys() == {"law"}
+        source.available.set()
+        assert not await late, "... and does not change anything"
+        assert published["one"][0].keys() == {"law"}
     database.close()
 
 
-def test_a_new_commit_has_the_ranks_that_are_known() -> None:
+def test_names_of_keys_are_checked(tmp_path: Path) -> None:
+    spec, weights = ModelSpec(name="one", model="org/one", aliases=("uno",)), Source()
+    models = Models()
+    models.put(Deployed("app", 1, 1, spec, Placement(1, 0), proven=True))
+    database = Database(f"sqlite:///{tmp_path}/control.db")
+    catalog = AdaptersCatalog(models, weights, database, lambda *_: None)  # type: ignore[arg-type]
+    catalog._listings["one"] = ModelAdapters(LORA, {adapter.name: adapter for adapter in Source("legal").adapters})
+    catalog.check_names(["one", "uno", "uno:legal"])
+    for name, message in (
+        ("two", "model 'two' not found; available: one, uno"),
+        ("one:sql", "adapter 'one:sql' not found: see `llmrun adapter list one`"),
+    ):
+        with pytest.raises(Refused, match=re.escape(message)):
+            catalog.check_names([name])
+    database.close()
+
+
+def test_a_new_commit_keeps_the_cached_ranks() -> None:
     def at(commit: str, config: str) -> Adapter:
         files = (File(name="a/adapter_config.json", size=1, digests={"git": config}),)
         return Adapter(name="a", pin=Pin(weights=Weights("org/a"), revision=commit, files=files))

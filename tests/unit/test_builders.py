@@ -1,4 +1,4 @@
-"""What the builders refuse, and what `llmrun export` prints, without a Ray."""
+"""Models that the builders reject, and the output of `llmrun export`, without Ray."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llmrun import SpecError, llm
 from llmrun.decorator import build_spec
 from llmrun.errors import RequestError
 from llmrun.spec import Code, ModelSpec
-from llmrun.standalone import lost_alone
+from llmrun.standalone import check_standalone
 from llmrun_runtime.builders import build_openai_app
 from llmrun_runtime.builders.read_model import read_model
 from tests.support.cluster import Home, write_app
@@ -25,13 +25,13 @@ def model(**more: Any) -> type:
 
 
 def hooked(module: str) -> type:
-    """One with a hook, which is said to be in that module."""
-    here = {"__module__": module, "on_request": lambda self, request: request}
-    return llm("org/model", name="one")(type("One", (), here))
+    """A model with a hook, in a class that claims to be in that module."""
+    members = {"__module__": module, "on_request": lambda self, request: request}
+    return llm("org/model", name="one")(type("One", (), members))
 
 
 def deployed() -> ModelSpec:
-    """A model whose code lies in control."""
+    """A model whose code is stored in control."""
     spec = build_spec({"model": "org/model", "name": "one"})
     return spec.model_copy(update={"code": Code(package="0" * 64, file="app.py", cls="One", hooks=("on_start",))})
 
@@ -39,7 +39,7 @@ def deployed() -> ModelSpec:
 class Outer:
     @staticmethod
     def inner() -> type:
-        """A class that no module has at its top."""
+        """A class that is not at the top level of a module."""
 
         @llm("org/model")
         class Inner:
@@ -57,46 +57,46 @@ FIELDS = {"name": "one", "model": "org/model"}
         ([], "a list of classes with @llm"),
         ("one", "a list of classes with @llm"),
         ({"modells": []}, "a list of classes with @llm"),
-        ([7], "7 is no model"),
-        ([object], "object is no model: put @llm on it"),
-        ([model(), model()], "the name 'one' belongs to one"),
-        ([model(lora="s3://a/b")], "lora= needs control"),
-        ([model(gpus=2, nodes=2)], "nodes= needs control"),
-        ([model(engine="transformers", task="embed")], "engine='transformers' has no task='embed'"),
+        ([7], "7 is not a model"),
+        ([object], "object is not a model: decorate it with @llm"),
+        ([model(), model()], "name 'one' is used by one"),
+        ([model(lora="s3://a/b")], "lora= requires control"),
+        ([model(gpus=2, nodes=2)], "nodes= requires control"),
+        ([model(engine="transformers", task="embed")], "engine='transformers' does not support task='embed'"),
         ([FIELDS | {"gpus": "two"}], "gpus='two'"),
-        ([FIELDS | {"model": "./weights"}], "weights is looked for on each node: write the whole path"),
-        ([FIELDS | {"hooks": ["on_start"]}], "app_file, cls, hooks go together"),
-        ([FIELDS | {"app_file": "/app.py", "cls": "One"}], "app_file, cls, hooks go together"),
-        ([FIELDS | {"app_file": "/app.py", "cls": "One", "hooks": ["on_end"]}], "there are on_start, on_request"),
-        ([FIELDS | {"app_file": "app.py", "cls": "One", "hooks": ["on_start"]}], "app.py is looked for on each node"),
-        ([deployed()], "its class's code lies in control"),
-        ([hooked("__builtin_nowhere__")], "One has on_request and is in no file"),
-        ([Outer.inner()], "inner.<locals>.Inner: a class with hooks stands at the top of its file"),
+        ([FIELDS | {"model": "./weights"}], "weights must be an absolute path: each node reads it"),
+        ([FIELDS | {"hooks": ["on_start"]}], "app_file, cls, hooks must be given together"),
+        ([FIELDS | {"app_file": "/app.py", "cls": "One"}], "app_file, cls, hooks must be given together"),
+        ([FIELDS | {"app_file": "/app.py", "cls": "One", "hooks": ["on_end"]}], "Available: on_start, on_request"),
+        ([FIELDS | {"app_file": "app.py", "cls": "One", "hooks": ["on_start"]}], "app.py must be an absolute path"),
+        ([deployed()], "the code of its class is stored in control"),
+        ([hooked("__builtin_nowhere__")], "One has on_request but no source file"),
+        ([Outer.inner()], "inner.<locals>.Inner: a class with hooks must be at the top level of its file"),
     ],
 )
-def test_what_cannot_be_built_is_said_before_anything_starts(models: Any, words: str) -> None:
-    with pytest.raises(SpecError) as wrong:
+def test_invalid_models_are_rejected_before_anything_starts(models: Any, words: str) -> None:
+    with pytest.raises(SpecError) as raised:
         build_openai_app(models)
-    assert words in str(wrong.value) and "\n" not in str(wrong.value)
+    assert words in str(raised.value) and "\n" not in str(raised.value)
 
 
-def test_paths_start_at_the_classs_file() -> None:
-    here = llm("./weights", name="one")(type("One", (), {"__module__": __name__}))
-    assert read_model(here)[0].path == str(Path(__file__).parent / "weights")
+def test_paths_are_relative_to_the_file_of_the_class() -> None:
+    cls = llm("./weights", name="one")(type("One", (), {"__module__": __name__}))
+    assert read_model(cls)[0].path == str(Path(__file__).parent / "weights")
 
 
-def test_what_does_nothing_without_control_is_known() -> None:
+def test_options_without_effect_are_named() -> None:
     spec, _ = read_model(model(rpm=5, schedule="Mon-Fri 08:00-18:00 UTC"))
-    assert lost_alone(spec).startswith("one: schedule=, rpm= does nothing without control")
-    assert lost_alone(read_model(model())[0]) == ""
+    assert check_standalone(spec).startswith("one: schedule=, rpm= has no effect without control")
+    assert check_standalone(read_model(model())[0]) == ""
 
 
-def test_an_answer_that_is_an_error_comes_over_from_another_process() -> None:
+def test_a_request_error_can_be_pickled() -> None:
     error = pickle.loads(pickle.dumps(RequestError("one answered 400: no", 400, {"error": {"message": "no"}})))
     assert (str(error), error.status, error.body) == ("one answered 400: no", 400, {"error": {"message": "no"}})
 
 
-def test_what_export_prints_is_read_again(home: Home, tmp_path: Path) -> None:
+def test_the_builder_reads_the_output_of_export(home: Home, tmp_path: Path) -> None:
     text = """
 @llm("./weights", name="one", accelerator="A10G:2", env={"T": Secret("TOKEN")}, engine_args="--max-model-len 512")
 class One: ...
@@ -115,7 +115,7 @@ class Other:
     assert home.ok("export", f"{tmp_path / 'app.py'}::Other").count("name: o") == 1
 
 
-def test_export_leaves_out_what_nobody_could_serve_and_says_what_is_lost(home: Home, tmp_path: Path) -> None:
+def test_export_omits_models_that_require_control_and_names_options_without_effect(home: Home, tmp_path: Path) -> None:
     text = """
 import ray
 from llmrun_runtime.builders import build_openai_app
@@ -136,15 +136,15 @@ assert not ray.is_initialized()
     done = home.run("export", app := write_app(tmp_path / "app.py", text))
     assert done.returncode == 0, done.stderr
     (application,) = yaml.safe_load(done.stdout)["applications"]
-    assert [found["name"] for found in application["args"]["models"]] == ["one", "hooked"]
-    assert "left out: adapted: lora= needs control" in done.stderr
-    assert "one: rpm= does nothing without control" in done.stderr
-    assert f"hooked: for on_start {app} must lie there on every node" in done.stderr
-    assert "nothing that could be exported" in home.fails("export", f"{app}::Adapted")
+    assert [model["name"] for model in application["args"]["models"]] == ["one", "hooked"]
+    assert "skipped: adapted: lora= requires control" in done.stderr
+    assert "one: rpm= has no effect without control" in done.stderr
+    assert f"hooked: on_start needs {app} at the same path on every node" in done.stderr
+    assert "no models to export" in home.fails("export", f"{app}::Adapted")
 
 
-def test_export_says_what_it_wants(home: Home, tmp_path: Path) -> None:
-    assert "say what: an app file" in home.fails("export")
-    assert "say what: an app file" in home.fails("export", "app.py", "--all")
-    assert "nothing of llmrun's answers" in home.fails("export", "--all")
-    assert "there is no such file" in home.fails("export", tmp_path / "none.py")
+def test_export_reports_missing_arguments_and_files(home: Home, tmp_path: Path) -> None:
+    assert "exactly one of an app file" in home.fails("export")
+    assert "exactly one of an app file" in home.fails("export", "app.py", "--all")
+    assert "cannot reach llmrun at" in home.fails("export", "--all")
+    assert "file not found" in home.fails("export", tmp_path / "none.py")

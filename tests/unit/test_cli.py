@@ -1,4 +1,4 @@
-"""The command line without a cluster: app files, packages, and what it says of bad ones."""
+"""The command line without a cluster: app files, code packages and error messages."""
 
 from __future__ import annotations
 
@@ -7,39 +7,48 @@ import socket
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
+from typing import cast
 
 import pytest
+import typer
 
-from llmrun.errors import AppError
+from llmrun.errors import AppError, DeployError
+from llmrun.wire import Event
+from llmrun_cli import deployment
 from llmrun_cli.app_files.package import pack
 from llmrun_cli.app_files.python_file import load_app
+from llmrun_cli.client import Client
+from llmrun_cli.deploy_output import show_events
+from llmrun_cli.terminal import exit_on_interrupt
 from tests.support.cluster import Home, write_app
+from tests.support.reference import commands
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("class A: ...", ["has no model", "put @llm on a class", '@llm("Qwen']),
-        ("class A:\n  pass\n)", ["has a syntax error", "line 5"]),
-        ('@llm("a/b")\nclass A: ...\n@llm("a/b")\nclass a: ...', ["A and a are both named 'a'", "another name="]),
+        ("class A: ...", ["no models found", "Put @llm on a class", '@llm("Qwen']),
+        ("class A:\n  pass\n)", ["app.py: syntax error", "line 5"]),
+        ('@llm("a/b")\nclass A: ...\n@llm("a/b")\nclass a: ...', ["duplicate model name 'a' (A and a)", "Set name="]),
         ('@llm("a/b", min_replica=1)\nclass A: ...', ["app.py:3: ", "did you mean min_replicas="]),
-        ("import os\nos._exit(3)", ["ended Python with exit code 3"]),
+        ("import os\nos._exit(3)", ["Python exited with code 3"]),
     ],
 )
-def test_app_files_that_cannot_be_used(home: Home, tmp_path: Path, text: str, words: list[str]) -> None:
-    said = home.fails("deploy", write_app(tmp_path / "app.py", text))
+def test_invalid_app_files(home: Home, tmp_path: Path, text: str, words: list[str]) -> None:
+    error = home.fails("deploy", write_app(tmp_path / "app.py", text))
     for word in words:
-        assert word in said
-    assert "Traceback" not in said
+        assert word in error
+    assert "Traceback" not in error
 
 
 def test_a_file_that_raises_shows_the_users_own_traceback(home: Home, tmp_path: Path) -> None:
     app = write_app(tmp_path / "app.py", "def inner():\n    raise RuntimeError('boom')\n\ninner()\n")
-    said = home.fails("deploy", app)
-    assert "failed on import: RuntimeError: boom" in said
-    frames = [line for line in said.splitlines() if line.startswith("  File ")]
+    error = home.fails("deploy", app)
+    assert "import failed: RuntimeError: boom" in error
+    frames = [line for line in error.splitlines() if line.startswith("  File ")]
     assert [frame.split(", ")[1] for frame in frames] == ["line 6", "line 4"]
     assert all("app.py" in frame for frame in frames)
 
@@ -47,32 +56,32 @@ def test_a_file_that_raises_shows_the_users_own_traceback(home: Home, tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["missing.py"], "missing.py: there is no such file"),
-        (["./missing.py::A"], "there is no such file"),
-        (["nonsense"], "there is no such file, and a model's name looks like org/model"),
+        (["missing.py"], "missing.py: file not found"),
+        (["./missing.py::A"], "missing.py: file not found"),
+        (["nonsense"], "nonsense: file not found, and not a model name like org/model"),
         (["org/model", "--accelerator", "A10G:0"], "'A10G:2'"),
         (["org/model", "--", "8192"], "flags start with '--'"),
     ],
 )
-def test_targets_that_cannot_be_used(home: Home, arguments: list[str], words: str) -> None:
+def test_invalid_targets(home: Home, arguments: list[str], words: str) -> None:
     assert words in home.fails("deploy", *arguments)
 
 
-def test_a_name_that_the_file_does_not_have(home: Home, tmp_path: Path) -> None:
+def test_a_model_name_that_is_not_in_the_file(home: Home, tmp_path: Path) -> None:
     app = write_app(tmp_path / "app.py", '@llm("a/b")\nclass Assistant: ...\n')
-    said = home.fails("deploy", f"{app}::Asistant")
-    assert "has no model 'Asistant'" in said and "it has Assistant (assistant)" in said
+    error = home.fails("deploy", f"{app}::Asistant")
+    assert "model 'Asistant' not found" in error and "available: Assistant (assistant)" in error
 
 
-def test_nothing_answers(home: Home, tmp_path: Path) -> None:
+def test_commands_without_a_cluster(home: Home, tmp_path: Path) -> None:
     app = write_app(tmp_path / "app.py", '@llm("a/b")\nclass A: ...\n')
     for command in (["status"], ["deploy", str(app)], ["delete", "a", "--yes"], ["logs", "a"], ["chat", "a", "Hi"]):
-        said = home.fails(*command)
-        assert home.url in said and "llmrun up" in said
+        error = home.fails(*command)
+        assert home.url in error and "llmrun up" in error
     assert "LLMRUN_URL" in home.fails("status", LLMRUN_URL="nonsense://x")
 
 
-def test_something_else_answers(home: Home) -> None:
+def test_a_port_that_another_server_uses(home: Home) -> None:
     server = subprocess.Popen(
         [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(home.port)],
         stdout=subprocess.DEVNULL,
@@ -85,15 +94,15 @@ def test_something_else_answers(home: Home) -> None:
                 break
             except ConnectionRefusedError:
                 server.poll()
-        assert "which is not llmrun's" in home.fails("status")
-        said = home.fails("up")
-        assert f"127.0.0.1:{home.port} cannot be listened on" in said and "--port" in said
+        assert "is not an llmrun endpoint" in home.fails("status")
+        error = home.fails("up")
+        assert f"cannot listen on 127.0.0.1:{home.port}" in error and "--port" in error
     finally:
         server.terminate()
         server.wait(10)
 
 
-def test_paths_are_from_the_app_files_folder(tmp_path: Path) -> None:
+def test_paths_are_relative_to_the_app_file(tmp_path: Path) -> None:
     app = write_app(tmp_path / "apps" / "app.py", '@llm("./weights")\nclass A: ...\n@llm("~/w")\nclass B: ...\n')
     assert [str(item.spec.model) for item in load_app(app)] == [str(tmp_path / "apps" / "weights"), "~/w"]
 
@@ -106,7 +115,7 @@ def test_an_app_file_may_import_its_neighbours_and_print(tmp_path: Path, capfd: 
 
 
 def test_packages_are_the_same_for_the_same_files(tmp_path: Path) -> None:
-    made: list[tuple[str, bytes]] = []
+    packages: list[tuple[str, bytes]] = []
     for folder in (tmp_path / "one", tmp_path / "two"):
         for name in ("app.py", "sub/helper.py", "sub/deep.txt", "skip/x.py", "__pycache__/app.pyc", "weights/w.bin"):
             path = folder / name
@@ -114,10 +123,10 @@ def test_packages_are_the_same_for_the_same_files(tmp_path: Path) -> None:
             path.write_text(name)
         (folder / ".gitignore").write_text("skip/\n")
         (folder / "sub" / ".llmrunignore").write_text("*.txt\n")
-        os.utime(folder / "app.py", (len(made), len(made)))
-        made.append(pack(folder, leave_out=[folder / "weights"]))
-    assert made[0] == made[1]
-    with zipfile.ZipFile(BytesIO(made[0][1])) as package:
+        os.utime(folder / "app.py", (len(packages), len(packages)))
+        packages.append(pack(folder, exclude=[folder / "weights"]))
+    assert packages[0] == packages[1]
+    with zipfile.ZipFile(BytesIO(packages[0][1])) as package:
         assert package.namelist() == [".gitignore", "app.py", "sub/.llmrunignore", "sub/helper.py"]
 
 
@@ -125,5 +134,38 @@ def test_a_package_that_is_too_large_names_its_largest_files(tmp_path: Path) -> 
     (tmp_path / "app.py").write_text("")
     with (tmp_path / "model.bin").open("wb") as file:
         file.truncate(150 * 2**20)
-    with pytest.raises(AppError, match=r"150 MiB, over 100: largest are model.bin \(150 MiB\).*\.llmrunignore"):
+    with pytest.raises(AppError, match=r"150 MiB; the limit is 100 MiB.* model.bin \(150 MiB\).*\.llmrunignore"):
         pack(tmp_path)
+
+
+class FakeControl:
+    """Yields the events of one deploy: a model becomes ready, then one fails."""
+
+    def events(self, _: str) -> Iterator[Event]:
+        yield Event(kind="step", model="one", text="starting the engine")
+        yield Event(kind="ready", model="one")
+        yield Event(kind="failed", model="two", text="out of memory")
+
+
+def test_a_deploy_shows_what_is_ready_and_then_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(DeployError, match="two: out of memory"):
+        show_events(deployment.follow(cast(Client, FakeControl()), "1"), "http://here")
+    shown = capsys.readouterr()
+    assert "✓ one ready" in shown.err and "one: starting the engine" in shown.err
+    assert "curl http://here/v1/chat/completions" in shown.out and '"model": "one"' in shown.out
+
+
+def test_ctrl_c_detaches_from_a_deploy(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> Iterator[Event]:
+        yield Event(kind="step", text="checking weights")
+        raise KeyboardInterrupt
+
+    with pytest.raises(typer.Exit) as exited, exit_on_interrupt():
+        show_events(interrupted(), "http://here")
+    assert exited.value.exit_code == 130
+    shown = capsys.readouterr()
+    assert "The deploy continues on the cluster" in shown.err and shown.out == ""
+
+
+def test_every_command_argument_and_option_is_described() -> None:
+    assert "None" not in commands()

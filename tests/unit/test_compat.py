@@ -1,4 +1,4 @@
-"""What clients write that engines do not take; and which tool calls a model writes."""
+"""Request bodies that engines reject, and the detection of tool parsers."""
 
 from __future__ import annotations
 
@@ -11,55 +11,55 @@ import pytest
 from llmrun_runtime.engines.base import Launch, Member
 from llmrun_runtime.engines.registry import get_engine
 from llmrun_runtime.engines.vllm.tool_parsers import BY_TEMPLATE, BY_TYPE, tool_parser
-from llmrun_runtime.ingress.admission.compat import mended
-from llmrun_runtime.ingress.admission.request import read_request
+from llmrun_runtime.ingress.admission.compat import normalize
+from llmrun_runtime.ingress.admission.request import parse_request
 from tests.support.ingress import Bench, Engine, route
 
 SCHEMA = {"title": "Color", "type": "object", "properties": {"name": {"type": "string"}}}
 
 
-def wanting(**format: Any) -> dict[str, Any]:
-    """A request with that response_format."""
+def with_format(**format: Any) -> dict[str, Any]:
+    """A request with this response_format."""
     return {"model": "one", "messages": [], "response_format": format}
 
 
-def test_a_bare_schema_is_put_where_openais_api_has_it() -> None:
-    found = mended(wanting(type="json_schema", json_schema=SCHEMA))
-    assert found == wanting(type="json_schema", json_schema={"name": "Color", "schema": SCHEMA})
-    assert mended(found) is None
-    untitled = mended(wanting(type="json_schema", json_schema={"$ref": "#/x"}))
+def test_a_bare_schema_is_nested_as_in_openais_api() -> None:
+    normalized = normalize(with_format(type="json_schema", json_schema=SCHEMA))
+    assert normalized == with_format(type="json_schema", json_schema={"name": "Color", "schema": SCHEMA})
+    assert normalize(normalized) is None
+    untitled = normalize(with_format(type="json_schema", json_schema={"$ref": "#/x"}))
     assert untitled and untitled["response_format"]["json_schema"]["name"] == "answer"
     for other in (
         {"model": "one"},
-        wanting(type="json_object"),
-        wanting(type="json_schema"),
-        wanting(type="json_schema", json_schema={"name": "x"}),
-        wanting(type="json_schema", json_schema="x"),
+        with_format(type="json_object"),
+        with_format(type="json_schema"),
+        with_format(type="json_schema", json_schema={"name": "x"}),
+        with_format(type="json_schema", json_schema="x"),
         {"response_format": "json"},
     ):
-        assert mended(other) is None
-    assert read_request(json.dumps(wanting(type="json_object")).encode()).mended == b""
+        assert normalize(other) is None
+    assert parse_request(json.dumps(with_format(type="json_object")).encode()).normalized == b""
 
 
-async def test_the_engine_gets_the_mended_body(bench: Bench, engine: Engine) -> None:
+async def test_the_engine_gets_the_normalized_body(bench: Bench, engine: Engine) -> None:
     bench.table(route(engine.port))
-    status, _, _ = await bench.ask(wanting(type="json_schema", json_schema=SCHEMA))
-    (asked,) = engine.asked
+    status, _, _ = await bench.post(with_format(type="json_schema", json_schema=SCHEMA))
+    (request,) = engine.requests
     assert status == 200
-    body = await asked.body()
+    body = await request.body()
     assert json.loads(body)["response_format"]["json_schema"] == {"name": "Color", "schema": SCHEMA}
-    assert asked.headers.get("content-length") in (None, str(len(body)))
+    assert request.headers.get("content-length") in (None, str(len(body)))
 
 
 def model(folder: Path, template: Any = None, **config: Any) -> Path:
-    """A folder like a model's."""
+    """Create a model folder."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     return folder
 
 
-def test_a_models_tool_parser_is_told_by_its_template(tmp_path: Path) -> None:
+def test_the_tool_parser_is_detected_from_the_chat_template(tmp_path: Path) -> None:
     hermes = "{% if tools %}<tool_call>{% endif %}"
     assert tool_parser(model(tmp_path / "a", hermes)) == "hermes"
     assert tool_parser(model(tmp_path / "b", hermes + "<function=")) == "qwen3_coder"
@@ -73,12 +73,12 @@ def test_a_models_tool_parser_is_told_by_its_template(tmp_path: Path) -> None:
     assert tool_parser(tmp_path / "a") == "hermes"
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, on its import
-def test_every_parser_is_one_of_vllms() -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from importing torch
+def test_every_parser_exists_in_vllm() -> None:
     from vllm.tool_parsers import ToolParserManager
 
-    known = set(ToolParserManager.list_registered())
-    assert {*BY_TYPE.values(), *(name for _, name in BY_TEMPLATE)} <= known
+    available = set(ToolParserManager.list_registered())
+    assert {*BY_TYPE.values(), *(name for _, name in BY_TEMPLATE)} <= available
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_every_parser_is_one_of_vllms() -> None:
         ({"runner": "pooling"}, "auto", False),
     ],
 )
-def test_tools_are_switched_on_unless_somebody_says_otherwise(
+def test_tool_calls_are_enabled_unless_configured_otherwise(
     tmp_path: Path, args: dict[str, Any], task: str, has: bool
 ) -> None:
     weights = model(tmp_path / "m", "{% if tools %}<tool_call>{% endif %}")

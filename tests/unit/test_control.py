@@ -1,4 +1,4 @@
-"""Control's pure rooms: plans, placing, the registry, the database."""
+"""Control's pure modules: plans, placement, evictions, the models, the registry; and the database."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from llmrun.weights import Weights
 from llmrun.wire import DeployRequest, Plan
 from llmrun_runtime.control.autoscaling import warm_nodes
 from llmrun_runtime.control.autoscaling.eviction import EvictionCandidate, choose_evictions
-from llmrun_runtime.control.autoscaling.model_view import ModelState, ModelView
+from llmrun_runtime.control.autoscaling.model_state import ModelState
+from llmrun_runtime.control.autoscaling.model_view import ModelView
 from llmrun_runtime.control.autoscaling.policy import Failure
 from llmrun_runtime.control.autoscaling.serve_config import app_name, parse_app_name
 from llmrun_runtime.control.operations.plan import check, make_plan
 from llmrun_runtime.control.state import database as database_module
 from llmrun_runtime.control.state.database import Database
-from llmrun_runtime.control.state.models import Deployed
+from llmrun_runtime.control.state.models import Candidate, Deployed, Models
 from llmrun_runtime.control.state.operation import Operation, Operations
 from llmrun_runtime.control.state.registry import Registry
-from llmrun_runtime.placement import Node, Placement, has_room, resolve, shortage
+from llmrun_runtime.placement import Node, Placement, has_capacity, resolve, shortage
 from llmrun_runtime.weights.pin import File, Pin
 from llmrun_runtime.wire.reports import LEASE_S, ReplicaReport, Traffic
 
@@ -38,39 +39,39 @@ A10G = Node(
 
 
 def spec(name: str = "one", **fields: Any) -> ModelSpec:
-    """A spec."""
+    """Return a spec."""
     return build_spec({"model": "org/model", "name": name, **fields})
 
 
 def deployed(made: ModelSpec, app: str = "app", placement: Placement = CPU) -> Deployed:
-    """It, in force as version 1."""
+    """Return the model with version 1 active."""
     return Deployed(app, 1, 1, made, placement, proven=True)
 
 
 def plan(
     *specs: ModelSpec, rows: tuple[Deployed, ...] = (), sources: dict[str, str] | None = None, **more: Any
 ) -> Plan:
-    """The plan of a deploy of app `app` from `here`."""
+    """Return the plan of a deploy of app `app` from `here`."""
     request = DeployRequest(app="app", source="here", specs=specs, **more)
     before = {row.name: row for row in rows}
     check(request, before, sources or {})
     return make_plan(request, before, {made.name: deployed(made) for made in specs})
 
 
-async def test_a_jobs_listener_that_is_slow_hears_everything() -> None:
-    job, heard = Operation(), []
-    await job.say("step", text="1")
-    async for event in job.events():
-        heard.append(event.text or event.kind)
+async def test_a_slow_listener_receives_all_events_of_an_operation() -> None:
+    operation, received = Operation(), []
+    await operation.emit("step", text="1")
+    async for event in operation.events():
+        received.append(event.text or event.kind)
         if event.text == "1":
             for here in (1, 2):
-                await job.say("progress", text="moving", here=here, total=2)
-            await job.say("step", text="2")
-            await job.say("end")
-    assert heard == ["1", "moving", "2", "end"]
+                await operation.emit("progress", text="moving", here=here, total=2)
+            await operation.emit("step", text="2")
+            await operation.emit("end")
+    assert received == ["1", "moving", "2", "end"]
 
 
-def test_a_plan_tells_new_changed_tuned_same_and_missing_apart() -> None:
+def test_a_plan_distinguishes_new_changed_tuned_same_and_missing_models() -> None:
     rows = (
         deployed(spec("a")),
         deployed(spec("b")),
@@ -93,64 +94,65 @@ def test_a_plan_tells_new_changed_tuned_same_and_missing_apart() -> None:
     assert made.fingerprint != plan(spec("a"), rows=rows).fingerprint
 
 
-def test_a_part_of_an_app_leaves_the_rest_alone() -> None:
+def test_deploying_some_models_of_an_app_keeps_the_others() -> None:
     made = plan(spec("a", cpus=2), rows=(deployed(spec("a")), deployed(spec("b"))), only=True)
     assert [(c.model, c.kind) for c in made.changes] == [("a", "change")]
 
 
-def test_another_placement_is_a_new_engine() -> None:
+def test_another_placement_needs_a_new_engine() -> None:
     made = plan(spec("a"), rows=(deployed(spec("a"), placement=Placement(1, 1)),))
     assert made.changes[0].kind == "change" and made.changes[0].lines == ("runs on 1 × GPU → CPU",)
 
 
 class Agents:
-    """Stands in for the nodes' agents: what was asked of them."""
+    """Replaces the node agents, and records the calls."""
 
     def __init__(self) -> None:
         self.warmed: list[tuple[str, str]] = []
-        self.left: list[str] = []
+        self.stopped: list[str] = []
 
     def on(self, node: str) -> Any:
-        """A handle."""
+        """Return a handle."""
         remote = SimpleNamespace(remote=lambda engine: self.warmed.append((node, engine)))
         return SimpleNamespace(warm=remote)
 
 
-def test_nodes_that_stay_are_kept_ready_and_those_that_may_go_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_permanent_nodes_are_warmed_and_idle_removable_nodes_released(monkeypatch: pytest.MonkeyPatch) -> None:
     agents, registry = Agents(), Registry()
     monkeypatch.setattr(warm_nodes, "agent_on", agents.on)
-    monkeypatch.setattr(warm_nodes, "leave", agents.left.append)
-    scaling: Any = SimpleNamespace(deployed={"a": deployed(spec("a"))})
-    look = warm_nodes.WarmNodes(scaling, registry, Operations(), 60, lambda: "head").look
+    monkeypatch.setattr(warm_nodes, "stop_agent", agents.stopped.append)
+    models = Models()
+    models.put(deployed(spec("a")))
+    check_nodes = warm_nodes.WarmNodes(models, registry, Operations(), 60, lambda: "head").check
     head, other = (Node(name, name, {"CPU": 4}, {"CPU": 4}) for name in ("head", "other"))
-    look([head, other], 0)
-    assert agents.warmed == [("head", "vllm"), ("other", "vllm")] and not agents.left
+    check_nodes([head, other], 0)
+    assert agents.warmed == [("head", "vllm"), ("other", "vllm")] and not agents.stopped
     agents.warmed.clear()
     kind = Node("", "group", {"CPU": 4}, {})
-    look([head, other, kind], 0)
-    look([head, other, kind], 59)
-    assert agents.warmed == [("head", "vllm")] * 2 and not agents.left
+    check_nodes([head, other, kind], 0)
+    check_nodes([head, other, kind], 59)
+    assert agents.warmed == [("head", "vllm")] * 2 and not agents.stopped
     registry.report(ReplicaReport("r", "a", 1, "other", "h", 1, 2, "t", "ready"), 59)
-    look([head, other, kind], 61)
+    check_nodes([head, other, kind], 61)
     registry.remove("r")
-    look([head, other, kind], 120)
-    assert not agents.left
-    look([head, other, kind], 121)
-    assert agents.left == ["other"]
-    scaling.deployed.clear()
+    check_nodes([head, other, kind], 120)
+    assert not agents.stopped
+    check_nodes([head, other, kind], 121)
+    assert agents.stopped == ["other"]
+    models.remove("a")
     agents.warmed.clear()
-    look([head, other], 200)
+    check_nodes([head, other], 200)
     assert not agents.warmed
 
 
-def test_a_model_looks_as_its_replicas_and_targets_say() -> None:
-    row, facts, registry = deployed(spec("a")), ModelState(), Registry()
-    assert ModelView(row, facts, registry, 0, held=False).state() == "cold"
-    waking = ModelView(row, facts, registry, 1, held=False)
+def test_a_models_state_follows_its_replicas_and_target() -> None:
+    row, state, registry = deployed(spec("a")), ModelState(), Registry()
+    assert ModelView(row, state, registry, 0, locked=False).state() == "cold"
+    waking = ModelView(row, state, registry, 1, locked=False)
     assert (waking.state(), waking.phase()) == ("waking", "placing a replica")
     report = ReplicaReport("r", "a", 1, "n", "h", 0, 0, "t", "starting", moments={"placed": 1})
     for part, phase in (
-        ("placed", "bringing weights"),
+        ("placed", "fetching weights"),
         ("weights", "starting the engine"),
         ("forked", "loading weights"),
     ):
@@ -160,41 +162,58 @@ def test_a_model_looks_as_its_replicas_and_targets_say() -> None:
     registry.report(replace(report, state="ready"), 0)
     assert (waking.state(), waking.phase()) == ("hot", "")
     registry.report(replace(report, state="draining"), 0)
-    assert ModelView(row, facts, registry, 0, held=False).state() == "draining"
+    assert ModelView(row, state, registry, 0, locked=False).state() == "draining"
     registry.remove("r")
-    facts.yielded = "b"
-    assert ModelView(row, facts, registry, 0, held=False).cause() == "made room for b"
-    facts.failure = Failure(1, "no such dtype", 0)
-    failed = ModelView(row, facts, registry, 0, held=False)
+    state.evicted_for = "b"
+    assert ModelView(row, state, registry, 0, locked=False).cause() == "evicted to free resources for b"
+    state.failure = Failure(1, "no such dtype", 0)
+    failed = ModelView(row, state, registry, 0, locked=False)
     assert (failed.state(), failed.cause(), failed.route(1, 2.5).failures) == ("failed", "no such dtype", 1)
+
+
+def test_models_are_resolved_by_name_and_alias() -> None:
+    models = Models()
+    models.put(deployed(spec("a", aliases=["org/a"])))
+    models.candidates["b"] = Candidate(deployed(spec("b")), "out of memory")
+    assert (models.resolve("org/a"), models.resolve("b")) == ("a", "b")
+    assert models.resolve_unlocked("org/a") == models.get("a")
+    with pytest.raises(Refused, match="model 'c' not found; available: a, b"):
+        models.resolve("c")
+    with pytest.raises(Refused, match="b has no active version"):
+        models.resolve_unlocked("b")
+    models.lock("a")
+    with pytest.raises(Refused, match="a is locked by a running deploy"):
+        models.resolve_unlocked("a")
+    models.unlock("a")
+    models.put(deployed(spec("b")))
+    assert models.resolve_unlocked("b").name == "b" and not models.candidates
 
 
 GPU = Placement(1, 1)
 
 
 @pytest.mark.parametrize(
-    ("holders", "going"),
+    ("candidates", "victims"),
     [
         ([], []),
         ([("a", "n1", GPU, 5), ("b", "n1", GPU, 3), ("c", "n2", GPU, 4)], ["b"]),
-        ([("a", "n1", Placement(1, 0), 1), ("b", "n1", GPU, 3)], ["b"]),  # a's CPU would not help
-        ([("a", "n3", GPU, 1)], []),  # another kind of node
+        ([("a", "n1", Placement(1, 0), 1), ("b", "n1", GPU, 3)], ["b"]),  # evicting a would not free a GPU
+        ([("a", "n3", GPU, 1)], []),  # on a node without GPUs
         ([("a", "n1", Placement(1, 0), 1)], []),
     ],
 )
-def test_who_has_been_idle_for_longest_makes_room(holders: list[Any], going: list[str]) -> None:
+def test_the_replica_idle_for_longest_is_evicted(candidates: list[Any], victims: list[str]) -> None:
     full = {"CPU": 4, "GPU": 0}
     nodes = [Node(name, name, {"CPU": 8, "GPU": 2}, full) for name in ("n1", "n2")]
     nodes.append(Node("n3", "n3", {"CPU": 8}, {"CPU": 8}))
-    assert [
-        holder.model for holder in choose_evictions(GPU, nodes, [EvictionCandidate("r", *holder) for holder in holders])
-    ] == going
+    chosen = choose_evictions(GPU, nodes, [EvictionCandidate("r", *candidate) for candidate in candidates])
+    assert [victim.model for victim in chosen] == victims
 
 
-def test_two_small_ones_make_room_for_a_large_one() -> None:
+def test_two_small_replicas_are_evicted_for_a_large_one() -> None:
     nodes = [Node("n", "n", {"CPU": 8, "GPU": 2}, {"CPU": 4, "GPU": 0})]
-    holders = [EvictionCandidate("1", "a", "n", GPU, 1), EvictionCandidate("2", "b", "n", GPU, 2)]
-    assert [holder.model for holder in choose_evictions(Placement(1, 2), nodes, holders)] == ["a", "b"]
+    candidates = [EvictionCandidate("1", "a", "n", GPU, 1), EvictionCandidate("2", "b", "n", GPU, 2)]
+    assert [victim.model for victim in choose_evictions(Placement(1, 2), nodes, candidates)] == ["a", "b"]
 
 
 def test_secrets_are_shown_by_name() -> None:
@@ -218,7 +237,7 @@ def test_a_name_may_move_between_an_apps_own_models() -> None:
     assert [c.kind for c in made.changes] == ["change", "change"]
 
 
-def test_a_renamed_model_may_take_over_the_names_of_the_one_that_is_pruned() -> None:
+def test_a_renamed_model_may_take_the_names_of_the_pruned_one() -> None:
     rows = (deployed(spec("a", aliases=["org/m"])),)
     with pytest.raises(Refused, match=r"belongs to model a, which is no longer in the file \(--prune removes it\)"):
         plan(spec("b", aliases=["org/m"]), rows=rows)
@@ -226,7 +245,7 @@ def test_a_renamed_model_may_take_over_the_names_of_the_one_that_is_pruned() -> 
     assert [(c.model, c.kind) for c in made.changes] == [("b", "add"), ("a", "remove")]
 
 
-def test_an_app_of_another_place_is_refused_without_adopt() -> None:
+def test_an_app_from_another_source_is_refused_without_adopt() -> None:
     with pytest.raises(Refused, match=r"last deployed from there, not from here.*--adopt"):
         plan(spec("a"), sources={"app": "there"})
     assert plan(spec("a"), sources={"app": "there"}, adopt=True).changes[0].kind == "add"
@@ -264,55 +283,65 @@ def test_placements(fields: dict[str, Any], nodes: list[Node], placement: Placem
         ({"accelerator": ["H100:8", "A100:8"]}, ["8 × H100 or 8 × A100"]),
         ({"gpus": 4}, ["gpus=4", "4 × GPU"]),
         ({"cpus": 64}, ["cpus=64", "64 CPUs"]),
-        ({"gpus": 4, "nodes": 2}, ["nodes=2: no node can give 2 nodes × 2 × GPU"]),
+        ({"gpus": 4, "nodes": 2}, ["nodes=2: no node has 2 nodes × 2 × GPU"]),
     ],
 )
-def test_what_no_node_can_give_is_refused_with_what_there_is(fields: dict[str, Any], words: list[str]) -> None:
+def test_options_that_no_node_satisfies_are_refused_with_the_inventory(
+    fields: dict[str, Any], words: list[str]
+) -> None:
     with pytest.raises(Refused) as caught:
         resolve(spec(**fields), [LAPTOP, A10G])
     for word in words:
         assert word in str(caught.value)
 
 
-def test_room_and_its_holders() -> None:
-    assert has_room(CPU, [LAPTOP])
-    assert not has_room(Placement(2, 0), [LAPTOP])
-    assert has_room(Placement(2, 0), [LAPTOP], freed={"a": CPU})
+def test_capacity_and_its_users() -> None:
+    assert has_capacity(CPU, [LAPTOP])
+    assert not has_capacity(Placement(2, 0), [LAPTOP])
+    assert has_capacity(Placement(2, 0), [LAPTOP], freed={"a": CPU})
     text = shortage(Placement(1, 2, "A10G"), [LAPTOP, A10G], ["busy"])
-    assert "1 CPUs and 2 × A10G" in text and "1 × A10G, 8 CPUs" in text and "held by busy" in text
+    assert "1 CPUs and 2 × A10G" in text and "1 × A10G, 8 CPUs" in text and "in use by busy" in text
 
 
-def test_what_spans_nodes_has_room_on_as_many() -> None:
+def test_a_replica_that_spans_nodes_needs_capacity_on_each() -> None:
     wide = Placement(1, 2, "A10G", 2)
     full = {"CPU": 8.0, "GPU": 2, "accelerator_type:A10G": 1}
     nodes = [Node(name, name, full, full) for name in "ab"] + [Node("c", "c", full, {"CPU": 8})]
-    assert has_room(wide, nodes) and not has_room(Placement(1, 2, "A10G", 3), nodes)
+    assert has_capacity(wide, nodes) and not has_capacity(Placement(1, 2, "A10G", 3), nodes)
     assert "1 CPUs and 2 nodes × 2 × A10G each" in shortage(wide, nodes, [])
     busy = [Node(name, name, full, {"CPU": 8, "accelerator_type:A10G": 1}) for name in "ab"]
-    holders = [EvictionCandidate(name, name, name, Placement(1, 2, "A10G"), 1) for name in "ab"]
-    assert [holder.id for holder in choose_evictions(wide, busy, holders)] == ["a", "b"]
-    assert choose_evictions(wide, busy, holders[:1]) == [], "one of two nodes would not do"
+    candidates = [EvictionCandidate(name, name, name, Placement(1, 2, "A10G"), 1) for name in "ab"]
+    assert [victim.id for victim in choose_evictions(wide, busy, candidates)] == ["a", "b"]
+    assert choose_evictions(wide, busy, candidates[:1]) == [], "one of two nodes is not enough"
 
 
 def report(state: Any = "ready", replica: str = "r1", **more: Any) -> ReplicaReport:
-    """A replica's report."""
-    facts: dict[str, Any] = {"model": "one", "version": 1, "node": "a", "host": "h", "port": 1, "link": 2, "token": "t"}
-    return ReplicaReport(id=replica, state=state, **(facts | more))
+    """Return a replica's report."""
+    fields: dict[str, Any] = {
+        "model": "one",
+        "version": 1,
+        "node": "a",
+        "host": "h",
+        "port": 1,
+        "link": 2,
+        "token": "t",
+    }
+    return ReplicaReport(id=replica, state=state, **(fields | more))
 
 
-def test_the_registry_keeps_who_reports_and_forgets_who_is_silent() -> None:
+def test_the_registry_expires_replicas_and_ingresses_without_reports() -> None:
     registry = Registry()
     assert registry.report(report("starting"), now=0)
     assert registry.report(report(), now=1)
     assert not registry.report(report(in_flight=3), now=2)
-    registry.demand("ingress", {"one": Traffic(waiting=2, in_flight=5)}, now=2)
+    registry.report_traffic("ingress", {"one": Traffic(waiting=2, in_flight=5)}, now=2)
     assert (registry.waiting("one"), registry.in_flight("one")) == (2, 5)
     assert registry.expire(2 + LEASE_S) == []
-    assert [gone.id for gone in registry.expire(3 + LEASE_S)] == ["r1"]
-    assert (registry.waiting("one"), registry.of("one")) == (0, [])
+    assert [expired.id for expired in registry.expire(3 + LEASE_S)] == ["r1"]
+    assert (registry.waiting("one"), registry.replicas_of("one")) == (0, [])
 
 
-def test_a_draining_replica_does_not_come_back() -> None:
+def test_a_draining_replica_stays_draining() -> None:
     registry = Registry()
     registry.report(report(), now=0)
     assert registry.report(report("draining"), now=1)
@@ -320,7 +349,7 @@ def test_a_draining_replica_does_not_come_back() -> None:
     assert registry.ready("one", 1) == []
 
 
-def test_use_is_told_from_reports() -> None:
+def test_last_use_follows_from_reports() -> None:
     registry = Registry()
     registry.report(report(), now=100)
     registry.report(report(idle_s=30), now=200)
@@ -338,9 +367,9 @@ def test_the_database_keeps_models_versions_and_packages(tmp_path: Path, monkeyp
     database.put_package("q", b"unused")
     pin = Pin(weights=Weights("org/model"), revision="abc", files=(File(name="config.json", size=2),))
     row = replace(deployed(spec("one")), pin=pin)
-    database.put_version(row, in_force=True)
-    database.put_version(deployed(coded), in_force=True)
-    database.put_version(replace(row, version=2, engine_version=2), in_force=False)
+    database.put_version(row, active=True)
+    database.put_version(deployed(coded), active=True)
+    database.put_version(replace(row, version=2, engine_version=2), active=False)
     assert database.next_version("one") == 3
     database.close()
 
@@ -349,8 +378,8 @@ def test_the_database_keeps_models_versions_and_packages(tmp_path: Path, monkeyp
     assert rows.keys() == {"one", "two"}
     assert rows["one"] == row and sources == {"app": "here"}
     again.remove(["one"])
-    assert again.next_version("one") == 3  # a number names an application, which may still be draining
-    assert again.has_package("q")  # a deploy that is under way may have brought it
+    assert again.next_version("one") == 3  # numbers name applications, which may still be draining
+    assert again.has_package("q")  # a running deploy may have uploaded it
     monkeypatch.setattr(database_module, "PACKAGE_GRACE_S", -1)
     again.remove([])
     assert (again.package("p"), again.package("q")) == (b"zip", None)
@@ -359,6 +388,6 @@ def test_the_database_keeps_models_versions_and_packages(tmp_path: Path, monkeyp
     again.close()
 
 
-def test_application_names_say_model_and_version() -> None:
+def test_application_names_contain_model_and_version() -> None:
     assert parse_app_name(app_name("my-v2", 3)) == ("my-v2", 3)
-    assert parse_app_name("somebody-elses") is None
+    assert parse_app_name("other-app") is None

@@ -10,15 +10,14 @@ from typing import Any
 from llmrun.settings import Settings
 from llmrun.spec import ModelSpec
 from llmrun_cli.app_files.python_file import load_app
-from llmrun_runtime.engines.base import Engine, Launch, Member
-from llmrun_runtime.engines.sidecar.engine import PORT
+from llmrun_runtime.engines.api import PORT, Engine, Launch, Member
 from tests.support.cluster import BIN, REPO
 
 README = (REPO / "README.md").read_text()
 
 
 def test_settings_are_documented() -> None:
-    text = (REPO / "docs" / "settings.md").read_text()
+    text = (REPO / "docs" / "reference" / "settings.md").read_text()
     for name, field in Settings.model_fields.items():
         assert f"`LLMRUN_{name.upper()}`" in text, name
         assert field.description and field.description in text, name
@@ -43,7 +42,7 @@ def test_the_readmes_commands_exist_and_every_command_is_there() -> None:
 
 def test_the_engine_of_the_docs_keeps_to_the_contract() -> None:
     (text,) = re.findall(
-        r"```python\n(from llmrun_runtime.engines.base.*?)```", (REPO / "docs/engines.md").read_text(), re.S
+        r"```python\n(from llmrun_runtime.engines.api import.*?)```", (REPO / "docs/engines.md").read_text(), re.S
     )
     names: dict[str, Any] = {}
     exec(text.replace('package = "mine"', 'package = "json"'), names)

@@ -1,4 +1,4 @@
-"""When an engine may be ended: nothing in flight for a while by its own word, and no request lost at the very end."""
+"""When an engine may be stopped: it reports nothing in flight for a while, and no request is lost at the end."""
 
 from __future__ import annotations
 
@@ -8,83 +8,85 @@ from typing import Any
 
 import pytest
 
-from llmrun_runtime.asgi import Message, answer
+from llmrun_runtime.asgi import Message, send_json
 from llmrun_runtime.engines.base import SHIM_ENV, TOKEN_ENV, ShimConfig
 from llmrun_runtime.engines.shim.middleware import Shim
 from llmrun_runtime.replica import drain
-from llmrun_runtime.replica.drain import drained
+from llmrun_runtime.replica.drain import wait_until_drained
 from llmrun_runtime.wire.headers import GONE_HEADER, LEAVE_PATH, TOKEN_HEADER
 from tests.support.ingress import Bench, Engine, route
 
 
 class Counts:
-    """An engine that says these counts, the last one for ever; each answer may hold this whole process up."""
+    """An engine that reports these counts, the last one repeatedly; each response may block the whole process."""
 
-    def __init__(self, counts: Sequence[int | None], held_up: float = 0) -> None:
-        self.counts, self.asked, self._held_up = list(counts), list[bool](), held_up
+    def __init__(self, counts: Sequence[int | None], blocked_s: float = 0) -> None:
+        self.counts, self.leave_calls, self._blocked_s = list(counts), list[bool](), blocked_s
 
     async def __call__(self, leave: bool) -> int | None:
-        self.asked.append(leave)
+        self.leave_calls.append(leave)
         count = self.counts[0] if len(self.counts) == 1 else self.counts.pop(0)
-        time.sleep(self._held_up)  # noqa: ASYNC251 - a process that gets no processor
+        time.sleep(self._blocked_s)  # noqa: ASYNC251 - simulates a process that gets no CPU time
         return count
 
 
-async def test_an_engine_is_left_when_it_has_been_quiet_and_takes_no_more() -> None:
+async def test_an_engine_is_drained_when_it_has_been_idle_and_accepts_no_more() -> None:
     engine = Counts([1, 0, None, 0])
     begun = time.monotonic()
-    assert await drained(engine, 5, linger=0.3) == ""
-    assert time.monotonic() - begun > 0.6, "no answer is as good as a request: the quiet begins anew"
-    assert engine.asked[-1] and not any(engine.asked[:-1])
+    assert await wait_until_drained(engine, 5, linger=0.3) == ""
+    assert time.monotonic() - begun > 0.6, "no response counts as busy: the idle time starts again"
+    assert engine.leave_calls[-1] and not any(engine.leave_calls[:-1])
 
 
-async def test_a_process_that_is_held_up_takes_no_request_for_over() -> None:
-    """What took a request down with its engine: time had passed since the last look, and that alone was the quiet."""
-    engine = Counts([1, 1, 0, 1, 0], held_up=0.15)
-    assert await drained(engine, 10, linger=0.1) == ""
-    assert engine.asked == [False, False, False, True, False, True], "told to leave only after it has said it is idle"
+async def test_a_delayed_process_does_not_stop_an_engine_with_a_request_in_flight() -> None:
+    """Elapsed time since the last poll once counted as idle time, and stopped an engine that had a request."""
+    engine = Counts([1, 1, 0, 1, 0], blocked_s=0.15)
+    assert await wait_until_drained(engine, 10, linger=0.1) == ""
+    assert engine.leave_calls == [False, False, False, True, False, True], (
+        "asked to leave only after it has reported that it is idle"
+    )
 
 
-async def test_what_is_in_flight_for_too_long_or_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "in flight after 0.3 s (LLMRUN_DRAIN_TIMEOUT)" in await drained(Counts([1]), 0.3)
-    monkeypatch.setattr(drain, "SILENT_S", 0.2)
-    assert "has not answered for 0.2 s" in await drained(Counts([None]), 5)
+async def test_draining_gives_up_on_long_requests_and_unresponsive_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "still in flight after 0.3 s (LLMRUN_DRAIN_TIMEOUT)" in await wait_until_drained(Counts([1]), 0.3)
+    monkeypatch.setattr(drain, "UNRESPONSIVE_S", 0.2)
+    assert "has not responded for 0.2 s" in await wait_until_drained(Counts([None]), 5)
 
 
-async def told(shim: Shim, path: str) -> tuple[int, dict[str, str]]:
-    """Status and headers of an answer."""
-    heard: list[Message] = []
+async def get(shim: Shim, path: str) -> tuple[int, dict[str, str]]:
+    """The status and headers of a response."""
+    messages: list[Message] = []
 
     async def send(message: Message) -> None:
-        heard.append(message)
+        messages.append(message)
 
     scope = {"type": "http", "method": "GET", "path": path, "headers": [(TOKEN_HEADER.encode(), b"t")], "app": None}
     await shim(scope, None, send)  # type: ignore[arg-type]
-    return heard[0]["status"], {key.decode(): value.decode() for key, value in heard[0]["headers"]}
+    return messages[0]["status"], {key.decode(): value.decode() for key, value in messages[0]["headers"]}
 
 
-async def test_an_engine_that_is_idle_takes_no_more_once_it_was_told(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_idle_engine_accepts_no_requests_after_it_was_asked_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TOKEN_ENV, "t")
     monkeypatch.setenv(SHIM_ENV, ShimConfig(model="m").to_json())
-    within: list[Any] = []
+    during: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        within.append(await told(shim, LEAVE_PATH))  # while it is in flight
-        await answer(send, 200, {})
+        during.append(await get(shim, LEAVE_PATH))  # while this request is in flight
+        await send_json(send, 200, {})
 
     shim = Shim(app)
-    assert (await told(shim, "/v1/completions"))[0] == 200 and within[0][0] == 200
-    assert (await told(shim, "/v1/completions"))[0] == 200, "it was busy when it was told"
-    assert (await told(shim, LEAVE_PATH))[0] == 200
-    status, headers = await told(shim, "/v1/completions")
-    assert status == 503 and headers[GONE_HEADER] == "1" and len(within) == 2
-    assert (await told(shim, "/metrics"))[0] == 200
+    assert (await get(shim, "/v1/completions"))[0] == 200 and during[0][0] == 200
+    assert (await get(shim, "/v1/completions"))[0] == 200, "it was busy when it was asked to leave"
+    assert (await get(shim, LEAVE_PATH))[0] == 200
+    status, headers = await get(shim, "/v1/completions")
+    assert status == 503 and headers[GONE_HEADER] == "1" and len(during) == 2
+    assert (await get(shim, "/metrics"))[0] == 200
 
 
-async def test_a_request_that_comes_at_the_very_end_goes_to_another_replica(bench: Bench, engine: Engine) -> None:
+async def test_a_request_at_the_very_end_goes_to_another_replica(bench: Bench, engine: Engine) -> None:
     async with Engine().running() as ending:
-        ending.leaving = True
+        ending.shutting_down = True
         bench.table(route(ending.port, engine.port))
-        answers = [await bench.ask({"model": "one", "prompt": str(number)}) for number in range(4)]
+        answers = [await bench.post({"model": "one", "prompt": str(number)}) for number in range(4)]
     assert [status for status, _, _ in answers] == [200] * 4
-    assert len(engine.asked) == 4 and ending.asked
+    assert len(engine.requests) == 4 and ending.requests

@@ -1,4 +1,4 @@
-"""The engine rooms without an engine: flags, root causes, hooks, the lease."""
+"""Engine code without an engine: flags, root causes, hooks, the lease, the public interface."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import pytest
 
 from llmrun.errors import EngineError, HookError
 from llmrun.spec import ModelSpec
-from llmrun_runtime.engines import registry
+from llmrun_runtime.engines import api, registry
 from llmrun_runtime.engines.base import Launch, Loader, Member, ShimConfig, to_flags
-from llmrun_runtime.engines.process.engine_process import EngineProcess
+from llmrun_runtime.engines.process.engine_process import EngineProcess, ForkFailed
 from llmrun_runtime.engines.registry import get_engine
 from llmrun_runtime.engines.shim.hooks import Hooks
 from llmrun_runtime.engines.sidecar import engine as sidecar
@@ -31,8 +31,8 @@ VLLM = get_engine("vllm")
 
 
 def launch(**more: Any) -> Launch:
-    """A launch of nothing in particular."""
-    facts: dict[str, Any] = {
+    """A launch with some defaults."""
+    fields: dict[str, Any] = {
         "names": ("one", "org/one"),
         "weights": "/w",
         "members": (Member("n", "10.0.0.1", ("0", "1")),),
@@ -46,7 +46,7 @@ def launch(**more: Any) -> Launch:
         },
         "python": sys.executable,
     }
-    return Launch(**(facts | more))
+    return Launch(**(fields | more))
 
 
 def test_the_command_carries_names_host_shim_and_flags() -> None:
@@ -74,16 +74,16 @@ def test_gpus_are_divided_by_what_works_in_parallel() -> None:
     assert "--gpu-memory-utilization" not in flags({"kv_cache_memory_bytes": "4G"}, gpu_share=0.5)
 
 
-def test_members_of_an_engine_find_one_another() -> None:
-    members = (Member("a", "10.0.0.1", ("0", "1")), Member("b", "10.0.0.2", ("0", "1"), 1))
-    first, second = (" ".join(VLLM.command(launch(members=members, rank=rank, port=7))) for rank in (0, 1))
-    meeting = "--master-addr 10.0.0.1 --master-port 7 --distributed-executor-backend mp"
-    assert f"--nnodes 2 --node-rank 0 {meeting} --max-model-len" in first and "--tensor-parallel-size 4" in first
-    assert f"--nnodes 2 --node-rank 1 {meeting} --headless --max-model-len" in second
+def test_members_of_an_engine_get_each_others_address() -> None:
+    members = (Member("a", "10.0.0.1", ("0", "1")), Member("b", "10.0.0.2", ("0", "1")))
+    first, second = (" ".join(VLLM.command(launch(members=members, member_rank=rank, port=7))) for rank in (0, 1))
+    address = "--master-addr 10.0.0.1 --master-port 7 --distributed-executor-backend mp"
+    assert f"--nnodes 2 --node-rank 0 {address} --max-model-len" in first and "--tensor-parallel-size 4" in first
+    assert f"--nnodes 2 --node-rank 1 {address} --headless --max-model-len" in second
 
 
 @pytest.mark.parametrize(
-    ("there", "filesystem", "chosen"),
+    ("installed", "filesystem", "chosen"),
     [
         ({"runai_model_streamer", "fastsafetensors", "instanttensor"}, "ext4", "instanttensor"),
         ({"runai_model_streamer", "fastsafetensors"}, "xfs", "fastsafetensors"),
@@ -92,87 +92,87 @@ def test_members_of_an_engine_find_one_another() -> None:
         (set(), "ext4", ""),
     ],
 )
-def test_the_way_onto_a_gpu_is_chosen_by_disk_and_packages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: set[str], filesystem: str, chosen: str
+def test_the_load_format_depends_on_the_filesystem_and_installed_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: set[str], filesystem: str, chosen: str
 ) -> None:
     monkeypatch.setattr(vllm, "filesystem", lambda path: filesystem)
-    monkeypatch.setattr(vllm, "_installed", there.__contains__)
-    assert vllm.load_format(tmp_path, there.__contains__) == ""  # no safetensors
+    monkeypatch.setattr(vllm, "_installed", installed.__contains__)
+    assert vllm.load_format(tmp_path, installed.__contains__) == ""  # no safetensors
     (tmp_path / "model.safetensors").write_bytes(b"")
     line = " ".join(VLLM.arguments(launch(weights=str(tmp_path), engine_args={})))
     assert (f"--load-format {chosen}" in line) if chosen else "--load-format" not in line
-    said = launch(weights=str(tmp_path), engine_args={"load_format": "auto"})
-    assert "--load-format auto" in " ".join(VLLM.arguments(said))
+    explicit = launch(weights=str(tmp_path), engine_args={"load_format": "auto"})
+    assert "--load-format auto" in " ".join(VLLM.arguments(explicit))
     on_cpu = launch(weights=str(tmp_path), engine_args={}, members=(Member("n", "h"),))
     assert "--load-format" not in VLLM.arguments(on_cpu)
 
 
-def test_the_disk_of_a_path_is_known() -> None:
+def test_the_filesystem_of_a_path() -> None:
     assert vllm.filesystem(Path("/proc/self")) == "proc"
 
 
-def test_a_fast_start_captures_few_graphs_unless_the_user_says_which() -> None:
+def test_a_fast_start_captures_few_graphs_unless_engine_args_set_them() -> None:
     assert "--max-cudagraph-capture-size 16" in " ".join(VLLM.arguments(launch(fast_start=True)))
-    for said in ({"enforce_eager": True}, {"cudagraph_capture_sizes": [1, 2]}):
-        assert "--max-cudagraph-capture-size" not in VLLM.arguments(launch(fast_start=True, engine_args=said))
+    for args in ({"enforce_eager": True}, {"cudagraph_capture_sizes": [1, 2]}):
+        assert "--max-cudagraph-capture-size" not in VLLM.arguments(launch(fast_start=True, engine_args=args))
 
 
-def test_engines_keep_a_cache_of_their_own() -> None:
+def test_each_version_has_its_own_engine_cache() -> None:
     env = VLLM.environment({}, Path("/cache/one/v1"))
     assert env["VLLM_CACHE_ROOT"] == "/cache/one/v1" and env["VLLM_ENABLE_STARTUP_PLAN"] == "1"
     assert VLLM.environment({"VLLM_CACHE_ROOT": "/mine"}, Path("/c"))["VLLM_CACHE_ROOT"] == "/mine"
     assert "VLLM_CACHE_ROOT" not in VLLM.environment({}, None)
 
 
-def test_cpu_defaults_give_way_to_what_the_user_said() -> None:
+def test_cpu_defaults_do_not_override_explicit_flags() -> None:
     flags = cpu_defaults(["--model", "m"])
     assert flags == ["--enforce-eager", "--kv-cache-memory-bytes", "1G", "--distributed-executor-backend", "uni"]
-    said = ["--no-enforce-eager", "--kv-cache-memory-bytes=2G", "--tensor-parallel-size", "2"]
-    assert cpu_defaults(said) == []
+    explicit = ["--no-enforce-eager", "--kv-cache-memory-bytes=2G", "--tensor-parallel-size", "2"]
+    assert cpu_defaults(explicit) == []
 
 
-def test_a_server_beside_gets_its_own_flags_and_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SGLang's, as its documentation has them: https://docs.sglang.ai/advanced_features/server_arguments.html."""
+def test_a_sidecars_server_gets_its_own_flags_and_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's flags, from its documentation: https://docs.sglang.ai/advanced_features/server_arguments.html."""
     sglang = get_engine("sglang")
-    with pytest.raises(EngineError, match=r"sglang is not installed there: pip install sglang"):
+    with pytest.raises(EngineError, match=r"sglang is not installed on the node: pip install sglang"):
         sglang.command(launch())
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    python, _, module, config, *command = sglang.command(launch(engine_args={"context_length": 4096}))
+    python, _, module, json_config, *command = sglang.command(launch(engine_args={"context_length": 4096}))
     assert python == sys.executable and module == sidecar.SIDECAR
-    said = sidecar.SidecarConfig.from_json(config)
-    assert (said.host, said.name, said.model, said.health) == ("10.0.0.1", "one", "one", "/health")
-    assert "/v1/chat/completions" in said.paths
+    config = sidecar.SidecarConfig.from_json(json_config)
+    assert (config.host, config.name, config.model, config.health) == ("10.0.0.1", "one", "one", "/health")
+    assert "/v1/chat/completions" in config.paths
     line = " ".join(command)
     assert line.startswith(f"{sys.executable} -m sglang.launch_server --model-path /w --served-model-name one ")
     assert line.endswith("--host 127.0.0.1 --port {port} --context-length 4096 --tp-size 2")
     on_cpu = " ".join(sglang.command(launch(members=(Member("n", "::1"),), engine_args={}, task="embed")))
     assert on_cpu.endswith("--device cpu --is-embedding") and "--tp-size" not in on_cpu
-    said_twice = " ".join(sglang.command(launch(engine_args={"tp_size": 1})))
-    assert said_twice.count("--tp-size") == 1
+    explicit = " ".join(sglang.command(launch(engine_args={"tp_size": 1})))
+    assert explicit.count("--tp-size") == 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"lora": "s3://acme/adapters"}, "takes no adapters here"),
-        ({"task": "embed"}, "has no task='embed' here"),
+        ({"lora": "s3://acme/adapters"}, "does not support adapters here"),
+        ({"task": "embed"}, "does not support task='embed' here"),
         ({}, ""),
     ],
 )
-def test_an_engine_says_what_it_cannot_serve(arguments: dict[str, Any], words: str) -> None:
+def test_an_engine_refuses_what_it_cannot_serve(arguments: dict[str, Any], words: str) -> None:
     spec = ModelSpec.model_validate({"name": "one", "model": "org/one", "engine": "transformers", **arguments})
-    said = get_engine("transformers").refuses(spec)
-    assert words in said and bool(words) == bool(said)
+    refusal = get_engine("transformers").refuses(spec)
+    assert words in refusal and bool(words) == bool(refusal)
 
 
-def test_the_last_exception_of_a_server_beside_is_its_cause() -> None:
+def test_the_last_exception_of_a_sidecars_server_is_its_root_cause() -> None:
     server = get_engine("transformers")
     log = "Traceback (most recent call last):\nRuntimeError: first\nINFO: x\nValueError: no such dtype\nINFO: y\n"
     assert server.root_cause(log) == "ValueError: no such dtype"
     assert server.root_cause("INFO: all is well\n") == ""
 
 
-def test_packages_bring_engines_by_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packages_add_engines_by_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
     points = [
         EntryPoint("mine", f"{__name__}:Mine", registry.GROUP),
         EntryPoint("broken", f"{__name__}:Nobody", registry.GROUP),
@@ -181,14 +181,14 @@ def test_packages_bring_engines_by_entry_points(monkeypatch: pytest.MonkeyPatch)
     get_engine.cache_clear()
     try:
         assert isinstance(get_engine("mine"), Mine)
-        with pytest.raises(EngineError, match=r"engine='broken'.*cannot be loaded.*AttributeError.*Nobody"):
+        with pytest.raises(EngineError, match=r"engine='broken'.*failed to load.*AttributeError.*Nobody"):
             get_engine("broken")
     finally:
         get_engine.cache_clear()
 
 
-def test_an_unknown_engine_is_named_with_those_that_exist() -> None:
-    with pytest.raises(EngineError, match=r"engine='tgi'.*there are sglang, transformers, vllm"):
+def test_an_unknown_engine_is_reported_with_the_available_ones() -> None:
+    with pytest.raises(EngineError, match=r"engine='tgi' not found; available: sglang, transformers, vllm"):
         get_engine("tgi")
 
 
@@ -220,7 +220,7 @@ def test_root_causes(log: str, cause: str) -> None:
 
 
 def hooks(tmp_path: Path, text: str, timeout: float = 2.5) -> Hooks:
-    """The hooks of a class `Mine` with that body."""
+    """The hooks of a class `Mine` with this body."""
     path = tmp_path / "app.py"
     path.write_text("import asyncio, time\n\nclass Mine:\n" + text)
     return Hooks(ShimConfig("mine", str(path), "Mine", ("on_start", "on_request"), timeout))
@@ -249,7 +249,7 @@ ASYNC = """
 
 
 async def seen(mine: Hooks) -> Any:
-    """What a hook that works makes of a request."""
+    """The count that a working hook adds to a request."""
     return json.loads(await mine.apply({"do": "x"}))["seen"]
 
 
@@ -259,7 +259,7 @@ async def test_plain_hooks_share_one_instance(tmp_path: Path) -> None:
     assert [await seen(mine), await seen(mine)] == [1, 2]
     with pytest.raises(HookError, match=r"Mine.on_request returned NoneType"):
         await mine.apply({"do": "nothing"})
-    with pytest.raises(HookError, match=r"returned a request that is no JSON: .*set"):
+    with pytest.raises(HookError, match=r"returned a request that is not JSON-serializable: .*set"):
         await mine.apply({"do": "a set"})
     for way in ("exit", "stop"):
         with pytest.raises(HookError, match=r"Mine.on_request raised (SystemExit: 3|StopIteration)"):
@@ -267,7 +267,7 @@ async def test_plain_hooks_share_one_instance(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("body", [PLAIN, ASYNC], ids=["plain", "async"])
-async def test_a_hook_that_raises_or_blocks_harms_its_own_request_alone(
+async def test_a_hook_that_raises_or_blocks_fails_its_own_request_only(
     tmp_path: Path, body: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     mine = hooks(tmp_path, body)
@@ -278,28 +278,28 @@ async def test_a_hook_that_raises_or_blocks_harms_its_own_request_alone(
     assert "app.py" in logged and "hooks.py" not in logged
 
     blocked = asyncio.create_task(mine.apply({"do": "block"}))
-    await asyncio.sleep(0.05)  # the order is the point: the other one comes while the first blocks
+    await asyncio.sleep(0.05)  # so that the next request arrives while the first one blocks
     assert await seen(mine) == 1
-    with pytest.raises(HookError, match=r"did not answer within 2.5 s"):
+    with pytest.raises(HookError, match=r"timed out after 2.5 s"):
         await blocked
     assert "time.sleep(" in capfd.readouterr().err
 
 
-async def test_an_async_hook_that_waits_too_long(tmp_path: Path) -> None:
+async def test_an_async_hook_that_exceeds_its_timeout(tmp_path: Path) -> None:
     mine = hooks(tmp_path, ASYNC)
     await mine.start()
-    with pytest.raises(HookError, match="did not answer"):
+    with pytest.raises(HookError, match="timed out after"):
         await mine.apply({"do": "wait"})
     assert await seen(mine) == 1
 
 
-async def test_a_class_that_cannot_start_says_so(tmp_path: Path) -> None:
+async def test_a_failing_on_start_is_reported(tmp_path: Path) -> None:
     with pytest.raises(HookError, match=r"Mine.on_start raised ZeroDivisionError: division by zero"):
         await hooks(tmp_path, "    def on_start(self): 1 / 0\n").start()
 
 
 class Script:
-    """An engine that is a few lines of Python, to stand in where only processes matter."""
+    """An engine that runs a few lines of Python, for tests of processes."""
 
     name = "script"
     module = ""
@@ -323,8 +323,7 @@ class Script:
     def environment(self, env: Mapping[str, str], cache: Path | None) -> dict[str, str]:
         return dict(os.environ)
 
-    def loader(self, app: Any, max_rank: int) -> Loader:
-        """It takes no adapters."""
+    def loader(self, app: Any, max_lora_rank: int) -> Loader:
         raise EngineError("no adapters")
 
     def root_cause(self, log: str) -> str:
@@ -332,7 +331,7 @@ class Script:
 
 
 class Mine(Script):
-    """Somebody's, made without arguments."""
+    """A third-party engine, instantiated without arguments."""
 
     def __init__(self) -> None:
         super().__init__("")
@@ -340,12 +339,12 @@ class Mine(Script):
 
 HOLDERS = """
 import os, subprocess, sys, time
-from llmrun_runtime.engines import lease
-lease.hold()
-if not os.fork():  # takes a lease of its own unasked
+from llmrun_runtime.engines.api import hold
+hold()
+if not os.fork():  # takes its own lease automatically
     pass
-elif not sys.argv[1:]:  # a process of its own, as vLLM's plugins make it
-    code = "from llmrun_runtime.engines import lease; lease.hold()\\nimport os, time\\n"
+elif not sys.argv[1:]:  # a separate process, like those of vLLM
+    code = "from llmrun_runtime.engines.api import hold; hold()\\nimport os, time\\n"
     code += "print('pid', os.getpid(), flush=True); time.sleep(600)"
     subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
 print("pid", os.getpid(), flush=True)
@@ -354,25 +353,25 @@ time.sleep(600)
 
 
 def pids(log: Path, count: int) -> list[int]:
-    """The process ids in the log, once there are `count`."""
+    """The process ids in the log, once it has `count` of them."""
 
-    def found() -> list[int] | None:
+    def logged() -> list[int] | None:
         lines = [int(line.split()[1]) for line in log.read_text().splitlines() if line.startswith("pid ")]
         return lines if len(lines) == count else None
 
-    numbers: list[int] = until(found, 20, "the processes have started")
+    numbers: list[int] = until(logged, 20, "the processes have started")
     return numbers
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
+    """Whether a process is running (and not a zombie)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
 
 
-async def test_every_process_ends_when_the_engine_is_ended(tmp_path: Path) -> None:
+async def test_every_process_exits_when_the_engine_is_stopped(tmp_path: Path) -> None:
     engine = EngineProcess(Script(HOLDERS), launch(log=tmp_path / "log"))
     await engine.start()
     started = await asyncio.to_thread(pids, tmp_path / "log", 3)
@@ -383,8 +382,8 @@ async def test_every_process_ends_when_the_engine_is_ended(tmp_path: Path) -> No
 REPLICA = """
 import asyncio, sys
 from pathlib import Path
-from llmrun_runtime.engines.process import EngineProcess
-from tests.test_engines import HOLDERS, Script, launch
+from llmrun_runtime.engines.process.engine_process import EngineProcess
+from tests.unit.test_engines import HOLDERS, Script, launch
 async def main():
     engine = EngineProcess(Script(HOLDERS), launch(log=Path(sys.argv[1])))
     await engine.start()
@@ -393,7 +392,7 @@ asyncio.run(main())
 """
 
 
-def test_kill_9_of_the_replica_ends_every_process_of_its_engine(tmp_path: Path) -> None:
+def test_kill_9_of_the_replica_kills_every_process_of_its_engine(tmp_path: Path) -> None:
     root = str(Path(__file__).parent.parent.parent)
     replica = subprocess.Popen(
         [sys.executable, "-c", REPLICA, tmp_path / "log"],
@@ -409,7 +408,7 @@ def test_kill_9_of_the_replica_ends_every_process_of_its_engine(tmp_path: Path) 
     until(lambda: not any(map(alive, started)), 5, "the engine's processes have ended")
 
 
-async def test_an_engine_that_ends_early_fails_with_its_cause(tmp_path: Path) -> None:
+async def test_an_engine_that_exits_early_fails_with_its_root_cause(tmp_path: Path) -> None:
     engine = EngineProcess(Script("raise ValueError('no such dtype')"), launch(log=tmp_path / "log"))
     await engine.start()
     with pytest.raises(EngineError, match=r"^ValueError: no such dtype$"):
@@ -422,17 +421,17 @@ async def test_an_engine_that_ends_early_fails_with_its_cause(tmp_path: Path) ->
     await killed.end()
 
 
-async def test_an_engine_that_never_answers_is_bounded(tmp_path: Path) -> None:
+async def test_the_start_of_an_engine_that_never_answers_times_out(tmp_path: Path) -> None:
     engine = EngineProcess(Script("import time; time.sleep(600)"), launch(log=tmp_path / "log"))
     await engine.start()
-    begun = time.monotonic()
+    started = time.monotonic()
     with pytest.raises(EngineError, match=r"did not answer within 0.3 s \(LLMRUN_START_TIMEOUT\)"):
         await engine.ready(0.3)
     await engine.end()
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - started < 5
 
 
-async def test_strangers_cannot_speak_for_the_engine(tmp_path: Path) -> None:
+async def test_messages_without_the_token_are_ignored(tmp_path: Path) -> None:
     engine = EngineProcess(Script("import time; time.sleep(600)"), launch(log=tmp_path / "log"))
     await engine.start()
     assert engine._lease
@@ -443,3 +442,30 @@ async def test_strangers_cannot_speak_for_the_engine(tmp_path: Path) -> None:
     writer.close()
     assert engine.port == 0
     await engine.end()
+
+
+async def test_a_failure_that_names_the_fork_is_told_apart_from_others(tmp_path: Path) -> None:
+    """A forked engine can fail because it was forked; a plain one cannot, whatever its log says."""
+    text = "raise RuntimeError('Cannot re-initialize CUDA in forked subprocess')"
+    engine = EngineProcess(Script(text), launch(log=tmp_path / "log"))
+    await engine.start()
+    with pytest.raises(EngineError, match="in forked subprocess") as plain:
+        await engine.ready(20)
+    assert not isinstance(plain.value, ForkFailed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EngineProcess, "forked", True)
+        with pytest.raises(ForkFailed, match="in forked subprocess"):
+            await engine.ready(20)
+    await engine.end()
+
+
+def test_the_public_interface_is_complete_and_light() -> None:
+    for name in api.__all__:
+        assert getattr(api, name) is not None
+    assert set(api.__all__) >= {"Engine", "Launch", "Shim", "SidecarEngine", "hold", "notify"}
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = api.nothing
+    code = "import sys; from llmrun_runtime.engines.api import hold; hold(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    installed = {name.partition(".")[0] for name in loaded} & {"pydantic", "aiohttp", "llmrun", "ray", "starlette"}
+    assert "llmrun_runtime.engines.shim.lease" in loaded and not installed

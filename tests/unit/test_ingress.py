@@ -1,4 +1,4 @@
-"""The ingress on a real port, in front of a stand-in for engines that fails in ways a real one cannot be made to."""
+"""The ingress on a real port, in front of a fake engine that fails in ways a real one cannot be made to."""
 
 from __future__ import annotations
 
@@ -11,52 +11,52 @@ from dataclasses import replace
 import pytest
 
 from llmrun_runtime import http
-from llmrun_runtime.ingress.admission.request import read_request
-from llmrun_runtime.ingress.queue import caller_wait
+from llmrun_runtime.ingress.admission.request import parse_request
+from llmrun_runtime.ingress.queue.keepalive import KeepaliveTiming
 from llmrun_runtime.ingress.routing import choose
 from llmrun_runtime.wire.headers import TOKEN_HEADER
 from llmrun_runtime.wire.reports import Traffic
-from tests.support.ingress import CHAT, PIECES, Bench, Engine, an_ingress, route
+from tests.support.ingress import CHAT, CHUNKS, Bench, Engine, route, running_ingress
 
 
-async def test_streams_are_the_engines_byte_for_byte(bench: Bench, engine: Engine) -> None:
+async def test_streams_pass_through_byte_for_byte(bench: Bench, engine: Engine) -> None:
     bench.table(route(engine.port))
     body = b'{ "model" : "org/one", "odd":  1e3 }'
     headers = {"authorization": "Bearer mine", "x-request-id": "abc", TOKEN_HEADER: "forged", "x-other": "kept"}
-    status, answered, raw = await bench.ask(body, CHAT + "?a=b%20c", headers=headers)
-    assert (status, raw) == (200, b"".join(PIECES))
-    assert (answered["x-engine"], answered["x-request-id"]) == ("yes", "abc")
-    (asked,) = engine.asked
-    assert await asked.body() == body and asked.url.query == "a=b%20c"
-    assert asked.headers[TOKEN_HEADER] == f"t{engine.port}" and asked.headers["x-other"] == "kept"
-    assert "authorization" not in asked.headers and asked.headers["x-request-id"] == "abc"
+    status, response_headers, raw = await bench.post(body, CHAT + "?a=b%20c", headers=headers)
+    assert (status, raw) == (200, b"".join(CHUNKS))
+    assert (response_headers["x-engine"], response_headers["x-request-id"]) == ("yes", "abc")
+    (request,) = engine.requests
+    assert await request.body() == body and request.url.query == "a=b%20c"
+    assert request.headers[TOKEN_HEADER] == f"t{engine.port}" and request.headers["x-other"] == "kept"
+    assert "authorization" not in request.headers and request.headers["x-request-id"] == "abc"
 
 
 @pytest.mark.parametrize(
     ("body", "status", "code", "words"),
     [
-        (b"{nonsense", 400, "invalid_json", "no JSON"),
-        (b"\xff\xfe\x00", 400, "invalid_json", "no JSON"),
-        (b"[" * 100_000, 400, "invalid_json", "no JSON"),
+        (b"{nonsense", 400, "invalid_json", "not valid JSON"),
+        (b"\xff\xfe\x00", 400, "invalid_json", "not valid JSON"),
+        (b"[" * 100_000, 400, "invalid_json", "not valid JSON"),
         (b"[1]", 400, "invalid_json", "must be a JSON object, not list"),
-        (b'{"messages": []}', 400, "missing_model", "has no 'model'"),
-        (b'{"model": "one", "x": {"model": 1}, "model": "two"}', 400, "duplicate_key", "'model' more than once"),
-        (b'{"model": "one", "stream": true, "stream": false}', 400, "duplicate_key", "'stream' more than once"),
-        (b'{"model": "one", "mod\\u0065l": "two"}', 400, "duplicate_key", "'model' more than once"),
+        (b'{"messages": []}', 400, "missing_model", "'model' is required"),
+        (b'{"model": "one", "x": {"model": 1}, "model": "two"}', 400, "duplicate_key", "duplicate key 'model'"),
+        (b'{"model": "one", "stream": true, "stream": false}', 400, "duplicate_key", "duplicate key 'stream'"),
+        (b'{"model": "one", "mod\\u0065l": "two"}', 400, "duplicate_key", "duplicate key 'model'"),
         (b'{"model": 7}', 400, "invalid_model", "must be a string, not int"),
-        (b'{"model": "ona"}', 404, "model_not_found", "did you mean 'one'? there are one, org/one"),
-        (b'{"model": "one", "x": "' + b"y" * 2**20 + b'"}', 413, "body_too_large", "over 1 MiB"),
+        (b'{"model": "ona"}', 404, "model_not_found", "Did you mean 'one'? Available: one, org/one"),
+        (b'{"model": "one", "x": "' + b"y" * 2**20 + b'"}', 413, "body_too_large", "larger than 1 MiB"),
     ],
 )
-async def test_bad_bodies(bench: Bench, engine: Engine, body: bytes, status: int, code: str, words: str) -> None:
+async def test_invalid_bodies(bench: Bench, engine: Engine, body: bytes, status: int, code: str, words: str) -> None:
     bench.table(route(engine.port))
-    got, headers, answer = await bench.ask(body)
+    got, headers, answer = await bench.post(body)
     assert (got, answer["error"]["code"], answer["error"]["type"]) == (status, code, "invalid_request_error")
     assert words in answer["error"]["message"] and headers["x-request-id"]
-    assert engine.asked == []
+    assert engine.requests == []
 
 
-async def test_a_body_of_unknown_length_is_cut_off_at_the_limit(bench: Bench, engine: Engine) -> None:
+async def test_a_body_of_unknown_length_is_rejected_at_the_limit(bench: Bench, engine: Engine) -> None:
     bench.table(route(engine.port))
 
     async def endless() -> AsyncIterator[bytes]:
@@ -67,27 +67,27 @@ async def test_a_body_of_unknown_length_is_cut_off_at_the_limit(bench: Bench, en
         assert answer.status == 413
 
 
-async def test_a_nested_model_key_is_nobodys_business(bench: Bench, engine: Engine) -> None:
+async def test_nested_model_keys_are_ignored(bench: Bench, engine: Engine) -> None:
     bench.table(route(engine.port))
-    assert (await bench.ask(b'{"model": "one", "x": [{"model": 1}, {"model": 2, "model": 3}]}'))[0] == 200
+    assert (await bench.post(b'{"model": "one", "x": [{"model": 1}, {"model": 2, "model": 3}]}'))[0] == 200
 
 
 async def test_unknown_paths_and_methods(bench: Bench, engine: Engine) -> None:
-    assert "nothing is deployed" in (await bench.ask())[2]["error"]["message"]
-    assert (await bench.ask(b"{nonsense"))[0] == 400
+    assert "no models are available" in (await bench.post())[2]["error"]["message"]
+    assert (await bench.post(b"{nonsense"))[0] == 400
     bench.table(route(engine.port), route(engine.port, name="two", names=("two",), paths=frozenset({"/v1/embeddings"})))
     for path in ("/", "/v1", "/v1/load_lora_adapter", "/sleep", "/load", CHAT + "/"):
-        status, _, answer = await bench.ask(path=path)
+        status, _, answer = await bench.post(path=path)
         assert (status, answer["error"]["code"]) == (404, "path_not_found")
-    status, _, answer = await bench.ask({"model": "two"})
-    assert status == 404 and answer["error"]["message"] == f"two has no {CHAT}: it has /v1/embeddings"
+    status, _, answer = await bench.post({"model": "two"})
+    assert status == 404 and answer["error"]["message"] == f"two does not support {CHAT}. Available: /v1/embeddings"
     async with bench.session.get(bench.url + CHAT) as answer:
         assert answer.status == 405
-    assert (await bench.ask(path="/v1/models"))[0] == 405
-    assert engine.asked == []
+    assert (await bench.post(path="/v1/models"))[0] == 405
+    assert engine.requests == []
 
 
-async def test_models_come_from_the_table(bench: Bench) -> None:
+async def test_models_are_listed_from_the_routing_table(bench: Bench) -> None:
     bench.table(route(state="cold"))
     async with bench.session.get(bench.url + "/v1/models") as answer:
         (listed,) = (await answer.json())["data"]
@@ -98,151 +98,155 @@ async def test_models_come_from_the_table(bench: Bench) -> None:
         assert (await answer.json())["error"]["param"] == "model"
 
 
-async def test_a_request_at_zero_waits_for_its_replica(bench: Bench, engine: Engine) -> None:
+async def test_a_request_for_a_cold_model_waits_for_a_replica(bench: Bench, engine: Engine) -> None:
     bench.table(route(state="cold"))
-    asked = asyncio.create_task(bench.ask())
-    while not bench.waiting.traffic():
+    pending = asyncio.create_task(bench.post())
+    while not bench.queue.traffic():
         await asyncio.sleep(0.01)
-    assert bench.waiting.traffic()["one"].waiting == 1
+    assert bench.queue.traffic()["one"].waiting == 1
     bench.table(route(engine.port))
-    assert (await asked)[0] == 200
-    assert bench.waiting.traffic() == {}
+    assert (await pending)[0] == 200
+    assert bench.queue.traffic() == {}
 
 
-async def test_who_waits_hears_why_a_start_failed_and_the_next_one_may_wait_again(bench: Bench, engine: Engine) -> None:
+async def test_a_failed_start_fails_waiting_requests_and_a_paused_model_new_ones(bench: Bench, engine: Engine) -> None:
     bench.table(route(state="cold", failures=1, cause="an older one"))
-    asked = asyncio.create_task(bench.ask())
-    while not bench.waiting.traffic():
+    pending = asyncio.create_task(bench.post())
+    while not bench.queue.traffic():
         await asyncio.sleep(0.01)
     bench.table(route(state="cold", failures=2, cause="out of memory"))
-    status, headers, answer = await asked
-    assert status == 503 and answer["error"]["message"] == "one did not start: out of memory"
+    status, headers, answer = await pending
+    assert status == 503 and answer["error"]["message"] == "one failed to start: out of memory"
     assert int(headers["retry-after"]) > 0
     bench.table(route(state="failed", failures=3, cause="out of memory", paused=True))
-    assert (await bench.ask())[2]["error"]["code"] == "model_failed"
+    assert (await bench.post())[2]["error"]["code"] == "model_failed"
 
 
-async def test_the_wait_has_a_deadline_and_its_cause(bench: Bench) -> None:
-    bench.table(route(state="waking", cause="no room now: it needs 1 GPU"))
-    status, _, answer = await bench.ask()
+async def test_a_wait_that_times_out_reports_the_cause(bench: Bench) -> None:
+    bench.table(route(state="waking", cause="not enough capacity"))
+    status, _, answer = await bench.post()
     assert (status, answer["error"]["code"]) == (503, "model_not_ready")
-    assert answer["error"]["message"] == "one was not ready within 1.5 s: no room now: it needs 1 GPU"
-    assert bench.waiting.traffic() == {}
+    assert answer["error"]["message"] == (
+        "timed out after 1.5 s while one was starting (LLMRUN_WAKE_TIMEOUT): not enough capacity"
+    )
+    assert bench.queue.traffic() == {}
 
 
-async def test_a_model_that_is_deleted_while_callers_wait(bench: Bench) -> None:
+async def test_deleting_a_model_fails_waiting_requests(bench: Bench) -> None:
     bench.table(route(state="cold"))
-    asked = asyncio.create_task(bench.ask())
-    while not bench.waiting.traffic():
+    pending = asyncio.create_task(bench.post())
+    while not bench.queue.traffic():
         await asyncio.sleep(0.01)
     bench.table()
-    assert (await asked)[0] == 404
+    assert (await pending)[0] == 404
 
 
-async def test_a_replica_that_is_gone_is_left_for_another(bench: Bench, engine: Engine) -> None:
-    gone = http.bind("127.0.0.1", 0)
-    port = gone.getsockname()[1]
-    gone.close()
+async def test_an_unreachable_replica_is_replaced_by_another(bench: Bench, engine: Engine) -> None:
+    closed = http.bind("127.0.0.1", 0)
+    port = closed.getsockname()[1]
+    closed.close()
     bench.table(route(port, engine.port))
-    assert (await bench.ask())[0] == 200
+    assert (await bench.post())[0] == 200
 
 
-async def test_replicas_that_die_before_their_first_byte(bench: Bench, engine: Engine) -> None:
+async def test_replicas_that_die_before_the_first_byte(bench: Bench, engine: Engine) -> None:
     bench.table(route(engine.port))
-    status, _, answer = await bench.ask({"model": "one", "die_early": True})
+    status, _, answer = await bench.post({"model": "one", "die_early": True})
     assert (status, answer["error"]["code"]) == (503, "replica_gone")
-    assert len(engine.asked) == 2
+    assert len(engine.requests) == 2
 
 
-async def test_a_refused_connection_is_tried_again_until_the_deadline(bench: Bench, engine: Engine) -> None:
+async def test_a_refused_connection_is_retried_until_the_deadline(bench: Bench, engine: Engine) -> None:
     late = http.bind("127.0.0.1", 0)
     port = late.getsockname()[1]
     late.close()
     bench.table(route(port))
-    asked = asyncio.create_task(bench.ask())
-    while not bench.waiting.traffic():
+    pending = asyncio.create_task(bench.post())
+    while not bench.queue.traffic():
         await asyncio.sleep(0.01)
     bench.table(route(engine.port))
-    assert (await asked)[0] == 200
+    assert (await pending)[0] == 200
     bench.table(route(port))
-    status, _, answer = await bench.ask()
-    assert status == 503 and "had no room within 1.5 s" in answer["error"]["message"]
+    status, _, answer = await bench.post()
+    assert (
+        status == 503 and "timed out after 1.5 s while waiting for a free replica of one" in answer["error"]["message"]
+    )
 
 
-async def test_a_stream_that_breaks_off_ends_with_an_error_event(bench: Bench, engine: Engine) -> None:
+async def test_an_interrupted_stream_ends_with_an_error_event(bench: Bench, engine: Engine) -> None:
     bench.table(route(engine.port))
-    status, _, answer = await bench.ask({"model": "one", "die_late": True})
+    status, _, answer = await bench.post({"model": "one", "die_late": True})
     *events, error = answer.decode(errors="replace").strip().split("\n\n")
     assert status == 200 and events[0] == "data: {}" and "data: [DONE]" not in events
     assert json.loads(error.removeprefix("data: "))["error"]["code"] == "stream_broken_off"
 
 
-async def test_an_engine_that_fails_within_one_request_harms_no_other(bench: Bench, engine: Engine) -> None:
+async def test_an_engine_error_in_one_request_does_not_affect_others(bench: Bench, engine: Engine) -> None:
     bench.table(route(engine.port))
     other = await bench.session.post(bench.url + CHAT, json={"model": "one", "hang": True})
-    status, _, answer = await bench.ask({"model": "one", "fail": True})
+    status, _, answer = await bench.post({"model": "one", "fail": True})
     assert status == 200 and b"stream_broken_off" in answer
-    assert not engine.left.is_set() and await other.content.readany() == PIECES[0]
+    assert not engine.client_left.is_set() and await other.content.readany() == CHUNKS[0]
     other.close()
 
 
-async def test_headers_that_are_too_large_harm_nobody_else(bench: Bench, engine: Engine) -> None:
+async def test_headers_that_are_too_large_do_not_affect_other_requests(bench: Bench, engine: Engine) -> None:
     bench.table(route(engine.port))
     other = await bench.session.post(bench.url + CHAT, json={"model": "one", "hang": True})
-    status, _, answer = await bench.ask(headers={"x-large": "x" * 300_000})
+    status, _, answer = await bench.post(headers={"x-large": "x" * 300_000})
     assert (status, answer["error"]["code"]) == (431, "headers_too_large")
-    assert not engine.left.is_set()
+    assert not engine.client_left.is_set()
     other.close()
 
 
-async def test_deadlines_that_are_set_are_kept(engine: Engine) -> None:
-    async with an_ingress(first_byte_timeout=0.3, idle_stream_timeout=0.6, request_timeout=1) as bench:
+async def test_configured_timeouts_are_enforced(engine: Engine) -> None:
+    async with running_ingress(first_byte_timeout=0.3, idle_stream_timeout=0.6, request_timeout=1) as bench:
         bench.table(route(engine.port))
-        status, _, answer = await bench.ask({"model": "one", "stall": 5})
+        status, _, answer = await bench.post({"model": "one", "stall": 5})
         assert status == 504 and "LLMRUN_FIRST_BYTE_TIMEOUT" in answer["error"]["message"]
-        status, _, events = await bench.ask({"model": "one", "hang": True})
+        status, _, events = await bench.post({"model": "one", "hang": True})
         assert status == 200 and b"LLMRUN_IDLE_STREAM_TIMEOUT" in events
         bench.table(route(state="waking"))
-        status, _, answer = await bench.ask()
+        status, _, answer = await bench.post()
         assert status == 504 and "LLMRUN_REQUEST_TIMEOUT" in answer["error"]["message"]
-    async with an_ingress(request_timeout=0.5) as bench:
+    async with running_ingress(request_timeout=0.5) as bench:
         bench.table(route(engine.port))
-        status, _, events = await bench.ask({"model": "one", "hang": True})
-        assert status == 200 and b"LLMRUN_REQUEST_TIMEOUT" in events and events.startswith(PIECES[0])
+        status, _, events = await bench.post({"model": "one", "hang": True})
+        assert status == 200 and b"LLMRUN_REQUEST_TIMEOUT" in events and events.startswith(CHUNKS[0])
 
 
-async def test_the_engine_hears_that_the_client_is_gone(bench: Bench, engine: Engine) -> None:
+async def test_the_engine_is_notified_when_the_client_disconnects(bench: Bench, engine: Engine) -> None:
     bench.table(route(engine.port))
     answer = await bench.session.post(bench.url + CHAT, json={"model": "one", "hang": True})
-    assert await answer.content.readany() == PIECES[0]
-    assert bench.waiting.traffic()["one"].in_flight == 1
+    assert await answer.content.readany() == CHUNKS[0]
+    assert bench.queue.traffic()["one"].in_flight == 1
     answer.close()
-    await asyncio.wait_for(engine.left.wait(), 1)
-    while bench.waiting.traffic():
+    await asyncio.wait_for(engine.client_left.wait(), 1)
+    while bench.queue.traffic():
         await asyncio.sleep(0.01)
 
 
-async def test_requests_above_max_ongoing_wait_their_turn(bench: Bench, engine: Engine) -> None:
+async def test_requests_above_max_ongoing_are_queued(bench: Bench, engine: Engine) -> None:
     bench.table(route(engine.port, max_ongoing=1))
     first = await bench.session.post(bench.url + CHAT, json={"model": "one", "hang": True})
-    second = asyncio.create_task(bench.ask())
-    while not bench.waiting.traffic()["one"].waiting:
+    second = asyncio.create_task(bench.post())
+    while not bench.queue.traffic()["one"].waiting:
         await asyncio.sleep(0.01)
     first.close()
     assert (await second)[0] == 200
 
 
-async def test_control_is_relayed_and_missed(bench: Bench, engine: Engine) -> None:
+async def test_requests_for_control_are_forwarded(bench: Bench, engine: Engine) -> None:
     bench.table(control=("127.0.0.1", engine.http_port))
-    status, _, raw = await bench.ask(path="/llmrun/v1/plan", headers={"authorization": "Bearer key"})
-    assert (status, raw) == (200, b"".join(PIECES))
-    assert engine.asked[0].headers["authorization"] == "Bearer key"
+    status, _, raw = await bench.post(path="/llmrun/v1/plan", headers={"authorization": "Bearer key"})
+    assert (status, raw) == (200, b"".join(CHUNKS))
+    assert engine.requests[0].headers["authorization"] == "Bearer key"
     bench.table(control=("127.0.0.1", 1))
-    status, _, answer = await bench.ask(path="/llmrun/v1/plan")
+    status, _, answer = await bench.post(path="/llmrun/v1/plan")
     assert (status, answer["error"]["code"]) == (503, "control_away")
 
 
-def test_routing_takes_the_least_busy_that_has_room() -> None:
+def test_routing_chooses_the_least_busy_free_replica() -> None:
     model = route(1, 2, 3)
     assert choose(model, {}) == model.replicas[0]
     assert choose(model, {"r1": 1}) == model.replicas[1]
@@ -251,7 +255,7 @@ def test_routing_takes_the_least_busy_that_has_room() -> None:
     assert choose(replace(model, replicas=()), {}) is None
 
 
-def test_equal_beginnings_of_prompts_go_to_the_same_replica_when_load_allows() -> None:
+def test_equal_prompt_prefixes_go_to_the_same_replica_when_load_allows() -> None:
     model = route(*range(1, 5), max_ongoing=100)
     prefixes = [f"prompt {number}".encode() for number in range(40)]
     homes = {prefix: choose(model, {}, prefix=prefix) for prefix in prefixes}
@@ -266,98 +270,96 @@ def test_equal_beginnings_of_prompts_go_to_the_same_replica_when_load_allows() -
     assert choose(model, {}, avoid=[home.id], prefix=prefixes[0]) != home
 
 
-def test_the_beginning_of_a_long_prompt_is_read() -> None:
+def test_the_prefix_of_a_long_prompt_is_parsed() -> None:
     turn = {"model": "one", "messages": [{"role": "user", "content": "x" * 2000}]}
     longer = {**turn, "messages": [*turn["messages"], {"role": "assistant", "content": "y"}]}
-    first, second = (read_request(json.dumps(body).encode()).prefix for body in (turn, longer))
+    first, second = (parse_request(json.dumps(body).encode()).prefix for body in (turn, longer))
     assert first == second and first.startswith(b'"messages"') and len(first) == 1024
-    assert read_request(b'{"model": "one", "messages": []}').prefix == b""
+    assert parse_request(b'{"model": "one", "messages": []}').prefix == b""
 
 
-async def test_who_does_not_want_to_wait_is_told_when_to_come_back_and_the_wake_goes_on(bench: Bench) -> None:
+async def test_a_client_that_does_not_wait_gets_retry_after_and_the_wake_continues(bench: Bench) -> None:
     bench.table(route(state="waking", usual_start=3.2))
     for limit, least in (("0", 0.0), ("0.3", 0.3)):
-        begun = time.monotonic()
-        status, headers, answer = await bench.ask(headers={"X-LLMRun-Max-Wait": limit})
+        started = time.monotonic()
+        status, headers, answer = await bench.post(headers={"X-LLMRun-Max-Wait": limit})
         assert (status, answer["error"]["code"]) == (503, "model_not_ready")
-        assert least <= time.monotonic() - begun < least + 0.3
+        assert least <= time.monotonic() - started < least + 0.3
         assert headers["retry-after"] == {"0": "4", "0.3": "3"}[limit]
-    assert bench.waiting.traffic()["one"].waiting == 1  # in the place of both
+    assert bench.queue.traffic()["one"].waiting == 1  # one placeholder for both
     bench.table(route(9))
     await asyncio.sleep(0.05)
-    assert bench.waiting.traffic() == {}
+    assert bench.queue.traffic() == {}
     bench.table(route(state="waking", usual_start=900))
-    assert (await bench.ask(headers={"X-LLMRun-Max-Wait": "0"}))[1]["retry-after"] == "120"
+    assert (await bench.post(headers={"X-LLMRun-Max-Wait": "0"}))[1]["retry-after"] == "120"
     for wrong in ("soon", "-1", "inf", "nan"):
-        status, _, answer = await bench.ask(headers={"X-LLMRun-Max-Wait": wrong})
-        assert status == 400 and f"{wrong!r} is no number of seconds" in answer["error"]["message"]
+        status, _, answer = await bench.post(headers={"X-LLMRun-Max-Wait": wrong})
+        assert status == 400 and f"{wrong!r} must be a number of seconds" in answer["error"]["message"]
 
 
-async def test_a_queue_has_an_end(bench: Bench, engine: Engine) -> None:
+async def test_a_full_queue_rejects_requests(bench: Bench, engine: Engine) -> None:
     bench.table(route(state="waking", max_queued=2))
-    first = [asyncio.create_task(bench.ask()) for _ in range(2)]
-    while bench.waiting.traffic().get("one", Traffic()).waiting < 2:
+    first = [asyncio.create_task(bench.post()) for _ in range(2)]
+    while bench.queue.traffic().get("one", Traffic()).waiting < 2:
         await asyncio.sleep(0.01)
-    status, headers, answer = await bench.ask()
+    status, headers, answer = await bench.post()
     assert (status, answer["error"]["code"]) == (429, "queue_full") and int(headers["retry-after"]) > 0
-    assert "2 requests wait for one already" in answer["error"]["message"]
+    assert "the queue of one is full: 2 requests are waiting" in answer["error"]["message"]
     bench.table(route(engine.port, max_queued=2))
     assert [(await one)[0] for one in first] == [200, 200]
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Comments after 0.2 s."""
-    monkeypatch.setattr(caller_wait, "QUIET_S", 0.2)
-    monkeypatch.setattr(caller_wait, "EVERY_S", 0.2)
+async def impatient() -> AsyncIterator[Bench]:
+    """An ingress that sends comments every 0.2 s."""
+    async with running_ingress(keepalive=KeepaliveTiming(0.2, 0.2)) as bench:
+        yield bench
 
 
-@pytest.mark.usefixtures("impatient")
-async def test_a_streaming_caller_who_waits_hears_comments_and_then_the_engines_bytes(
-    bench: Bench, engine: Engine
-) -> None:
+async def test_a_waiting_stream_gets_comments_and_then_the_engines_bytes(impatient: Bench, engine: Engine) -> None:
+    bench = impatient
     bench.table(route(state="waking", phase="loading weights"))
-    asked = asyncio.create_task(bench.ask({"model": "one", "stream": True}))
-    plain = asyncio.create_task(bench.ask())
+    pending = asyncio.create_task(bench.post({"model": "one", "stream": True}))
+    plain = asyncio.create_task(bench.post())
     await asyncio.sleep(0.7)
     assert not plain.done()
     bench.table(route(engine.port))
-    status, headers, body = await asked
+    status, headers, body = await pending
     assert status == 200 and headers["content-type"].startswith("text/event-stream") and "x-request-id" in headers
     assert body.startswith(b": waking one, 0 s, loading weights\n\n: waking one, ")
-    assert body.endswith(b"".join(PIECES)) and body.count(b"data: ") == len(PIECES)
-    assert (await plain)[2] == b"".join(PIECES)
+    assert body.endswith(b"".join(CHUNKS)) and body.count(b"data: ") == len(CHUNKS)
+    assert (await plain)[2] == b"".join(CHUNKS)
 
 
-@pytest.mark.usefixtures("impatient")
-async def test_what_goes_wrong_after_the_first_comment_is_an_event(bench: Bench, engine: Engine) -> None:
+async def test_an_error_after_the_first_comment_is_an_event(impatient: Bench, engine: Engine) -> None:
+    bench = impatient
     bench.table(route(state="waking"))
-    body = (await bench.ask({"model": "one", "stream": True}))[2]
+    body = (await bench.post({"model": "one", "stream": True}))[2]
     assert body.startswith(b": waking one, 0 s\n\n")
     event = json.loads(body.rpartition(b"data: ")[2])
-    assert event["error"]["code"] == "model_not_ready" and "not ready within 1.5 s" in event["error"]["message"]
-    asked = asyncio.create_task(bench.ask({"model": "one", "stream": True, "refuse": True}))
+    assert event["error"]["code"] == "model_not_ready" and "timed out after 1.5 s" in event["error"]["message"]
+    pending = asyncio.create_task(bench.post({"model": "one", "stream": True, "refuse": True}))
     await asyncio.sleep(0.5)
     bench.table(route(engine.port))
-    status, _, body = await asked
+    status, _, body = await pending
     assert status == 200 and json.loads(body.rpartition(b"data: ")[2]) == {"error": {"message": "no\nsuch"}}
 
 
-async def test_each_place_at_a_replica_is_given_once(bench: Bench, engine: Engine) -> None:
+async def test_each_slot_at_a_replica_is_given_once(bench: Bench, engine: Engine) -> None:
     bench.table(route(state="waking", max_ongoing=1))
-    hung = [asyncio.create_task(bench.ask({"model": "one", "hang": True})) for _ in range(3)]
-    while bench.waiting.traffic().get("one", Traffic()).waiting < 3:
+    hanging = [asyncio.create_task(bench.post({"model": "one", "hang": True})) for _ in range(3)]
+    while bench.queue.traffic().get("one", Traffic()).waiting < 3:
         await asyncio.sleep(0.01)
     async with Engine().running() as other:
         bench.table(route(engine.port, other.port, max_ongoing=1))
         await asyncio.sleep(0.3)
-        assert len(engine.asked) == len(other.asked) == 1
-        assert bench.waiting.traffic()["one"] == Traffic(1, 2, bench.waiting.traffic()["one"].since)
-        hung[0].cancel()
+        assert len(engine.requests) == len(other.requests) == 1
+        assert bench.queue.traffic()["one"] == Traffic(1, 2, bench.queue.traffic()["one"].since)
+        hanging[0].cancel()
         await asyncio.sleep(0.3)
-        assert len(engine.asked) + len(other.asked) == 3
-        for task in hung:
+        assert len(engine.requests) + len(other.requests) == 3
+        for task in hanging:
             task.cancel()
-        await asyncio.gather(*hung, return_exceptions=True)
-        while bench.waiting.traffic():
+        await asyncio.gather(*hanging, return_exceptions=True)
+        while bench.queue.traffic():
             await asyncio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""`llmrun init`: what it writes is an app, for every model and accelerator that it knows; and what it suggests."""
+"""`llmrun init`: the app files that it creates, and its suggestions."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typer.testing import CliRunner
 from llmrun.errors import LLMRunError, WeightsError
 from llmrun_cli.app_files.python_file import load_app
 from llmrun_cli.main import app
-from llmrun_cli.model_sizes import GB, MEMORY_GB, MODELS, SMALL, Size, gpus_for, size_of, smallest
+from llmrun_cli.model_sizes import GB, MEMORY_GB, MODELS, SMALL, Size, gpus_for, size_of, smallest_accelerator
 from tests.support.cluster import Home
 from tests.support.servers import hub_server
 
 
 def init(path: Path, *args: str) -> Any:
-    """`llmrun init PATH ARGS`; raises what it does."""
+    """Run `llmrun init PATH ARGS`; raises its LLMRunError."""
     done = CliRunner().invoke(app, ["init", str(path), *args])
     if isinstance(done.exception, LLMRunError):
         raise done.exception
@@ -27,54 +27,57 @@ def init(path: Path, *args: str) -> Any:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_every_known_model_is_written_on_what_it_fits(model: str, tmp_path: Path) -> None:
+def test_every_suggested_model_gets_an_accelerator_that_fits(model: str, tmp_path: Path) -> None:
     path = tmp_path / "app.py"
     init(path, "--model", model)
-    (found,) = load_app(path)
-    spec = found.spec
+    (loaded,) = load_app(path)
+    spec = loaded.spec
     size = MODELS[model].size
     assert spec.model.source == model and (spec.task == "embed") == (MODELS[model].use == "embed")
     if size.weights < SMALL:
         assert spec.accelerator is None
         return
-    kind = smallest(size)
+    kind = smallest_accelerator(size)
     assert spec.accelerator and spec.accelerator.kinds == (kind,)
-    assert spec.gpu_count == gpus_for(size, kind) and size.wanted <= spec.gpu_count * MEMORY_GB[kind] * GB
+    assert spec.gpu_count == gpus_for(size, kind) and size.required <= spec.gpu_count * MEMORY_GB[kind] * GB
 
 
-def test_each_flag_is_in_the_file(tmp_path: Path) -> None:
+def test_flags_are_written_to_the_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     more = ["--name", "7b-chat", "--accelerator", "A100-80G", "--gpus", "4", "--lora", "s3://acme/adapters"]
     init(path, "--model", "acme/x", *more, "--max-replicas", "3", "--keep-warm")
-    (found,) = load_app(path)
-    spec = found.spec
+    (loaded,) = load_app(path)
+    spec = loaded.spec
     assert (spec.name, str(spec.accelerator), spec.gpu_count) == ("7b-chat", "A100-80G:4", 4)
     assert spec.lora and str(spec.lora) == "s3://acme/adapters" and (spec.min_replicas, spec.max_replicas) == (1, 3)
     init(path, "--model", "acme/x", "--accelerator", "cpu", "--force")
-    (found,) = load_app(path)
-    assert found.spec.on_cpu and found.spec.name == "x"
+    (loaded,) = load_app(path)
+    assert loaded.spec.on_cpu and loaded.spec.name == "x"
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
-        ([], "without a terminal, say --model"),
-        (["--use", "poetry"], "--use poetry: one of chat"),
-        (["--model", "a/b", "--accelerator", "K80", "--gpus", "1"], "--accelerator K80: cpu, any, or one of"),
+        ([], "--model is required when standard input is not a terminal"),
+        (["--use", "poetry"], "--use poetry: must be one of chat"),
+        (["--model", "a/b", "--accelerator", "K80", "--gpus", "1"], "--accelerator K80: must be cpu, any, or one of"),
         (["--model", "Qwen/Qwen3-32B", "--accelerator", "T4"], None),
-        (["--model", "meta-llama/Llama-3.3-70B-Instruct", "--accelerator", "T4"], "it wants 154 GB, and 8 T4 have 115"),
-        (["--model", "Qwen/Qwen3-8B", "--name", "A B"], "a name is a DNS label"),
+        (
+            ["--model", "meta-llama/Llama-3.3-70B-Instruct", "--accelerator", "T4"],
+            "the model needs 154 GB, but 8 T4 have 115",
+        ),
+        (["--model", "Qwen/Qwen3-8B", "--name", "A B"], "must be a DNS label"),
     ],
 )
-def test_what_is_wrong_is_said(args: list[str], said: str | None, tmp_path: Path) -> None:
-    if said is None:
+def test_errors(args: list[str], message: str | None, tmp_path: Path) -> None:
+    if message is None:
         init(tmp_path / "app.py", *args)
         return
-    with pytest.raises(LLMRunError, match=said):
+    with pytest.raises(LLMRunError, match=message):
         init(tmp_path / "app.py", *args)
     assert not (tmp_path / "app.py").exists()
     (tmp_path / "app.py").write_text("mine")
-    with pytest.raises(LLMRunError, match="is there already"):
+    with pytest.raises(LLMRunError, match="already exists"):
         init(tmp_path / "app.py", "--model", "Qwen/Qwen3-8B")
     assert (tmp_path / "app.py").read_text() == "mine"
 
@@ -82,11 +85,11 @@ def test_what_is_wrong_is_said(args: list[str], said: str | None, tmp_path: Path
 def test_the_number_of_gpus_divides_the_heads_and_is_a_power_of_two() -> None:
     assert gpus_for(Size(7 * GB), "T4") == 1 and gpus_for(Size(30 * GB), "T4") == 4
     assert gpus_for(Size(14 * GB, heads=28), "T4") == 2
-    with pytest.raises(WeightsError, match="it wants 102 GB"):
+    with pytest.raises(WeightsError, match="the model needs 102 GB"):
         gpus_for(Size(100 * GB, heads=9), "H100")
 
 
-def test_a_model_that_is_not_known_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_another_model_is_read_from_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 256}
     folder = tmp_path / "acme"
     folder.mkdir()
@@ -101,22 +104,22 @@ def test_a_model_that_is_not_known_is_looked_up(tmp_path: Path, monkeypatch: pyt
         assert size_of("acme/new", hub.url) == Size(1000, 1024, 4) == size_of("acme/new@main", hub.url)
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         init(tmp_path / "app.py", "--model", "acme/new")
-        assert load_app(tmp_path / "app.py")[0].spec.accelerator is None, "so small a one answers on CPUs, too"
-        with pytest.raises(WeightsError, match="it is gated or private: set HF_TOKEN"):
+        assert load_app(tmp_path / "app.py")[0].spec.accelerator is None, "a model this small is fast enough on CPUs"
+        with pytest.raises(WeightsError, match="it is gated or private; set HF_TOKEN"):
             size_of("acme/gated", hub.url)
-        with pytest.raises(WeightsError, match=r"size is not known .*say --accelerator, and --gpus"):
+        with pytest.raises(WeightsError, match=r"cannot determine its size: .*set --accelerator and --gpus"):
             size_of("acme/nothing", hub.url)
-    with pytest.raises(WeightsError, match="cannot be asked: ConnectError"):
+    with pytest.raises(WeightsError, match=r"cannot connect to http://127\.0\.0\.1:9 \(ConnectError\)"):
         size_of("acme/new", "http://127.0.0.1:9")
     (folder / "config.json").write_text("no")
-    with pytest.raises(WeightsError, match=r"has no config\.json that can be read"):
+    with pytest.raises(WeightsError, match=r"no valid config\.json"):
         size_of(str(folder), "")
 
 
-def test_on_a_terminal_it_asks(tmp_path: Path) -> None:
+def test_prompts_on_a_terminal(tmp_path: Path) -> None:
     path = tmp_path / "app.py"
     code, shown = Home(tmp_path / "home", 1).on_a_terminal("init", path, answers="chat\n4\nA10G\n1\n-\n2\ny\n")
     assert code == 0, shown
-    (found,) = load_app(path)
-    assert found.spec.model.source == "Qwen/Qwen3-8B" and str(found.spec.accelerator) == "A10G"
-    assert (found.spec.min_replicas, found.spec.max_replicas) == (1, 2)
+    (loaded,) = load_app(path)
+    assert loaded.spec.model.source == "Qwen/Qwen3-8B" and str(loaded.spec.accelerator) == "A10G"
+    assert (loaded.spec.min_replicas, loaded.spec.max_replicas) == (1, 2)

@@ -1,4 +1,4 @@
-"""What is counted for Prometheus, and what `llmrun dashboards` writes, without a cluster."""
+"""The metrics for Prometheus and the files of `llmrun dashboards`, without a cluster."""
 
 from __future__ import annotations
 
@@ -24,37 +24,36 @@ from llmrun_runtime.control.metrics import Paces
 from llmrun_runtime.control.state.database import Database
 from llmrun_runtime.engines.shim import usage_meter
 from llmrun_runtime.engines.sidecar import server
-from llmrun_runtime.ingress.endpoints import metrics as metrics_room
 from llmrun_runtime.ingress.endpoints.metrics_merge import merge
-from llmrun_runtime.metric_labels import MOST, OTHERS, AdapterLabels
+from llmrun_runtime.metric_labels import MAX_ADAPTERS, OTHERS, AdapterLabels
 from llmrun_runtime.wire.reports import AdapterRevision, ReplicaReport
 from llmrun_runtime.wire.usage import PACE_BUCKETS, PaceRow
 from tests.support.cluster import Home
-from tests.support.ingress import CHAT, Bench, Engine, route
+from tests.support.ingress import CHAT, Bench, Engine, route, running_ingress
 
 RESPONSES = "/v1/responses"
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 def parsed(text: str) -> Samples:
-    """A page's values, by name and labels; of each name there must be one family."""
+    """Return a page's values by name and labels. Each name must have one family."""
     families = list(text_string_to_metric_families(text))
     assert len({family.name for family in families}) == len(families)
     return {(s.name, frozenset(s.labels.items())): s.value for f in families for s in f.samples}
 
 
 def key(name: str, **labels: str) -> tuple[str, frozenset[tuple[str, str]]]:
-    """Of one value; an empty label is none."""
+    """Return the key of a value. An empty label counts as none."""
     return name, frozenset(labels.items())
 
 
 async def page(bench: Bench) -> Samples:
-    """The ingress's."""
+    """Return the ingress's page."""
     async with bench.session.get(bench.url + "/metrics") as answer:
         return parsed(await answer.text())
 
 
-def test_pages_become_one() -> None:
+def test_pages_are_merged() -> None:
     one = '# HELP a_total Text of a.\n# TYPE a_total counter\na_total{x="1"} 1.0\n# TYPE b gauge\nb 2.0\n'
     two = '# HELP a_total Other.\n# TYPE a_total counter\na_total{x="{ model=",model="\\"m"} 3.0\n'
     two += "# EOF\nc{} 4 1700000000000\n"
@@ -67,10 +66,10 @@ def test_pages_become_one() -> None:
     assert merge([]) == merge([("", {"a": "b"})]) == ""
 
 
-def test_adapters_have_labels_until_there_are_too_many() -> None:
+def test_adapters_beyond_the_limit_share_a_label() -> None:
     label = AdapterLabels()
     assert (label("one", ""), label("one", "sql"), label("one", "sql@v2")) == ("", "sql", "sql")
-    assert [label("two", f"a{n}") for n in range(MOST)] == [*(f"a{n}" for n in range(MOST - 1)), OTHERS]
+    assert [label("two", f"a{n}") for n in range(MAX_ADAPTERS)] == [*(f"a{n}" for n in range(MAX_ADAPTERS - 1)), OTHERS]
     assert (label("two", ""), label("one", "sql"), label("three", "sql")) == ("", "sql", OTHERS)
 
 
@@ -80,51 +79,48 @@ async def test_requests_are_counted_by_model_and_adapter(bench: Bench, engine: E
     bench.table(route(engine.port, max_ongoing=1, lora=True, adapters=pins, paths=paths))
     bench.revisions["sql@v1"] = AdapterRevision(pin="pin-0")
     for model in ("one", "org/one:sql", "one:sql@v1"):
-        assert (await bench.ask({"model": model, "stream": True}))[0] == 200
-    assert (await bench.ask({"model": "one", "refuse": 1, "stream": True}))[0] == 400
-    assert (await bench.ask({"model": "one", "stream": True}, RESPONSES))[0] == 200
-    assert (await bench.ask({"model": "one:nobody"}))[0] == 404
+        assert (await bench.post({"model": model, "stream": True}))[0] == 200
+    assert (await bench.post({"model": "one", "refuse": 1, "stream": True}))[0] == 400
+    assert (await bench.post({"model": "one", "stream": True}, RESPONSES))[0] == 200
+    assert (await bench.post({"model": "one:nobody"}))[0] == 404
     found = await page(bench)
     mine = {"ingress": "ingress", "model": "one"}
     assert found[key("llmrun_requests_total", **mine, adapter="sql", status="200")] == 2
     assert found[key("llmrun_requests_total", **mine, adapter="", status="200")] == 2
     assert found[key("llmrun_requests_total", **mine, adapter="", status="400")] == 1
     assert found[key("llmrun_requests_total", ingress="ingress", model="", adapter="", status="404")] == 1
-    first = "llmrun_time_to_first_token_seconds_count"  # no refusal, no event that says that an answer will come
+    first = "llmrun_time_to_first_token_seconds_count"  # not counted: refusals, and events before the first token
     assert found[key(first, **mine, adapter="sql")] == 2 and found[key(first, **mine, adapter="")] == 1
     assert found[key("llmrun_time_to_first_byte_seconds_count", **mine)] == 5
-    asked = [asyncio.create_task(bench.ask({"model": f"one:{name}", "stall": 0.3})) for name in ("sql", "legal")]
-    while not bench.waiting.by_adapter()[0]:
+    asked = [asyncio.create_task(bench.post({"model": f"one:{name}", "stall": 0.3})) for name in ("sql", "legal")]
+    while not bench.queue.by_adapter()[0]:
         await asyncio.sleep(0.01)
     found = await page(bench)
     assert found[key("llmrun_requests_in_flight", **mine, adapter="sql")] == 1
     assert found[key("llmrun_requests_waiting", **mine, adapter="legal")] == 1
     assert found[key("llmrun_requests_waiting", **mine, adapter="")] == 0
     await asyncio.gather(*asked)
-    assert bench.waiting.by_adapter() == ({}, {})
+    assert bench.queue.by_adapter() == ({}, {})
 
 
-async def test_an_engine_that_does_not_answer_holds_up_no_page_and_no_request(
-    bench: Bench, engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class AgentUnreachable(Engine):
-        async def answer(self, request: Request, send: Send) -> None:
+async def test_an_engine_that_does_not_respond_blocks_neither_the_page_nor_requests(engine: Engine) -> None:
+    class UnresponsiveEngine(Engine):
+        async def respond(self, request: Request, send: Send) -> None:
             if request.url.path == "/metrics":
                 await asyncio.sleep(60)
-            await super().answer(request, send)
+            await super().respond(request, send)
 
-    monkeypatch.setattr(metrics_room, "GATHER_TIMEOUT_S", 1)
-    async with AgentUnreachable().running() as silent:
+    async with UnresponsiveEngine().running() as silent, running_ingress(metrics_timeout=1) as bench:
         control = ("127.0.0.1", engine.http_port)
         bench.table(route(engine.port), route(silent.port, name="two", names=("two",)), control=control)
-        begun = time.monotonic()
+        started = time.monotonic()
         asked = asyncio.create_task(page(bench))
-        while not silent.asked:
+        while not silent.requests:
             await asyncio.sleep(0.01)
-        assert (await bench.ask({"model": "two"}))[0] == 200 and not asked.done()
+        assert (await bench.post({"model": "two"}))[0] == 200 and not asked.done()
         found = await asked
-        assert 0.9 < time.monotonic() - begun < 3
-    replica = bench.waiting.table.models["one"].replicas[0].id
+        assert 0.9 < time.monotonic() - started < 3
+    replica = bench.queue.table.models["one"].replicas[0].id
     assert found[key("vllm:tokens_total", model="one", replica=replica, model_name="one")] == 7
     assert not [labels for name, labels in found if name == "vllm:tokens_total" and ("model", "two") in labels]
 
@@ -133,12 +129,12 @@ def test_the_time_per_output_token_of_a_stream(monkeypatch: pytest.MonkeyPatch) 
     clock = iter([10.0, 10.03, 10.1, 20.0, 30.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     stream, whole, broken_off = (usage_meter.Stream("test:pace") for _ in range(3))
-    for tokens in (3, 1, 4):  # 5 tokens after the first bit, in a tenth of a second
-        stream.came(tokens)
-    whole.came(100)
-    broken_off.came(1)
+    for tokens in (3, 1, 4):  # 5 tokens after the first chunk, in a tenth of a second
+        stream.add(tokens)
+    whole.add(100)
+    broken_off.add(1)
     for each in (stream, whole, broken_off, usage_meter.Stream("test:pace")):
-        each.ended()
+        each.finish()
     (row,) = [row for row in usage_meter.paces() if row[0] == "test:pace"]
     assert row[1] == pytest.approx(0.02) and sum(row[2:]) == 1 and len(row) == 2 + len(PACE_BUCKETS) + 1
     assert json.loads(json.dumps(row)) == list(row)
@@ -150,29 +146,29 @@ def test_the_pace_of_an_answer_whose_bits_are_no_tokens(monkeypatch: pytest.Monk
     before = {row[0]: row for row in usage_meter.paces()}.get("", ("", 0.0))
     pace, several = server._Pace(), server._Pace()
     for text in ("a b c", "d e f"):
-        pace.heard({"choices": [{"index": 0, "delta": {"content": text}}]}, 0)
-    pace.heard({"choices": [], "usage": {}}, 6)
+        pace.add({"choices": [{"index": 0, "delta": {"content": text}}]}, 0)
+    pace.add({"choices": [], "usage": {}}, 6)
     for index in (0, 1, 0):
-        several.heard({"choices": [{"index": index, "text": "a"}]}, 0)
-    pace.ended()
-    several.ended()
+        several.add({"choices": [{"index": index, "text": "a"}]}, 0)
+    pace.finish()
+    several.finish()
     (row,) = [row for row in usage_meter.paces() if row[0] == ""]
     assert row[1] - before[1] == pytest.approx(0.1 / 5)
 
 
 def pace(total: float, *counts: int) -> PaceRow:
-    """A row of an engine's."""
+    """Return a row of an engine's report."""
     row: tuple[Any, ...] = ("one:sql", total, *counts, *[0] * (len(PACE_BUCKETS) + 1 - len(counts)))
     return row
 
 
-def told(row: PaceRow, before: PaceRow | None, replica: str = "r1") -> ReplicaReport:
-    """A replica's report."""
-    return ReplicaReport(replica, "one", 1, "node", "host", 1, 2, "t", "ready", paces=((row, before),))
+def reported(row: PaceRow, previous: PaceRow | None, replica: str = "r1") -> ReplicaReport:
+    """Return a replica's report with that row."""
+    return ReplicaReport(replica, "one", 1, "node", "host", 1, 2, "t", "ready", paces=((row, previous),))
 
 
 def times(paces: Paces) -> tuple[float, float]:
-    """Sum and number of what has been added up."""
+    """Return the sum and the number of the times."""
 
     class Given(Collector):
         def collect(self) -> list[Metric]:
@@ -187,24 +183,24 @@ def times(paces: Paces) -> tuple[float, float]:
 
 def test_times_are_added_up_once_over_replicas_new_engines_and_controls() -> None:
     paces = Paces(AdapterLabels())
-    paces.report(told(pace(1, 2), None))
-    paces.report(told(pace(1, 2), None))  # its answer was late: told again
-    paces.report(told(pace(3, 2, 3), pace(1, 2)))
-    paces.report(told(pace(1, 1), None, "r2"))
+    paces.report(reported(pace(1, 2), None))
+    paces.report(reported(pace(1, 2), None))  # control's reply was late: reported again
+    paces.report(reported(pace(3, 2, 3), pace(1, 2)))
+    paces.report(reported(pace(1, 1), None, "r2"))
     assert times(paces) == (4, 6)
-    paces.report(told(pace(0.5, 0, 1), None))  # its engine was started anew
-    paces.forget(["r1"])
+    paces.report(reported(pace(0.5, 0, 1), None))  # it restarted its engine
+    paces.keep(["r1"])
     assert times(paces) == (4.5, 7)
-    again = Paces(AdapterLabels())  # control was restarted: what the first has heard is not told again
-    again.report(told(pace(0.75, 0, 2), pace(0.5, 0, 1)))
-    again.report(told(pace(1.0, 0, 3), pace(0.75, 0, 2)))
+    again = Paces(AdapterLabels())  # a restarted control does not count again what the first one received
+    again.report(reported(pace(0.75, 0, 2), pace(0.5, 0, 1)))
+    again.report(reported(pace(1.0, 0, 3), pace(0.75, 0, 2)))
     assert times(again) == (0.5, 2)
 
 
 def test_wakes_are_counted_by_how_they_end(tmp_path: Path) -> None:
     registry = CollectorRegistry()
     starts = ColdStarts(Database(f"sqlite:///{tmp_path / 'test.db'}"), registry)
-    starts.known(["one"])
+    starts.create_series(["one"])
 
     def wakes() -> dict[str, float]:
         found = parsed(generate_latest(registry).decode())
@@ -212,15 +208,15 @@ def test_wakes_are_counted_by_how_they_end(tmp_path: Path) -> None:
 
     assert wakes() == {"ready": 0, "failed": 0, "withdrawn": 0}
     ready = ReplicaReport("r1", "one", 1, "node", "host", 1, 2, "t", "ready")
-    starts.decided("one", 1, time.time())
-    starts.decided("one", 1, time.time())
-    starts.ready(ready)
-    starts.ready(ready)
-    starts.over("one", 1, "failed")  # there is none under way
+    starts.begin("one", 1, time.time())
+    starts.begin("one", 1, time.time())
+    starts.replica_ready(ready)
+    starts.replica_ready(ready)
+    starts.end("one", 1, "failed")  # none is in progress
     assert wakes() == {"ready": 1, "failed": 0, "withdrawn": 0}
-    starts.decided("one", 1, time.time())
-    starts.over("one", 1, "failed")
-    starts.decided("one", 2, time.time())
+    starts.begin("one", 1, time.time())
+    starts.end("one", 1, "failed")
+    starts.begin("one", 2, time.time())
     starts.forget("one")
     assert wakes() == {"ready": 1, "failed": 1, "withdrawn": 1}
 
@@ -253,7 +249,7 @@ def test_what_is_written_names_the_cluster_and_where_all_lies(home: Home, tmp_pa
     folder = tmp_path / "with space" / "ops"
     out = home.run("dashboards", "--out", folder, "--scrape-interval", "5")
     names = files(folder, home.url, "http://127.0.0.1:9090", 5)
-    assert out.returncode == 0 and out.stdout.splitlines() == [f"{folder / name}: written" for name in names]
+    assert out.returncode == 0 and out.stdout.splitlines() == [f"{folder / name}: created" for name in names]
     assert f"prometheus --config.file='{folder}/prometheus.yml'" in out.stderr
     config = yaml.safe_load((folder / "prometheus.yml").read_text())
     (job,) = config["scrape_configs"]
@@ -265,10 +261,10 @@ def test_what_is_written_names_the_cluster_and_where_all_lies(home: Home, tmp_pa
     source = yaml.safe_load((folder / "grafana/provisioning/datasources/llmrun.yaml").read_text())["datasources"][0]
     shown = json.loads((folder / "grafana/llmrun.json").read_text())
     assert source["uid"] == shown["templating"]["list"][0]["current"]["value"]
-    assert home.ok("dashboards", "--out", folder, "--scrape-interval", "5").count("is there already") == len(names)
+    assert home.ok("dashboards", "--out", folder, "--scrape-interval", "5").count("unchanged") == len(names)
     said = home.fails("dashboards", "--out", folder)
-    assert "has another prometheus.yml" in said and "--force" in said and "llmrun.json" not in said
-    assert home.ok("dashboards", "--out", folder, "--force").count("written over") == 2
+    assert "already contains a different prometheus.yml" in said and "--force" in said and "llmrun.json" not in said
+    assert home.ok("dashboards", "--out", folder, "--force").count("overwritten") == 2
 
 
 def test_an_address_behind_a_proxy() -> None:
@@ -282,11 +278,14 @@ def test_an_address_behind_a_proxy() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--out", "file"], "file: it is a file: name a folder"),
-        (["--out", "file/below"], "Not a directory: name a folder that can be written to"),
-        (["--out", "new", "--url", "10.0.0.5:8000"], "--url 10.0.0.5:8000: it is no address like http://10.0.0.5:8000"),
-        (["--out", "new", "--url", "http://x:y"], "it is no address like"),
-        (["--out", "new", "--prometheus", "prometheus"], "--prometheus prometheus: it is no address like"),
+        (["--out", "file"], "file: not a folder"),
+        (["--out", "file/below"], "cannot write: Not a directory"),
+        (
+            ["--out", "new", "--url", "10.0.0.5:8000"],
+            "--url 10.0.0.5:8000: not a valid URL; must be like http://10.0.0.5:8000",
+        ),
+        (["--out", "new", "--url", "http://x:y"], "not a valid URL"),
+        (["--out", "new", "--prometheus", "prometheus"], "--prometheus prometheus: not a valid URL"),
     ],
 )
 def test_what_cannot_be_written(home: Home, tmp_path: Path, arguments: list[str], words: str) -> None:

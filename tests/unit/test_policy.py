@@ -1,4 +1,4 @@
-"""The scaling rule, with a clock of its own."""
+"""The autoscaling policy, with a fake clock."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ LIMITS = ScalingLimits(min_replicas=0, max_replicas=4, target_ongoing_requests=1
 
 
 def demand(**given: Any) -> Demand:
-    """A model at rest at t=1000, last used just now, unless `given` says otherwise."""
-    facts: dict[str, Any] = {
+    """Return the demand of an idle model at t=1000, last used at that time, with the fields in `given`."""
+    fields: dict[str, Any] = {
         "now": 1000.0,
         "target": 0,
         "ready": 0,
@@ -22,7 +22,7 @@ def demand(**given: Any) -> Demand:
         "last_used": 1000.0,
         "low_since": 1000.0,
     }
-    return Demand(**(facts | given))
+    return Demand(**(fields | given))
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def demand(**given: Any) -> Demand:
         ({"target": 1, "pending": True, "placed": 1}, Decision(1, 8)),
         ({"target": 4, "pending": True, "placed": 2}, Decision(2, 5)),
         ({"target": 1, "pending": True, "waiting": 1}, Decision(1, 8)),
-        ({"target": 1, "placed": 0}, Decision(1, 8)),  # one that was killed: Serve brings it back
+        ({"target": 1, "placed": 0}, Decision(1, 8)),  # it was killed: Serve restarts it
         ({"target": 2, "ready": 2, "in_flight": 3, "unloaded": True}, Decision(0, 2)),
         ({"waiting": 1, "unloaded": True}, Decision(1, 3)),
     ],
@@ -60,7 +60,7 @@ def test_min_replicas_stay() -> None:
     assert decide(limits, demand(target=4, last_used=0)) == Decision(2, 6)
 
 
-def test_after_a_failure_only_new_waiters_start_it_again() -> None:
+def test_after_a_failure_only_new_requests_start_it_again() -> None:
     failed = Failure(count=1, cause="no", at=1000)
     assert decide(LIMITS, demand(now=1000.5, target=1, waiting=3, failure=failed)) == Decision(0, 1)
     assert decide(LIMITS, demand(now=1002, waiting=1, failure=failed)) == Decision(1, 3)
@@ -69,21 +69,21 @@ def test_after_a_failure_only_new_waiters_start_it_again() -> None:
     assert decide(warm, demand(now=1006, failure=failed)) == Decision(1, 3)
 
 
-def test_a_failed_growth_leaves_what_is_ready_alone() -> None:
+def test_a_failed_scale_up_keeps_ready_replicas() -> None:
     failed = Failure(count=5, cause="no", at=1000)
     assert decide(LIMITS, demand(now=1001, target=2, ready=1, in_flight=15, failure=failed)) == Decision(1, 1)
 
 
-def test_after_three_failures_in_a_row_callers_are_refused_while_the_pause_lasts() -> None:
+def test_after_three_failures_in_a_row_requests_are_refused_during_the_back_off() -> None:
     failed = Failure(count=3, cause="no", at=1000)
     assert failed.refuses(1019) and not failed.refuses(1021)
     assert decide(LIMITS, demand(now=1019, waiting=1, failure=failed)) == Decision(0, 1)
     assert decide(LIMITS, demand(now=1021, waiting=1, failure=failed)) == Decision(1, 3)
-    assert Failure(count=50, cause="no", at=0).paused(1799)
-    assert not Failure(count=50, cause="no", at=0).paused(1801)
+    assert Failure(count=50, cause="no", at=0).backs_off(1799)
+    assert not Failure(count=50, cause="no", at=0).backs_off(1801)
 
 
-def test_after_too_many_failures_it_tries_by_itself_once_the_pause_is_over() -> None:
+def test_after_three_failures_it_retries_by_itself_when_the_back_off_ends() -> None:
     failed = Failure(count=3, cause="no", at=1000)
     assert decide(LIMITS, demand(now=1019, failure=failed)) == Decision(0, 1)
     assert decide(LIMITS, demand(now=1021, failure=failed)) == Decision(1, 4)

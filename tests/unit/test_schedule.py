@@ -1,4 +1,4 @@
-"""Schedules, at given times."""
+"""Schedule windows, at given times."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmrun.schedule import parse_window
 
 
 def at(text: str, zone: str = "Europe/Berlin") -> float:
-    """Unix time of a local time."""
+    """Return the Unix time of a local time."""
     return datetime.fromisoformat(text).replace(tzinfo=ZoneInfo(zone)).timestamp()
 
 
@@ -32,21 +32,21 @@ def at(text: str, zone: str = "Europe/Berlin") -> float:
         ("08:00-18:00", "2026-11-23 09:30", True),
     ],
 )
-def test_windows(schedule: str, when: str, open_: bool) -> None:
+def test_a_window_covers_these_times(schedule: str, when: str, open_: bool) -> None:
     assert parse_window(schedule).covers(at(when)) is open_
 
 
 @pytest.mark.parametrize(
-    ("text", "why"),
+    ("text", "problem"),
     [
         ("always", "write it like 'Mon-Fri 08:00-18:00 Europe/Berlin'"),
-        ("Mon-Fry 08:00-18:00", "'Fry' is no day"),
+        ("Mon-Fry 08:00-18:00", "unknown day 'Fry'"),
         ("Mon 08:00-25:00", "two different times from 00:00 to 24:00"),
         ("Mon 08:00-08:00", "two different times"),
         ("Mon 08:00-18:75", "two different times"),
-        ("Mon 08:00-18:00 Europe/Bärlin", "there is no time zone 'Europe/Bärlin'"),
+        ("Mon 08:00-18:00 Europe/Bärlin", "unknown time zone 'Europe/Bärlin'"),
     ],
 )
-def test_a_wrong_one_says_how_to_write_it(text: str, why: str) -> None:
-    with pytest.raises(ValueError, match=why):
+def test_an_invalid_window_is_refused_with_the_fix(text: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
         parse_window(text)

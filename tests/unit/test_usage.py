@@ -1,4 +1,4 @@
-"""API keys and usage as control keeps them: a real SQLite file, restarts included."""
+"""Control's API keys and usage, with a real SQLite file and restarts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sqlalchemy.exc import OperationalError
 
 from llmrun.errors import Refused
 from llmrun.wire import KeyInfo, UsageLine
-from llmrun_runtime.control import usage as usage_room
+from llmrun_runtime.control import usage as usage_module
 from llmrun_runtime.control.keys import Keys
 from llmrun_runtime.control.state.database import Database
 from llmrun_runtime.control.usage import Usage
@@ -26,13 +26,13 @@ def database(tmp_path: Path) -> Database:
 
 
 def report(*usage: Row, replica: str = "r1", model: str = "one") -> ReplicaReport:
-    """A replica's."""
+    """Return a replica's report."""
     return ReplicaReport(replica, model, 1, "node", "host", 1, 2, "token", "ready", usage=usage)
 
 
-def test_a_key_is_shown_once_and_only_its_hash_is_kept(database: Database, tmp_path: Path) -> None:
-    keys, heard = Keys(database), []
-    keys.on_change = lambda: heard.append(1)
+def test_a_key_is_shown_once_and_only_its_hash_is_stored(database: Database, tmp_path: Path) -> None:
+    keys, changes = Keys(database), []
+    keys.on_change = lambda: changes.append(1)
     made = keys.create(KeyInfo(name="ci", models=("one",), rpm=5, wake=False))
     assert made.key.startswith("sk-llmrun-") and len(made.key) > 50
     assert made.key.encode() not in (tmp_path / "test.db").read_bytes()
@@ -41,19 +41,19 @@ def test_a_key_is_shown_once_and_only_its_hash_is_kept(database: Database, tmp_p
     route = again.routes[digest_of(made.key)]
     assert (route.name, route.models, route.rpm, route.wake) == ("ci", ("one",), 5, False)
     assert again.rows() == [made.facts] and abs(made.facts.created - time.time()) < 10
-    with pytest.raises(Refused, match="there is a key 'ci': revoke it first"):
+    with pytest.raises(Refused, match="key 'ci' already exists"):
         keys.create(KeyInfo(name="ci"))
-    with pytest.raises(Refused, match="would have expired already"):
+    with pytest.raises(Refused, match="its expiry is in the past"):
         keys.create(KeyInfo(name="late", expires=time.time() - 1))
-    with pytest.raises(Refused, match="there is no key 'other'; there are: ci"):
+    with pytest.raises(Refused, match="key 'other' not found; available: ci"):
         keys.revoke("other")
     keys.revoke("ci")
-    assert keys.routes == {} and len(heard) == 2
+    assert keys.routes == {} and len(changes) == 2
     again.load()
     assert Keys(database).rows() == []
 
 
-async def test_what_replicas_count_is_added_up_once(database: Database) -> None:
+async def test_replicas_counts_are_added_up_once(database: Database) -> None:
     first = Usage(database)
     first.report(report(("a", "", 1, 10, 5, 0), ("b", "sql", 1, 3, 3, 2)), 1000)
     first.report(report(("a", "", 2, 20, 11, 8)), 1001)
@@ -62,8 +62,8 @@ async def test_what_replicas_count_is_added_up_once(database: Database) -> None:
     second.load()
     second.report(report(("a", "", 3, 30, 20, 8)), 1002)
     second.report(report(("a", "", 1, 7, 7, 0), replica="r2"), 1003)
-    second.report(report(("a", "", 1, 1, 1, 0)), 1004)  # the first replica started its engine anew
-    second.gpus("one", 2, 1.5)
+    second.report(report(("a", "", 1, 1, 1, 0)), 1004)  # the first replica restarted its engine
+    second.add_gpu_seconds("one", 2, 1.5)
     await second.flush()
     (both,) = second.lines(["model"], "0000-00-00")
     assert both == UsageLine(
@@ -75,33 +75,33 @@ async def test_what_replicas_count_is_added_up_once(database: Database) -> None:
 
 
 async def test_tokens_of_the_last_minute(database: Database) -> None:
-    found = Usage(database)
-    found.report(report(("a", "", 1, 10, 5, 0)), 1000)
-    found.report(report(("a", "", 2, 15, 10, 0)), 1030)
-    assert found.tokens("key:a", 20, 1031) == (25, 29)
-    assert found.tokens("model:one", 100, 1031) == (25, 0)
-    assert found.tokens("key:a", 20, 1061) == (10, 0) and found.tokens("key:b", 1, 1061) == (0, 0)
+    usage = Usage(database)
+    usage.report(report(("a", "", 1, 10, 5, 0)), 1000)
+    usage.report(report(("a", "", 2, 15, 10, 0)), 1030)
+    assert usage.tokens("key:a", 20, 1031) == (25, 29)
+    assert usage.tokens("model:one", 100, 1031) == (25, 0)
+    assert usage.tokens("key:a", 20, 1061) == (10, 0) and usage.tokens("key:b", 1, 1061) == (0, 0)
 
 
-async def test_what_cannot_be_stored_is_stored_later(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = Usage(database)
-    found.report(report(("a", "", 1, 10, 5, 0)), 1000)
+async def test_usage_that_cannot_be_stored_is_stored_later(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = Usage(database)
+    usage.report(report(("a", "", 1, 10, 5, 0)), 1000)
     store = Usage._store
 
-    def away(*_: object) -> None:
+    def fail(*_: object) -> None:
         raise OperationalError("insert", {}, Exception("the disk is full"))
 
-    monkeypatch.setattr(usage_room.Usage, "_store", away)
-    await found.flush()
-    found.report(report(("a", "", 2, 20, 10, 0)), 1001)
-    found.gone("r1")
-    monkeypatch.setattr(usage_room.Usage, "_store", store)
-    await found.flush()
-    (line,) = found.lines(["key"], "0000-00-00")
+    monkeypatch.setattr(usage_module.Usage, "_store", fail)
+    await usage.flush()
+    usage.report(report(("a", "", 2, 20, 10, 0)), 1001)
+    usage.forget("r1")
+    monkeypatch.setattr(usage_module.Usage, "_store", store)
+    await usage.flush()
+    (line,) = usage.lines(["key"], "0000-00-00")
     assert (line.requests, line.prompt_tokens, line.completion_tokens) == (2, 20, 10)
     again = Usage(database)
     again.load()
-    assert again._seen == {}
+    assert again._counted == {}
 
 
 def test_a_request_is_counted_once_however_many_prompts_it_has() -> None:
@@ -109,8 +109,8 @@ def test_a_request_is_counted_once_however_many_prompts_it_has() -> None:
     with usage_meter.metered("many"):
         request = usage_meter.current()
         assert request
-        request.note("", prompt=3, completion=1, cached=2)
-        request.note("", prompt=4)
-        request.note("", completion=5)
+        request.record("", prompt=3, completion=1, cached=2)
+        request.record("", prompt=4)
+        request.record("", completion=5)
     assert usage_meter.current() is None
     assert [row for row in usage_meter.rows() if row[:2] not in before] == [("many", "", 1, 7, 6, 2)]

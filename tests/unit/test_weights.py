@@ -1,4 +1,4 @@
-"""Weights from real stores into a node's cache, through the worker process that a node agent sends."""
+"""Fetch weights from real stores into a node's cache, through the worker process of a node agent."""
 
 from __future__ import annotations
 
@@ -17,27 +17,30 @@ from llmrun.settings import Settings
 from llmrun.weights import Weights
 from llmrun_runtime.weights.adapters import Adapter
 from llmrun_runtime.weights.node_weights import NodeWeights
-from llmrun_runtime.weights.pin import MANIFEST, File, Pin, choose
+from llmrun_runtime.weights.pin import MIRROR_MANIFEST, File, Pin, select_files
+from llmrun_runtime.weights.stores.hub import HubStore
+from llmrun_runtime.weights.tasks import ImportTask, ListAdaptersTask, MirrorTask
 from llmrun_runtime.weights.transfer import PART_BYTES
 from tests.support.adapters import make_adapter
-from tests.support.servers import AWS, S3, Hub, Proxy, gcs_server, proxy_to, s3_server
-from tests.support.weights import MIB, Node, make_model, on_s3, taken
+from tests.support.servers import S3, Hub, Proxy, gcs_server, s3_server
+from tests.support.weights import MIB, Node, make_model, on_s3, read_files
 
 # `LLMRUN_TEST_ADAPTERS=10000` is the size of docs/performance.md.
 MANY = int(os.environ.get("LLMRUN_TEST_ADAPTERS", "600"))
 
 
-# What is taken of a source.
+# Selection of files.
 
 
-def names(*given: str, **options: Any) -> list[str]:
-    """Which of the files are taken."""
-    return [f.name for f in choose([File(name=name, size=1) for name in given], Weights("org/model", **options))]
+def select(*names: str, **options: Any) -> list[str]:
+    """Return the names of the selected files."""
+    files = [File(name=name, size=1) for name in names]
+    return [file.name for file in select_files(files, Weights("org/model", **options))]
 
 
-def test_what_an_engine_needs_is_taken() -> None:
-    few = ("config.json", "tokenizer.model", "chat_template.jinja", "1_Pooling/config.json", "modeling_x.py")
-    never = (
+def test_the_files_that_an_engine_needs_are_selected() -> None:
+    needed = ("config.json", "tokenizer.model", "chat_template.jinja", "1_Pooling/config.json", "modeling_x.py")
+    skipped = (
         "README.md",
         "original/a.safetensors",
         "onnx/model.onnx",
@@ -45,194 +48,218 @@ def test_what_an_engine_needs_is_taken() -> None:
         "tf_model.h5",
         ".gitattributes",
     )
-    assert names(*few, *never, "model.safetensors", "pytorch_model.bin") == sorted([*few, "model.safetensors"])
-    assert names("config.json", "pytorch_model.bin", "training_args.bin") == ["config.json", "pytorch_model.bin"]
-    assert names("params.json", "consolidated.safetensors") == ["consolidated.safetensors", "params.json"]
+    selected = select(*needed, *skipped, "model.safetensors", "pytorch_model.bin")
+    assert selected == sorted([*needed, "model.safetensors"])
+    assert select("config.json", "pytorch_model.bin", "training_args.bin") == ["config.json", "pytorch_model.bin"]
+    assert select("params.json", "consolidated.safetensors") == ["consolidated.safetensors", "params.json"]
     both = ("config.json", "consolidated.safetensors", "model-1.safetensors")
-    assert names(*both) == ["config.json", "model-1.safetensors"]
-    assert names(*both, exclude=["model-*"]) == ["config.json", "consolidated.safetensors"]
-    assert names("a/x.gguf", "b.txt", include=["*.gguf"]) == ["a/x.gguf"]
+    assert select(*both) == ["config.json", "model-1.safetensors"]
+    assert select(*both, exclude=["model-*"]) == ["config.json", "consolidated.safetensors"]
+    assert select("a/x.gguf", "b.txt", include=["*.gguf"]) == ["a/x.gguf"]
 
 
-def test_a_source_that_holds_no_model_or_leaves_its_folder_is_refused() -> None:
-    for given, words in {
-        (): "no files at that address",
-        ("notes.md",): "nothing there is taken",
-        ("a.safetensors",): "there is no config.json",
-        ("config.json", "../evil.json"): "would leave its folder",
-        ("config.json", "/etc/x.json"): "would leave its folder",
-        ("config.json", "a//b.json"): "would leave its folder",
-        ("config.json", "a\\..\\b.json"): "would leave its folder",
-        ("config.json", "a\n.json"): "would leave its folder",
-    }.items():
-        with pytest.raises(WeightsError, match=words):
-            names(*given)
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ((), "no files found at that address"),
+        (("notes.md",), "no file matches include="),
+        (("a.safetensors",), "config.json not found"),
+        (("config.json", "../evil.json"), "outside the folder"),
+        (("config.json", "/etc/x.json"), "outside the folder"),
+        (("config.json", "a//b.json"), "outside the folder"),
+        (("config.json", "a\\..\\b.json"), "outside the folder"),
+        (("config.json", "a\n.json"), "outside the folder"),
+    ],
+)
+def test_a_source_without_a_model_or_with_a_file_outside_its_folder_is_refused(
+    names: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(WeightsError, match=message):
+        select(*names)
 
 
-# From each store, whole and once.
+# Fetching from each store.
 
 
-def test_from_s3_once(node: Node, buckets: Path, proxy: Proxy) -> None:
-    files = taken(make_model(buckets / "acme" / "model", (3 * PART_BYTES + 5, MIB, 0)))
+def test_a_fetch_from_s3_downloads_each_byte_once(node: Node, buckets: Path, proxy: Proxy) -> None:
+    files = read_files(make_model(buckets / "acme" / "model", (3 * PART_BYTES + 5, MIB, 0)))
     pin = node.pin(on_s3(proxy))
-    folder = node.bring(pin)
-    assert taken(folder) == files and node.partial() == []
+    folder = node.fetch(pin)
+    assert read_files(folder) == files and node.partial_files() == []
     assert proxy.sent == pin.total == sum(map(len, files.values()))
-    asked = len(proxy.requests)
-    assert node.bring(pin) == folder and len(proxy.requests) == asked
+    requests = len(proxy.requests)
+    assert node.fetch(pin) == folder and len(proxy.requests) == requests
     assert node.pin(on_s3(proxy)).id == pin.id
-    (found,) = node.cache.manifests()
-    assert found[0].boot == "" and set(found[0].entries) == set(files)
+    ((manifest, _),) = node.cache.manifests()
+    assert manifest.boot == "" and set(manifest.entries) == set(files)
 
 
-def test_from_s3_without_credentials_and_with_wrong_ones(node: Node, buckets: Path, s3: S3) -> None:
+def test_s3_works_without_credentials_and_refuses_wrong_ones(node: Node, buckets: Path, s3: S3) -> None:
     make_model(buckets / "acme" / "model")
-    with s3_server(buckets, keys=False) as open_to_all:
-        weights = Weights("s3://anonymous@acme/model", endpoint_url=open_to_all.url)
-        assert "config.json" in os.listdir(node.bring(node.pin(weights)))
-    assert "there is nothing at that address" in node.fails("pin", weights=on_s3(s3, "nowhere/x"))
-    assert "there are no files at that address" in node.fails("pin", weights=on_s3(s3, "acme/x"))
+    with s3_server(buckets, keys=False) as public:
+        weights = Weights("s3://anonymous@acme/model", endpoint_url=public.url)
+        assert "config.json" in os.listdir(node.fetch(node.pin(weights)))
+    assert "address not found" in node.pin_error(on_s3(s3, "nowhere/x"))
+    assert "no files found at that address" in node.pin_error(on_s3(s3, "acme/x"))
     node.env["AWS_SECRET_ACCESS_KEY"] = "another"
-    said = node.fails("pin", weights=on_s3(s3))
-    assert "access denied" in said and "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in said
+    error = node.pin_error(on_s3(s3))
+    assert "access denied" in error and "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in error
 
 
-def test_over_tls_and_through_a_proxy(node: Node, buckets: Path, s3: S3, tmp_path: Path) -> None:
-    files = taken(make_model(buckets / "acme" / "model", (2 * PART_BYTES + 1,)))
-    certificate = tmp_path / "certificate.pem"
+def test_s3_over_tls_needs_the_servers_certificate(node: Node, buckets: Path, tmp_path: Path) -> None:
+    files = read_files(make_model(buckets / "acme" / "model", (2 * PART_BYTES + 1,)))
+    certificate, public = tmp_path / "certificate.pem", tmp_path / "public"
     make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=tests -addext subjectAltName=IP:127.0.0.1"
-    subprocess.run(
-        [*make.split(), "-keyout", certificate, "-out", tmp_path / "public"], check=True, capture_output=True
-    )
-    certificate.write_text(certificate.read_text() + (tmp_path / "public").read_text())
+    subprocess.run([*make.split(), "-keyout", certificate, "-out", public], check=True, capture_output=True)
+    certificate.write_text(certificate.read_text() + public.read_text())
     server = S3(buckets, certificate=certificate)
     server.start()
     try:
-        assert "SSL" in node.fails("pin", weights=on_s3(server))
+        assert "SSL" in node.pin_error(on_s3(server))
         node.env["AWS_CA_BUNDLE"] = str(certificate)
-        assert taken(node.bring(node.pin(on_s3(server)))) == files
+        assert read_files(node.fetch(node.pin(on_s3(server)))) == files
     finally:
         server.kill()
+
+
+def test_the_environments_proxy_is_used(node: Node, buckets: Path, proxy: Proxy) -> None:
+    files = read_files(make_model(buckets / "acme" / "model", (2 * PART_BYTES + 1,)))
+    node.env |= {"HTTP_PROXY": proxy.url, "http_proxy": proxy.url, "NO_PROXY": ""}
+    pin = node.pin(Weights("s3://acme/model", endpoint_url="http://store.invalid"))
+    assert read_files(node.fetch(pin)) == files and proxy.sent == pin.total
+    node.env["http_proxy"] = node.env["HTTP_PROXY"] = "socks9://127.0.0.1:9"
     shutil.rmtree(node.home)
-    with proxy_to(s3.url) as proxy:  # it goes to the store, whatever host it is asked for
-        node.env |= {"HTTP_PROXY": proxy.url, "http_proxy": proxy.url, "NO_PROXY": ""}
-        weights = Weights("s3://acme/model", endpoint_url="http://store.invalid")
-        pin = node.pin(weights)
-        assert taken(node.bring(pin)) == files and proxy.sent == pin.total
-        node.env["http_proxy"] = node.env["HTTP_PROXY"] = "socks9://127.0.0.1:9"
-        shutil.rmtree(node.home)
-        assert "http_proxy='socks9://127.0.0.1:9' is of no use" in node.fails("bring", pin=pin)
+    assert "invalid value http_proxy='socks9://127.0.0.1:9'" in node.fetch_error(pin)
 
 
-def test_from_gcs(node: Node, buckets: Path) -> None:
-    files = taken(make_model(buckets / "acme" / "a model", (2 * PART_BYTES + 1, MIB)))
+def test_a_fetch_from_gcs(node: Node, buckets: Path) -> None:
+    files = read_files(make_model(buckets / "acme" / "a model", (2 * PART_BYTES + 1, MIB)))
     with gcs_server(buckets) as url:
         weights = Weights("gs://anonymous@acme/a model", endpoint_url=url)
         pin = node.pin(weights)
         assert all(file.version and "md5" in file.digests for file in pin.files)
-        assert taken(node.bring(pin)) == files
+        assert read_files(node.fetch(pin)) == files
 
 
-def test_from_any_other_fsspec_address(node: Node, tmp_path: Path) -> None:
-    files = taken(make_model(tmp_path / "model", (PART_BYTES + 1,)))
+def test_a_fetch_from_any_other_fsspec_address(node: Node, tmp_path: Path) -> None:
+    files = read_files(make_model(tmp_path / "model", (PART_BYTES + 1,)))
     weights = Weights(f"local://{tmp_path}/model")
-    assert taken(node.bring(node.pin(weights))) == files
-    assert "pip install adlfs" in node.fails("pin", weights=Weights("az://acme/model"))
-    assert "nor an installed fsspec package knows xyz://" in node.fails("pin", weights=Weights("xyz://acme/model"))
-    for package, source, extra in (("s3fs", "s3://acme/model", "s3"), ("gcsfs", "gs://acme/model", "gcs")):
+    assert read_files(node.fetch(node.pin(weights))) == files
+    assert "pip install adlfs" in node.pin_error(Weights("az://acme/model"))
+    assert "xyz:// is not supported by llmrun or any installed" in node.pin_error(Weights("xyz://acme/model"))
+    for package in ("s3fs", "gcsfs"):
         (tmp_path / f"{package}.py").write_text("raise ImportError('not installed')")
-        node.env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-        assert f"not installed: pip install 'llmrun[{extra}]'" in node.fails("pin", weights=Weights(source))
+    node.env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    for source, extra in (("s3://acme/model", "s3"), ("gs://acme/model", "gcs")):
+        assert f"not installed: pip install 'llmrun[{extra}]'" in node.pin_error(Weights(source))
 
 
-def test_from_the_hub(node: Node, hub: Hub, tmp_path: Path) -> None:
+def test_a_fetch_from_the_hub(node: Node, hub: Hub, tmp_path: Path) -> None:
     hub.repos["acme/model"] = make_model(tmp_path / "main", (2 * PART_BYTES + 1,))
     hub.branches["acme/model"] = {"small": make_model(tmp_path / "small", (MIB,), seed=1)}
     hub.private.add("acme/model")
     node.env |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token}
     pin = node.pin(Weights("acme/model"))
     assert len(pin.revision) == 40 and all(file.digests for file in pin.files)
-    assert taken(node.bring(pin)) == taken(tmp_path / "main")
+    assert read_files(node.fetch(pin)) == read_files(tmp_path / "main")
     small = node.pin(Weights("hf://acme/model@small"))
     assert small.revision != pin.revision
     before = hub.sent
-    assert taken(node.bring(small)) == taken(tmp_path / "small")
+    assert read_files(node.fetch(small)) == read_files(tmp_path / "small")
     # The tokenizer is the same in both revisions.
     assert hub.sent - before == small.total - len("{}" * 1000)
     assert node.pin(Weights(f"acme/model@{pin.revision}")).id == pin.id
     assert hub.leaked == []
 
 
-def test_adapters_of_every_store(node: Node, hub: Hub, buckets: Path, s3: S3, tmp_path: Path) -> None:
-    places = {name: make_adapter(buckets / "acme" / "adapters" / name, seed=seed) for seed, name in enumerate("ab")}
+def list_adapters(node: Node, weights: Weights, known_ranks: dict[str, int] | None = None) -> list[Adapter]:
+    """List a source's adapters; reads all ranks but the known ones."""
+    task = ListAdaptersTask(weights=weights, known_ranks=known_ranks or {})
+    return [Adapter.model_validate(item) for item in node.run(task)]
+
+
+def test_adapters_are_listed_and_fetched_from_every_store(
+    node: Node, hub: Hub, buckets: Path, s3: S3, tmp_path: Path
+) -> None:
+    folders = {name: make_adapter(buckets / "acme" / "adapters" / name, seed=seed) for seed, name in enumerate("ab")}
     s3.restart()
     hub.repos["acme/adapters"] = buckets / "acme" / "adapters"
-    hub.repos["acme/legal"] = places["b"]
+    hub.repos["acme/legal"] = folders["b"]
     node.env |= {"HF_ENDPOINT": hub.url}
-
-    def found(weights: Weights) -> dict[str, tuple[str, dict[str, bytes]]]:
-        """What is listed there, brought here: each one's pin, and its files."""
-        listed = [Adapter.model_validate(item) for item in node.do("adapters", weights=weights)]
-        return {adapter.name: (adapter.pin.id, taken(node.bring(adapter.pin) / adapter.folder)) for adapter in listed}
-
-    wanted = {name: taken(place) for name, place in places.items()}
+    expected = {name: read_files(folder) for name, folder in folders.items()}
     with gcs_server(buckets) as url:
         sources = [on_s3(s3, "acme/adapters"), Weights("gs://anonymous@acme/adapters", endpoint_url=url)]
         sources += [Weights("acme/adapters"), Weights(str(buckets / "acme" / "adapters"))]
-        ids = set()
+        pin_ids = set()
         for weights in sources:
-            here = found(weights)
-            assert {name: files for name, (_, files) in here.items()} == wanted, weights
-            ids |= {pin for pin, _ in here.values()}
-    assert len(ids) == len(sources) * len(wanted), "no two places share a pin"
-    assert found(Weights("acme/legal")).keys() == {"legal"}
-    listed = [node.do("adapters", weights=weights) for weights in (*sources[:1], *sources[2:], Weights("acme/legal"))]
-    assert [[item["rank"] for item in items] for items in listed] == [[8, 8]] * 3 + [[8]]
-    ranks = {Adapter.model_validate(item).config_id: 99 for item in listed[0]}
-    again = node.do("adapters", weights=sources[0], ranks=ranks)
-    assert [item["rank"] for item in again] == [99, 99], "what is known is not read again"
+            adapters = list_adapters(node, weights)
+            fetched = {adapter.name: read_files(node.fetch(adapter.pin) / adapter.folder) for adapter in adapters}
+            assert fetched == expected, weights
+            pin_ids |= {adapter.pin.id for adapter in adapters}
+    assert len(pin_ids) == len(sources) * len(expected), "no two sources share a pin"
+    (legal,) = list_adapters(node, Weights("acme/legal"))
+    assert legal.name == "legal" and read_files(node.fetch(legal.pin) / legal.folder) == expected["b"]
 
 
-def test_many_adapters_of_one_bucket_are_one_listing_and_ranks_are_read_once(node: Node, buckets: Path) -> None:
-    place = make_adapter(buckets / "acme" / "adapters" / "a0", seed=0, layers=1)
+def test_ranks_are_read_from_every_store_unless_they_are_known(node: Node, hub: Hub, buckets: Path, s3: S3) -> None:
+    for seed, name in enumerate("ab"):
+        make_adapter(buckets / "acme" / "adapters" / name, seed=seed)
+    hub.repos["acme/adapters"] = buckets / "acme" / "adapters"
+    hub.repos["acme/legal"] = buckets / "acme" / "adapters" / "b"
+    node.env |= {"HF_ENDPOINT": hub.url}
+    bucket = on_s3(s3, "acme/adapters")
+    sources = [bucket, Weights("acme/adapters"), Weights(str(buckets / "acme" / "adapters")), Weights("acme/legal")]
+    listed = [list_adapters(node, weights) for weights in sources]
+    assert [[adapter.rank for adapter in adapters] for adapters in listed] == [[8, 8]] * 3 + [[8]]
+    known = {adapter.config_id: 99 for adapter in listed[0]}
+    assert [adapter.rank for adapter in list_adapters(node, bucket, known)] == [99, 99], "known ranks are not read"
+
+
+def test_many_adapters_in_one_bucket_need_one_listing_and_each_rank_is_read_once(node: Node, buckets: Path) -> None:
+    folder = make_adapter(buckets / "acme" / "adapters" / "a0", seed=0, layers=1)
     for number in range(1, MANY):
         (buckets / "acme" / "adapters" / f"a{number}").mkdir()
-        for file in place.iterdir():
+        for file in folder.iterdir():
             (buckets / "acme" / "adapters" / f"a{number}" / file.name).hardlink_to(file)
-    node.env |= AWS
     ranks: dict[str, int] = {}
     with s3_server(buckets) as s3:
-        for _ in range(10):  # what is not read within READ_S is read at the next listing
+        for _ in range(10):  # the next listing reads the ranks that READ_TIMEOUT_S left out
             complete = bool(ranks) and all(ranks.values())
-            began = time.monotonic()
-            listed = node.do("adapters", weights=on_s3(s3, "acme/adapters"), ranks=ranks)
-            ranks = {Adapter.model_validate(item).config_id: item["rank"] for item in listed}
-            print(f"{len(listed)} adapters, {time.monotonic() - began:.1f} s, {sum(map(bool, ranks.values()))} ranks")
+            started = time.monotonic()
+            adapters = list_adapters(node, on_s3(s3, "acme/adapters"), ranks)
+            ranks = {adapter.config_id: adapter.rank for adapter in adapters}
+            seconds = time.monotonic() - started
+            print(f"{len(adapters)} adapters, {seconds:.1f} s, {sum(map(bool, ranks.values()))} ranks")
             if complete:
                 break
     assert len(ranks) == MANY and set(ranks.values()) == {8}
 
 
-def test_what_the_hub_refuses_is_said_with_what_to_do(node: Node, hub: Hub, tmp_path: Path) -> None:
+def test_the_hubs_refusals_are_explained(node: Node, hub: Hub, tmp_path: Path) -> None:
     hub.repos |= {"acme/gated": make_model(tmp_path / "gated"), "acme/private": tmp_path / "gated"}
     hub.gated.add("acme/gated")
     hub.private.add("acme/private")
     node.env["HF_ENDPOINT"] = hub.url
-    said = node.fails("pin", weights=Weights("acme/gated"))
-    assert f"accept its licence at {hub.url}/acme/gated" in said and "set HF_TOKEN" in said
-    assert "it is private" in (said := node.fails("pin", weights=Weights("acme/private"))) and "set HF_TOKEN" in said
+    error = node.pin_error(Weights("acme/gated"))
+    assert f"accept its licence at {hub.url}/acme/gated" in error and "set HF_TOKEN" in error
+    error = node.pin_error(Weights("acme/private"))
+    assert "it is private" in error and "set HF_TOKEN" in error
     node.env["HF_TOKEN"] = "hf_other"
-    assert "account of this HF_TOKEN" in node.fails("pin", weights=Weights("acme/gated"))
+    assert "account of this HF_TOKEN" in node.pin_error(Weights("acme/gated"))
     node.env["HF_TOKEN"] = hub.token
-    assert "no revision 'v9'" in node.fails("pin", weights=Weights("acme/gated@v9"))
+    assert "no revision 'v9'" in node.pin_error(Weights("acme/gated@v9"))
     hub.hostile.append("../evil.json")
-    assert "would leave its folder" in node.fails("pin", weights=Weights("acme/gated"))
-    node.env["HF_ENDPOINT"] = "http://127.0.0.1:9"
-    said = node.fails("pin", weights=Weights("acme/gated"))
-    assert "cannot be asked" in said and "llmrun weights import DIR --as acme/gated" in said
+    assert "outside the folder" in node.pin_error(Weights("acme/gated"))
 
 
-def test_what_lies_in_the_hubs_cache_is_checked_and_used_there(node: Node, hub: Hub, tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_retried_and_the_error_names_ways_without_a_network() -> None:
+    store = HubStore(Weights("acme/gated", endpoint_url="http://127.0.0.1:9"), 1, retry_waits_s=(0, 0))
+    with pytest.raises(WeightsError, match=r"cannot reach the Hub at http://127\.0\.0\.1:9") as raised:
+        store.pin()
+    assert "llmrun weights import DIR --as acme/gated" in str(raised.value)
+
+
+def test_files_in_the_hubs_cache_are_checked_and_used_in_place(node: Node, hub: Hub, tmp_path: Path) -> None:
     hub.repos["acme/model"] = make_model(tmp_path / "main", (2 * MIB, MIB))
     node.env["HF_ENDPOINT"] = hub.url
     script = "from huggingface_hub import snapshot_download; print(snapshot_download('acme/model'))"
@@ -244,59 +271,66 @@ def test_what_lies_in_the_hubs_cache_is_checked_and_used_there(node: Node, hub: 
     damaged.write_bytes(b"x" * damaged.stat().st_size)
     hub.downloads.clear()
     pin = node.pin(Weights("acme/model"))
-    folder = node.bring(pin)
+    folder = node.fetch(pin)
     assert hub.downloads == ["model-1.safetensors"]
     assert (folder / "model-0.safetensors").resolve() == (snapshot / "model-0.safetensors").resolve()
-    assert taken(folder) == taken(tmp_path / "main")
-    # Without a network: what lies there is all there is.
+    assert read_files(folder) == read_files(tmp_path / "main")
+    # Without a network, the Hub's cache is the only source.
     other = Node(tmp_path / "other", {"HF_HOME": str(node.home / "hf"), "HF_HUB_OFFLINE": "1"})
     damaged.write_bytes((tmp_path / "main" / "model-1.safetensors").read_bytes())
-    found = other.pin(Weights("acme/model"))
-    assert found.revision == pin.revision and taken(other.bring(found)) == taken(tmp_path / "main")
-    assert "does not have it" in other.fails("pin", weights=Weights("acme/other"))
+    offline = other.pin(Weights("acme/model"))
+    assert offline.revision == pin.revision and read_files(other.fetch(offline)) == read_files(tmp_path / "main")
+    assert "and HF_HUB_OFFLINE is set" in other.pin_error(Weights("acme/other"))
     other.close()
 
 
-def test_one_repository_from_two_stores_lies_here_once(node: Node, hub: Hub, buckets: Path, proxy: Proxy) -> None:
+def test_one_repository_from_two_stores_is_stored_once(node: Node, hub: Hub, buckets: Path, proxy: Proxy) -> None:
     hub.repos["acme/model"] = make_model(buckets / "acme" / "model", (9 * MIB,))
     node.env["HF_ENDPOINT"] = hub.url
-    node.bring(node.pin(Weights("acme/model")))
-    folder = node.bring(node.pin(on_s3(proxy)))
-    assert proxy.sent < MIB  # the small files: comparing them would take as long as fetching them
+    node.fetch(node.pin(Weights("acme/model")))
+    folder = node.fetch(node.pin(on_s3(proxy)))
+    assert proxy.sent < MIB  # the small files: comparing them takes as long as a download
     assert len([b for b in (node.home / "weights" / "blobs").iterdir() if b.stat().st_size > MIB]) == 1
-    assert taken(folder) == taken(buckets / "acme" / "model")
+    assert read_files(folder) == read_files(buckets / "acme" / "model")
 
 
-def test_the_last_import_of_a_name_is_what_it_means(node: Node, tmp_path: Path) -> None:
+def import_folder(node: Node, folder: Path, keep: tuple[str, ...] = ()) -> Pin:
+    """Import a folder as `acme/model`."""
+    task = ImportTask(folder=str(folder), weights=Weights("acme/model"), keep=keep)
+    return Pin.model_validate(node.run(task))
+
+
+def test_a_name_means_its_last_import(node: Node, tmp_path: Path) -> None:
     weights = NodeWeights(Settings(home=node.home), "127.0.0.1")
     pins: list[Pin] = []
     for number in (0, 1, 0):
         folder = tmp_path / str(number)
         if not folder.exists():
             make_model(folder, (MIB,), seed=number)
-        kept = [pin.id for pin in pins]
-        pins.append(Pin.model_validate(node.do("import", folder=str(folder), weights=Weights("acme/model"), keep=kept)))
-        found = weights.imported(Weights("hf://acme/model@main"))
-        assert found and found[1].id == pins[-1].id
+        pins.append(import_folder(node, folder, tuple(pin.id for pin in pins)))
+        last = weights.last_import(Weights("hf://acme/model@main"))
+        assert last and last[1].id == pins[-1].id
     assert pins[0].id == pins[2].id != pins[1].id
-    assert node.fails("import", folder=str(tmp_path), weights=Weights("acme/x")).count("there is no config.json") == 1
+    error = node.error(ImportTask(folder=str(tmp_path), weights=Weights("acme/x")))
+    assert error.count("config.json not found") == 1
 
 
-def test_import_and_mirror(node: Node, buckets: Path, s3: S3, proxy: Proxy, tmp_path: Path) -> None:
-    files = taken(make_model(tmp_path / "local", (2 * PART_BYTES + 1,)))
-    pin = Pin.model_validate(node.do("import", folder=str(tmp_path / "local"), weights=Weights("acme/model")))
-    assert pin.imported and taken(node.cache.folder(pin.id)) == files
+def test_an_import_and_its_mirror(node: Node, buckets: Path, s3: S3, proxy: Proxy, tmp_path: Path) -> None:
+    files = read_files(make_model(tmp_path / "local", (2 * PART_BYTES + 1,)))
+    pin = import_folder(node, tmp_path / "local")
+    assert pin.imported and read_files(node.cache.folder(pin.id)) == files
     target = on_s3(proxy, "acme/mirrors/model")
-    assert node.do("mirror", pin=pin, target=target) == {"sent": 3, "there": 0}
-    assert taken(buckets / "acme" / "mirrors" / "model") == files | {
-        MANIFEST: (buckets / "acme" / "mirrors" / "model" / MANIFEST).read_bytes()
+    mirror = MirrorTask(pin=pin, target=target)
+    assert node.run(mirror) == {"uploaded": 3, "unchanged": 0}
+    assert read_files(buckets / "acme" / "mirrors" / "model") == files | {
+        MIRROR_MANIFEST: (buckets / "acme" / "mirrors" / "model" / MIRROR_MANIFEST).read_bytes()
     }
-    assert node.do("mirror", pin=pin, target=target) == {"sent": 0, "there": 3}
+    assert node.run(mirror) == {"uploaded": 0, "unchanged": 3}
     mirrored = node.pin(target)
     assert all("sha256" in file.digests for file in mirrored.files)
     proxy.sent = 0
-    assert taken(node.bring(mirrored)) == files and proxy.sent == 0
-    # A file that was replaced since is not taken for what it was.
+    assert read_files(node.fetch(mirrored)) == files and proxy.sent == 0
+    # A file that was replaced after the upload loses its recorded checksum.
     (buckets / "acme" / "mirrors" / "model" / "config.json").write_text('{"seed": 77}')
     s3.restart()
     changed = {file.name: file for file in node.pin(target).files}

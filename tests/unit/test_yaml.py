@@ -1,4 +1,4 @@
-"""App files in YAML: llmrun's own form, its schema, and Ray Serve LLM's files unchanged."""
+"""App files in YAML: llmrun's own, their schema, and Ray Serve LLM's configuration files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ models:
     engine_args: {max_model_len: 512}
     lora: {legal: acme/legal@v3}
 """
-# As the guide of Ray 2.60 has them (docs.ray.io, serve/llm), in one file.
+# Examples from the guide of Ray 2.60 (docs.ray.io, serve/llm), in one file.
 RAYS = """\
 proxy_location: EveryNode
 http_options: {host: 0.0.0.0, port: 8000}
@@ -71,17 +71,17 @@ placement_group_config: {bundles: [{CPU: 2, GPU: 1}], strategy: STRICT_PACK}
 """
 
 
-def written(folder: Path, text: str, name: str = "app.yaml") -> Path:
-    """A file with that text."""
+def write(folder: Path, text: str, name: str = "app.yaml") -> Path:
+    """Write a file."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     return path
 
 
-def test_our_own_form_is_what_the_decorator_takes(tmp_path: Path) -> None:
-    (first, chat, vectors), left_out = read_yaml(written(tmp_path, OWN))
-    assert left_out == [] and first.name == "qwen2-5-0-5b-instruct"
+def test_own_files_take_the_arguments_of_the_decorator(tmp_path: Path) -> None:
+    (first, chat, vectors), warnings = read_yaml(write(tmp_path, OWN))
+    assert warnings == [] and first.name == "qwen2-5-0-5b-instruct"
     assert chat == build_spec(
         {
             "name": "chat",
@@ -96,27 +96,27 @@ def test_our_own_form_is_what_the_decorator_takes(tmp_path: Path) -> None:
     assert vectors.task == "embed" and vectors.lora == LoRA(adapters={"legal": "acme/legal@v3"})
 
 
-def test_the_schema_takes_what_deploy_takes() -> None:
-    known = schema()
-    jsonschema.Draft202012Validator.check_schema(known)
-    jsonschema.validate(yaml.safe_load(OWN), known)
-    fields = known["properties"]["models"]["items"]["properties"]
+def test_the_schema_accepts_only_valid_files() -> None:
+    json_schema = schema()
+    jsonschema.Draft202012Validator.check_schema(json_schema)
+    jsonschema.validate(yaml.safe_load(OWN), json_schema)
+    fields = json_schema["properties"]["models"]["items"]["properties"]
     assert fields.keys() == ModelSpec.model_fields.keys() - {"code", "requirements"}
     assert all(field["description"] for field in fields.values())
-    refused: list[Any] = [
+    invalid: list[Any] = [
         {"models": []},
         {"models": [{"name": "x"}]},
         {"models": [{"model": "a/b", "acelerator": "cpu"}]},
         {"x": 1},
     ]
-    for wrong in refused:
+    for content in invalid:
         with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(wrong, known)
+            jsonschema.validate(content, json_schema)
 
 
-def test_ray_serve_llms_files_unchanged(tmp_path: Path) -> None:
-    written(tmp_path, SMALL, "models/small.yaml")
-    (qwen, small), left_out = read_yaml(written(tmp_path, RAYS))
+def test_ray_serve_llm_files(tmp_path: Path) -> None:
+    write(tmp_path, SMALL, "models/small.yaml")
+    (qwen, small), warnings = read_yaml(write(tmp_path, RAYS))
     assert qwen == build_spec(
         {
             "name": "qwen-0-5b",
@@ -138,7 +138,7 @@ def test_ray_serve_llms_files_unchanged(tmp_path: Path) -> None:
     assert small.model.source == "s3://anonymous@acme/small" and small.model.anonymous
     assert (small.min_replicas, small.max_replicas, small.cpus, small.gpus) == (2, 2, 2, 1)
     assert str(small.accelerator) == "A10G"
-    assert [line.partition(" is left out")[0] for line in left_out] == [
+    assert [line.partition(" is ignored: ")[0] for line in warnings] == [
         "proxy_location",
         "http_options",
         "applications[0].route_prefix",
@@ -148,16 +148,16 @@ def test_ray_serve_llms_files_unchanged(tmp_path: Path) -> None:
     ]
 
 
-def test_a_model_file_of_rays_alone_keeps_a_replica_as_serve_does(tmp_path: Path) -> None:
-    (one,), left_out = read_yaml(written(tmp_path, "model_loading_config: {model_id: acme/m}\n"))
-    assert (one.model.source, one.min_replicas, one.max_replicas, left_out) == ("acme/m", 1, 1, [])
+def test_a_ray_model_file_keeps_one_replica_like_serve(tmp_path: Path) -> None:
+    (one,), warnings = read_yaml(write(tmp_path, "model_loading_config: {model_id: acme/m}\n"))
+    assert (one.model.source, one.min_replicas, one.max_replicas, warnings) == ("acme/m", 1, 1, [])
 
 
-def test_each_field_of_ray_serve_llm_is_known() -> None:
-    """Of the Ray that is installed; its own module wants packages that nothing here needs, so it is read only."""
-    place = Path(ray.__file__).parent / "llm" / "_internal" / "serve" / "core" / "configs" / "llm_config.py"
-    classes = {node.name: node for node in ast.parse(place.read_text()).body if isinstance(node, ast.ClassDef)}
-    text = (REPO / "cli" / "llmrun_cli" / "rayllm.py").read_text()
+def test_every_field_of_ray_serve_llm_is_handled() -> None:
+    """Checks the installed Ray. Its module is parsed, not imported: it needs packages that llmrun does not."""
+    file = Path(ray.__file__).parent / "llm" / "_internal" / "serve" / "core" / "configs" / "llm_config.py"
+    classes = {node.name: node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)}
+    text = (REPO / "cli" / "llmrun_cli" / "app_files" / "ray_serve_llm.py").read_text()
     unknown = [
         line.target.id
         for name in ("LLMConfig", "ModelLoadingConfig", "LoraConfig")
@@ -165,7 +165,7 @@ def test_each_field_of_ray_serve_llm_is_known() -> None:
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and not line.target.id.startswith("_")
         if f'"{line.target.id}"' not in text
     ]
-    assert unknown == ["server_cls", "callback_config"], "these have no meaning here"
+    assert unknown == ["server_cls", "callback_config"], "fields that are not supported"
 
 
 ONE: dict[str, Any] = {"model_loading_config": {"model_id": "m"}}
@@ -173,56 +173,62 @@ ONE: dict[str, Any] = {"model_loading_config": {"model_id": "m"}}
 
 def test_bundles_that_spread_are_nodes(tmp_path: Path) -> None:
     group = {"bundles": [{"CPU": 1, "GPU": 2}] * 2, "strategy": "STRICT_SPREAD"}
-    (spec,), _ = read_yaml(written(tmp_path, json.dumps(ONE | {"placement_group_config": group})))
+    (spec,), _ = read_yaml(write(tmp_path, json.dumps(ONE | {"placement_group_config": group})))
     assert (spec.nodes, spec.gpus, spec.cpus) == (2, 4, 1)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("models: [", "app.yaml:1: expected the node content"),
-        ("models:\n- model: a/b\n  model: c/d\n", "'model' stands there twice"),
-        ("[]", "has no model: write"),
-        ("models: []", "has no model: write"),
-        ("modles: []", "modles: a file has `models:` and nothing else"),
-        ("models: [x]", "models[0]: names and values"),
+        ("models:\n- model: a/b\n  model: c/d\n", "duplicate key 'model'"),
+        ("[]", "no models found. Write:"),
+        ("models: []", "no models found. Write:"),
+        ("modles: []", "unknown key 'modles'; must be `models:`"),
+        ("models: [x]", "models[0]: must be a mapping"),
         ("models: [{model: a/b, acelerator: cpu}]", "did you mean accelerator=?"),
         ("models: [{model: a/b, gpus: two}]", "gpus='two'"),
         ("models: [{model: {source: a/b, endpoint: x}}]", "models[0]: Weights.__init__() got an unexpected keyword"),
-        ("models: [{name: x}]", "models[0]: model='': name the weights"),
-        ("models: [{model: a/b}, {model: c/b}]", "models[1]: there are two models named 'b'"),
-        ("models: [{model: a/b, requirements: [x]}]", "requirements: it goes with a class's own code"),
-        (ONE | {"server_cls": "x:Y"}, "server_cls: it has no meaning here: leave it out"),
-        (ONE | {"llm_engine": "TGI"}, "llm_engine='TGI': one of vLLM, SGLang"),
-        (ONE | {"engine_kwargs": {"task": "reward"}}, "engine_kwargs.task='reward': one of generate, embed"),
-        (ONE | {"engine_kwargs": {"enable_lora": True}}, "engine_kwargs.enable_lora: lora_config says where"),
-        (ONE | {"engine_kwargs": []}, "engine_kwargs: names and values, not []"),
-        (ONE | {"runtime_env": {"pip": ["x"]}}, "runtime_env.pip: the engine's packages are those of the node"),
-        (ONE | {"deployment_config": {"user_config": {}}}, "deployment_config.user_config: it has no meaning here"),
-        (ONE | {"placement_group_config": {"bundles": [{}, {}], "strategy": "SPREAD"}}, "nodes=2: each gets the same"),
-        (ONE | {"placement_group_config": {"strategy": "DIAGONAL"}}, "strategy='DIAGONAL': one of PACK, STRICT_PACK"),
+        ("models: [{name: x}]", "models[0]: model='': must be a source of weights"),
+        ("models: [{model: a/b}, {model: c/b}]", "models[1]: duplicate model name 'b'"),
+        ("models: [{model: a/b, requirements: [x]}]", "requirements is only supported in a .py file"),
+        (ONE | {"server_cls": "x:Y"}, "server_cls: not supported; remove it"),
+        (ONE | {"llm_engine": "TGI"}, "llm_engine='TGI': must be one of vLLM, SGLang"),
+        (ONE | {"engine_kwargs": {"task": "reward"}}, "engine_kwargs.task='reward': must be one of generate, embed"),
+        (ONE | {"engine_kwargs": {"enable_lora": True}}, "engine_kwargs.enable_lora: lora_config is required"),
+        (ONE | {"engine_kwargs": []}, "engine_kwargs: must be a mapping, not []"),
+        (ONE | {"runtime_env": {"pip": ["x"]}}, "runtime_env.pip: not supported; engines use their node's packages"),
+        (ONE | {"deployment_config": {"user_config": {}}}, "deployment_config.user_config: not supported; remove it"),
+        (
+            ONE | {"placement_group_config": {"bundles": [{}, {}], "strategy": "SPREAD"}},
+            "nodes=2: every node needs the same",
+        ),
+        (
+            ONE | {"placement_group_config": {"strategy": "DIAGONAL"}},
+            "strategy='DIAGONAL': must be one of PACK, STRICT_PACK",
+        ),
         (
             ONE | {"placement_group_config": {"bundles": [{"GPU": 1}, {"GPU": 2}], "strategy": "SPREAD"}},
-            "bundles: an engine has the same on each of its nodes",
+            "bundles: must be the same for each node of an engine",
         ),
-        (ONE | {"placement_group_config": {"bundles": [{"TPU": 1}]}}, "bundles[0].TPU: it has no meaning"),
-        (ONE | {"lora_config": {}}, "lora_config.dynamic_lora_loading_path: say where adapters lie"),
-        ({"model_loading_config": {}}, "model_loading_config.model_id=None: name the model"),
-        ({"applications": []}, "applications: a list of at least one"),
-        ({"applications": [{"import_path": "my:app"}]}, "applications[0].import_path='my:app': only ray.serve.llm"),
+        (ONE | {"placement_group_config": {"bundles": [{"TPU": 1}]}}, "bundles[0].TPU: not supported"),
+        (ONE | {"lora_config": {}}, "lora_config.dynamic_lora_loading_path is required"),
+        ({"model_loading_config": {}}, "model_loading_config.model_id=None: a model name is required"),
+        ({"applications": []}, "applications: must be a non-empty list"),
+        ({"applications": [{"import_path": "my:app"}]}, "applications[0].import_path='my:app': must be ray.serve.llm"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, content: Any, said: str) -> None:
+def test_errors_are_one_line(tmp_path: Path, content: Any, message: str) -> None:
     text = content if isinstance(content, str) else json.dumps(content)
-    with pytest.raises(AppError) as wrong:
-        read_yaml(written(tmp_path, text))
-    assert said in str(wrong.value) and str(tmp_path) in str(wrong.value)
-    assert "\n" not in str(wrong.value).partition("\n\n    models:")[0]
+    with pytest.raises(AppError) as raised:
+        read_yaml(write(tmp_path, text))
+    assert message in str(raised.value) and str(tmp_path) in str(raised.value)
+    assert "\n" not in str(raised.value).partition("\n\n    models:")[0]
 
 
-def test_paths_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_files(tmp_path: Path) -> None:
     application = {"import_path": "ray.serve.llm:build_openai_app", "args": {"llm_configs": ["./nowhere.yaml"]}}
-    with pytest.raises(AppError, match=r"llm_configs\[0\]: there is no file ./nowhere.yaml"):
-        read_yaml(written(tmp_path, json.dumps({"applications": [application]})))
-    with pytest.raises(AppError, match="it cannot be read"):
+    with pytest.raises(AppError, match=r"llm_configs\[0\]: file not found: ./nowhere.yaml"):
+        read_yaml(write(tmp_path, json.dumps({"applications": [application]})))
+    with pytest.raises(AppError, match="cannot read the file: No such file"):
         read_yaml(tmp_path / "gone.yaml")

@@ -1,0 +1,1 @@
+"""Readers of app files."""

@@ -1,4 +1,4 @@
-"""Packs an app's folder: the same files give the same bytes, whatever the day."""
+"""Packs an app's folder into a zip. The same files give the same bytes."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from llmrun.wire import MAX_PACKAGE_BYTES
 IGNORE_FILES = (".gitignore", ".llmrunignore")
 ALWAYS_IGNORED = ("__pycache__/", "*.pyc", ".git/", ".venv/", "venv/", ".mypy_cache/", ".ruff_cache/", ".pytest_cache/")
 EPOCH = (1980, 1, 1, 0, 0, 0)
+Rules = list[tuple[Path, GitIgnoreSpec]]
 
 
-def pack(folder: Path, leave_out: Collection[Path] = ()) -> tuple[str, bytes]:
-    """The zip of `folder` without the paths in `leave_out`, and its sha256.
+def pack(folder: Path, exclude: Collection[Path] = ()) -> tuple[str, bytes]:
+    """Return the sha256 and the bytes of a zip of `folder` without the paths in `exclude`.
 
-    Raises AppError above 100 MiB, with the largest files.
+    Raises AppError above 100 MiB; the message names the largest files.
     """
-    files = sorted(_files(folder, leave_out), key=lambda path: path.relative_to(folder).as_posix())
+    files = sorted(_files(folder, exclude), key=lambda path: path.relative_to(folder).as_posix())
     sizes = {path: path.stat().st_size for path in files}
-    if sum(sizes.values()) > MAX_PACKAGE_BYTES:
+    if (total := sum(sizes.values())) > MAX_PACKAGE_BYTES:
         largest = sorted(files, key=lambda path: -sizes[path])[:3]
-        named = ", ".join(f"{path.relative_to(folder)} ({sizes[path] / 2**20:.0f} MiB)" for path in largest)
+        names = ", ".join(f"{path.relative_to(folder)} ({sizes[path] / 2**20:.0f} MiB)" for path in largest)
         raise AppError(
-            f"{folder}: the code would be {sum(sizes.values()) / 2**20:.0f} MiB, over {MAX_PACKAGE_BYTES >> 20}: "
-            f"largest are {named}; name what is no code in .llmrunignore"
+            f"{folder}: the code package is {total / 2**20:.0f} MiB; the limit is {MAX_PACKAGE_BYTES >> 20} MiB. "
+            f"Largest files: {names}. List files that are not code in .llmrunignore."
         )
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as package:
@@ -44,35 +45,38 @@ def pack(folder: Path, leave_out: Collection[Path] = ()) -> tuple[str, bytes]:
     return hashlib.sha256(data).hexdigest(), data
 
 
-def _files(folder: Path, leave_out: Collection[Path]) -> list[Path]:
-    """The folder's files that no ignore file names; each rules its own folder and those below, as git has it."""
-    found: list[Path] = []
-    rules_above = [(folder, GitIgnoreSpec.from_lines(ALWAYS_IGNORED))]
-    repository = next((above for above in folder.parents if (above / ".git").exists()), None)
-    for above in folder.parents if repository and not (folder / ".git").exists() else ():
-        rules_above += _rules(above)
-        if above == repository:
+def _files(folder: Path, exclude: Collection[Path]) -> list[Path]:
+    """Return the folder's files that no ignore file excludes.
+
+    As in git, an ignore file applies to its own folder and those below it.
+    """
+    files: list[Path] = []
+    inherited: Rules = [(folder, GitIgnoreSpec.from_lines(ALWAYS_IGNORED))]
+    repository = next((parent for parent in folder.parents if (parent / ".git").exists()), None)
+    for parent in folder.parents if repository and not (folder / ".git").exists() else ():
+        inherited += _rules(parent)
+        if parent == repository:
             break
 
-    def walk(here: Path, rules: list[tuple[Path, GitIgnoreSpec]]) -> None:
-        rules = [*rules, *_rules(here)]
-        for path in sorted(here.iterdir()):
+    def walk(current: Path, rules: Rules) -> None:
+        rules = [*rules, *_rules(current)]
+        for path in sorted(current.iterdir()):
             slash = "/" if path.is_dir() else ""
-            if path in leave_out or any(
+            if path in exclude or any(
                 spec.match_file(path.relative_to(base).as_posix() + slash) for base, spec in rules
             ):
                 continue
             if path.is_dir() and not path.is_symlink():
                 walk(path, rules)
             elif path.is_file():
-                found.append(path)
+                files.append(path)
 
-    walk(folder, rules_above)
-    return found
+    walk(folder, inherited)
+    return files
 
 
-def _rules(folder: Path) -> list[tuple[Path, GitIgnoreSpec]]:
-    """What the folder's own ignore files say."""
+def _rules(folder: Path) -> Rules:
+    """Return the rules of the folder's own ignore files."""
     files = [folder / name for name in IGNORE_FILES if (folder / name).is_file()]
     lines = [line for file in files for line in file.read_text(errors="replace").splitlines()]
     return [(folder, GitIgnoreSpec.from_lines(lines))] if lines else []

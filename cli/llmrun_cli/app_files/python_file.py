@@ -1,6 +1,7 @@
-"""`python -m llmrun_cli.app_files.python_file FILE`: imports an app file in a process of its own and prints its models as JSON.
+"""App files in Python.
 
-`load_app` starts that process. The file's own output goes to standard error.
+`load_app` runs this module as `python -m llmrun_cli.app_files.python_file FILE RESULT`. That process imports the app
+file and writes its models to RESULT as JSON. The file's own output goes to standard error.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from llmrun.app_file import absolute, load_file
+from llmrun.app_file import load_file, resolve_paths
 from llmrun.decorator import hooks_of, spec_of
 from llmrun.errors import AppError, SpecError
 from llmrun.spec import ModelSpec
@@ -31,7 +32,7 @@ EXAMPLE = """\
 
 
 class LoadedModel(BaseModel):
-    """One class of the app file."""
+    """One model of an app file."""
 
     cls: str
     hooks: tuple[str, ...]
@@ -39,16 +40,16 @@ class LoadedModel(BaseModel):
 
     @property
     def needs_code(self) -> bool:
-        """Whether the class's own code goes along; without it a version is its spec alone."""
+        """Whether the class's own code must be deployed with its spec."""
         return bool(self.hooks or self.spec.requirements)
 
 
 def load_app(path: Path) -> list[LoadedModel]:
-    """The models of an app file, in its order, their paths absolute. Raises AppError."""
+    """Return the models of a Python file in its order, with absolute paths. Raises AppError."""
     if not path.is_file():
-        raise AppError(f"{path}: there is no such file")
-    with tempfile.NamedTemporaryFile(suffix=".json") as answer:
-        command = [sys.executable, "-m", "llmrun_cli.app_files.python_file", str(path), answer.name]
+        raise AppError(f"{path}: file not found")
+    with tempfile.NamedTemporaryFile(suffix=".json") as result_file:
+        command = [sys.executable, "-m", "llmrun_cli.app_files.python_file", str(path), result_file.name]
         try:
             code = subprocess.run(
                 command,
@@ -58,10 +59,10 @@ def load_app(path: Path) -> list[LoadedModel]:
                 check=False,
             ).returncode
         except subprocess.TimeoutExpired:
-            raise AppError(f"{path}: importing it took over {LOAD_TIMEOUT_S} s") from None
-        text = Path(answer.name).read_text()
+            raise AppError(f"{path}: import timed out after {LOAD_TIMEOUT_S} s") from None
+        text = Path(result_file.name).read_text()
     if not text:
-        raise AppError(f"{path}: importing it ended Python with exit code {code}")
+        raise AppError(f"{path}: Python exited with code {code} during import")
     result = json.loads(text)
     if "error" in result:
         raise AppError(result["error"], result["detail"])
@@ -69,45 +70,46 @@ def load_app(path: Path) -> list[LoadedModel]:
 
 
 def _inspect(path: Path) -> dict[str, Any]:
+    """Return the file's models, or an error and its detail."""
     try:
         module = load_file(path)
     except SpecError as error:
-        return {"error": f"{_place(path, error)}: {error}", "detail": ""}
+        return {"error": f"{_location(path, error)}: {error}", "detail": ""}
     except SyntaxError as error:
         return {
-            "error": f"{error.filename or path} has a syntax error",
+            "error": f"{error.filename or path}: syntax error",
             "detail": "".join(traceback.format_exception_only(error)),
         }
-    except BaseException as error:  # noqa: BLE001 - whatever the user's file raises is the user's to see
-        what = traceback.format_exception_only(error)[-1].strip()
-        return {"error": f"{path} failed on import: {what}", "detail": _users_traceback(path, error)}
+    except BaseException as error:  # noqa: BLE001 - a user's file may raise anything; the user gets to see it
+        text = traceback.format_exception_only(error)[-1].strip()
+        return {"error": f"{path}: import failed: {text}", "detail": _user_traceback(path, error)}
     classes = {id(item): item for item in vars(module).values() if isinstance(item, type) and spec_of(item)}
     if not classes:
-        return {"error": f"{path} has no model: put @llm on a class, like\n\n{EXAMPLE}", "detail": ""}
-    models, owners = [], dict[str, str]()
+        return {"error": f"{path}: no models found. Put @llm on a class:\n\n{EXAMPLE}", "detail": ""}
+    models, class_names = [], dict[str, str]()
     for cls in classes.values():
         spec = spec_of(cls)
         assert spec
-        if spec.name in owners:
+        if spec.name in class_names:
             return {
-                "error": f"{path}: {owners[spec.name]} and {cls.__name__} are both named {spec.name!r}: "
-                f"give one of them another name=",
+                "error": f"{path}: duplicate model name {spec.name!r} ({class_names[spec.name]} and {cls.__name__}). "
+                f"Set name= on one of them.",
                 "detail": "",
             }
-        owners[spec.name] = cls.__name__
-        spec = absolute(spec, path.absolute().parent)
+        class_names[spec.name] = cls.__name__
+        spec = resolve_paths(spec, path.absolute().parent)
         models.append(LoadedModel(cls=cls.__qualname__, hooks=hooks_of(cls), spec=spec).model_dump(mode="json"))
     return {"models": models}
 
 
-def _place(path: Path, error: BaseException) -> str:
-    """`file:line` of the user's code that an error came from."""
+def _location(path: Path, error: BaseException) -> str:
+    """Return `file:line` of the line in the user's file that raised the error."""
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path.absolute()]
     return f"{path}:{lines[-1]}" if lines else str(path)
 
 
-def _users_traceback(path: Path, error: BaseException) -> str:
-    """The traceback from the user's first line on."""
+def _user_traceback(path: Path, error: BaseException) -> str:
+    """Return the traceback without the frames before the user's file."""
     tb = error.__traceback__
     while tb and Path(tb.tb_frame.f_code.co_filename) != path.absolute():
         tb = tb.tb_next
@@ -115,15 +117,15 @@ def _users_traceback(path: Path, error: BaseException) -> str:
 
 
 def main() -> None:
-    """Write the result to the file named second."""
-    path, answer = Path(sys.argv[1]), Path(sys.argv[2])
+    """Inspect the file named by the first argument; write the result to the file named by the second."""
+    path, result_path = Path(sys.argv[1]), Path(sys.argv[2])
     sys.argv = [str(path)]
     with contextlib.redirect_stdout(sys.stderr):
         result = _inspect(path)
-    answer.write_text(json.dumps(result))
+    result_path.write_text(json.dumps(result))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)  # threads that the file started do not keep us
+    os._exit(0)  # do not wait for threads that the file started
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Ray Serve LLM's own configuration files, as llmrun's models: a `serve` config, or the file of one model.
+"""Reads Ray Serve LLM's configuration files: a Serve config (`applications:`), or the file of one model.
 
-Nothing that such a file says is ignored in silence: what has no meaning here is refused by name, or warned about where
-leaving it out changes no answer. Fields: `ray.serve.llm.LLMConfig` of Ray 2.60.
+Nothing is ignored silently: unsupported fields are errors, and fields that change no response are ignored with a
+warning. The fields are those of `ray.serve.llm.LLMConfig` in Ray 2.60.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,120 +15,127 @@ from llmrun.errors import AppError
 from llmrun.spec import to_label
 
 BUILDERS = ("ray.serve.llm:build_openai_app", "ray.serve.llm.builders:build_openai_app")
-APPLICATIONS, ONE = "applications", "model_loading_config"
-# Serve's own machinery: llmrun's ingress, scaler and logs stand in its place.
-OF_SERVE = {
-    "proxy_location": "llmrun has an ingress of its own, on the head",
-    "http_options": "`llmrun up --host --port` says where the ingress listens",
-    "grpc_options": "the ingress speaks HTTP",
-    "logging_config": "`llmrun logs` has the logs",
-    "target_capacity": "min_replicas and max_replicas say it",
+APPLICATIONS, MODEL_LOADING = "applications", "model_loading_config"
+# Fields by name: why they are ignored, or "" if they are used.
+Fields = Mapping[str, str]
+SERVE_FIELDS = {
+    APPLICATIONS: "",
+    "proxy_location": "llmrun has its own ingress, on the head node",
+    "http_options": "set the ingress address with `llmrun up --host --port`",
+    "grpc_options": "the ingress speaks HTTP only",
+    "logging_config": "see `llmrun logs`",
+    "target_capacity": "use min_replicas and max_replicas",
 }
-OF_APPLICATION = {
+APPLICATION_FIELDS = {
     "name": "",
     "import_path": "",
     "args": "",
-    "route_prefix": "the endpoint is /v1, shared by all apps",
-    "logging_config": OF_SERVE["logging_config"],
-    "external_scaler_enabled": "llmrun scales its models itself",
+    "route_prefix": "all apps share the endpoint /v1",
+    "logging_config": SERVE_FIELDS["logging_config"],
+    "external_scaler_enabled": "llmrun has its own autoscaler",
 }
-OF_ARGS = {
+ARGS_FIELDS = {
     "llm_configs": "",
-    "ingress_deployment_config": OF_SERVE["proxy_location"],
-    "ingress_cls_config": OF_SERVE["proxy_location"],
+    "ingress_deployment_config": SERVE_FIELDS["proxy_location"],
+    "ingress_cls_config": SERVE_FIELDS["proxy_location"],
 }
-OF_DEPLOYMENT = {
-    **{name: "llmrun looks after its replicas itself" for name in ("health_check_period_s", "health_check_timeout_s")},
+DEPLOYMENT_FIELDS = {
+    **{name: "llmrun checks its replicas itself" for name in ("health_check_period_s", "health_check_timeout_s")},
+    **{name: "set LLMRUN_DRAIN_TIMEOUT" for name in ("graceful_shutdown_wait_loop_s", "graceful_shutdown_timeout_s")},
+    "logging_config": SERVE_FIELDS["logging_config"],
+    "request_router_config": "the ingress routes by load, adapter and prompt prefix",
+    "name": "the deployment is named after the model",
+}
+# The first one that is set counts.
+DELAYS = ("downscale_to_zero_delay_s", "downscale_delay_s")
+AUTOSCALING_FIELDS = {
+    **dict.fromkeys(("min_replicas", "max_replicas", "target_ongoing_requests", *DELAYS), ""),
     **{
-        name: "LLMRUN_DRAIN_TIMEOUT says it"
-        for name in ("graceful_shutdown_wait_loop_s", "graceful_shutdown_timeout_s")
+        name: "llmrun starts replicas as soon as requests wait"
+        for name in (
+            *("initial_replicas", "upscale_delay_s", "metrics_interval_s", "look_back_period_s", "upscaling_factor"),
+            *("upscale_smoothing_factor", "downscale_smoothing_factor", "downscaling_factor", "smoothing_factor"),
+        )
     },
-    "logging_config": OF_SERVE["logging_config"],
-    "request_router_config": "the ingress routes by load, adapters and how prompts begin",
-    "name": "the model's name is said once",
 }
-OF_SCALER = {
-    name: "llmrun starts replicas when requests wait, at once"
-    for name in (
-        *("initial_replicas", "upscale_delay_s", "metrics_interval_s", "look_back_period_s", "upscaling_factor"),
-        *("upscale_smoothing_factor", "downscale_smoothing_factor", "downscaling_factor", "smoothing_factor"),
-    )
-}
-OF_ENGINE = {
-    "tokenizer_pool_size": "vLLM has it no more",
-    "tokenizer_pool_type": "vLLM has it no more",
-    "disable_log_requests": "requests are logged by the ingress",
+IGNORED_ENGINE_FIELDS = {
+    "tokenizer_pool_size": "vLLM no longer supports it",
+    "tokenizer_pool_type": "vLLM no longer supports it",
+    "disable_log_requests": "the ingress logs requests",
     "distributed_executor_backend": "llmrun starts the engine's processes itself",
 }
-OF_ENVIRONMENT = {"VLLM_USE_V1": "vLLM has one engine only, its V1"}
-OF_LORA = {
-    name: "adapters are brought like weights, with retries and a deadline"
-    for name in ("download_timeout_s", "max_download_tries")
+IGNORED_VARIABLES = {"VLLM_USE_V1": "vLLM only has the V1 engine"}
+LORA_FIELDS = {
+    **dict.fromkeys(("dynamic_lora_loading_path", "max_num_adapters_per_replica"), ""),
+    **{
+        name: "adapters are downloaded like weights, with retries and a deadline"
+        for name in ("download_timeout_s", "max_download_tries")
+    },
 }
-# The first that is said counts.
-DELAYS = ("downscale_to_zero_delay_s", "downscale_delay_s")
+IGNORED_MODEL_FIELDS = {"experimental_configs": "it tunes Ray's own streaming and proxies"}
 TASKS = ("generate", "embed", "classify", "score")
 ENGINES = {"vLLM": "vllm", "SGLang": "sglang"}
-# Ray's PACK may spread what does not fit; here an engine is on one node unless it says otherwise.
+# Ray's PACK may spread over nodes what one node cannot hold; llmrun keeps an engine on one node unless told otherwise.
 SPREADING = ("SPREAD", "STRICT_SPREAD")
 STRATEGIES = ("PACK", "STRICT_PACK", *SPREADING)
 
 
-def is_rays(content: Mapping[str, Any]) -> bool:
-    """Whether a file's content is Ray's."""
-    return APPLICATIONS in content or ONE in content
+def is_ray_config(content: Mapping[str, Any]) -> bool:
+    """Return whether a file's content is a Ray Serve LLM configuration."""
+    return APPLICATIONS in content or MODEL_LOADING in content
 
 
 @dataclass
-class Reader:
-    """Reads one file. `load`: a model's file that it names; raises AppError. `warnings` come about."""
+class RayConfigReader:
+    """Reads one file; collects `warnings`.
+
+    `load` parses a model file that this one refers to; it may raise AppError.
+    """
 
     path: Path
     load: Callable[[Path], Any]
     warnings: list[str] = field(default_factory=list)
 
     def read(self, content: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The fields of each model's spec. Raises AppError."""
-        if ONE in content:
-            return [self.model(content, "")]
-        self._leave_out(content, {**OF_SERVE, APPLICATIONS: ""}, "")
-        found: list[dict[str, Any]] = []
-        for number, application in enumerate(_list(content[APPLICATIONS], APPLICATIONS, self._wrong)):
+        """Return the spec fields of each model. Raises AppError."""
+        if MODEL_LOADING in content:
+            return [self._model(content, "")]
+        self._check_fields(content, SERVE_FIELDS, "")
+        models: list[dict[str, Any]] = []
+        for number, application in enumerate(self._list(content[APPLICATIONS], APPLICATIONS)):
             where = f"{APPLICATIONS}[{number}]"
-            found += self._application(self._mapping(application, where), where)
-        return found
+            models += self._application(self._mapping(application, where), where)
+        return models
 
     def _application(self, application: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         if (builder := application.get("import_path")) not in BUILDERS:
-            raise self._wrong(
-                f"{where}.import_path={builder!r}: only {BUILDERS[0]} makes models; deploy others with Serve"
-            )
-        self._leave_out(application, OF_APPLICATION, where)
+            raise self._error(f"{where}.import_path={builder!r}: must be {BUILDERS[0]}; deploy other apps with Serve")
+        self._check_fields(application, APPLICATION_FIELDS, where)
         args = self._mapping(application.get("args"), f"{where}.args")
-        self._leave_out(args, OF_ARGS, f"{where}.args")
-        found = []
-        for number, config in enumerate(_list(args.get("llm_configs"), f"{where}.args.llm_configs", self._wrong)):
+        self._check_fields(args, ARGS_FIELDS, f"{where}.args")
+        models = []
+        for number, config in enumerate(self._list(args.get("llm_configs"), f"{where}.args.llm_configs")):
             at = f"{where}.args.llm_configs[{number}]"
-            if isinstance(config, str):  # Ray reads it from where `serve` runs; mostly that is where the file is
-                place = next((p for p in (self.path.parent / config, Path(config)) if p.is_file()), None)
-                if place is None:
-                    raise self._wrong(f"{at}: there is no file {config}")
-                config, at = self.load(place), str(config)  # noqa: PLW2901
-            found.append(self.model(self._mapping(config, at), at))
-        return found
+            if isinstance(config, str):  # Ray resolves it from where `serve` runs, usually the file's folder
+                file = next((p for p in (self.path.parent / config, Path(config)) if p.is_file()), None)
+                if file is None:
+                    raise self._error(f"{at}: file not found: {config}")
+                config, at = self.load(file), str(config)  # noqa: PLW2901
+            models.append(self._model(self._mapping(config, at), at))
+        return models
 
-    def model(self, config: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """One LLMConfig as fields of a spec. Raises AppError."""
-        loading = self._mapping(config.get(ONE), _under(where, ONE))
-        said = loading.get("model_id")
-        if not isinstance(said, str) or not to_label(said):
-            raise self._wrong(f"{_under(where, ONE)}.model_id={said!r}: name the model")
-        name = to_label(said.rpartition("/")[2]) or to_label(said)
-        engine = dict(self._mapping(config.get("engine_kwargs"), _under(where, "engine_kwargs")))
-        fields: dict[str, Any] = {"name": name, "aliases": [] if said == name else [said]}
-        parts = {
+    def _model(self, config: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """Return one LLMConfig as spec fields. Raises AppError."""
+        loading = self._mapping(config.get(MODEL_LOADING), _join(where, MODEL_LOADING))
+        model_id = loading.get("model_id")
+        if not isinstance(model_id, str) or not to_label(model_id):
+            raise self._error(f"{_join(where, MODEL_LOADING)}.model_id={model_id!r}: a model name is required")
+        name = to_label(model_id.rpartition("/")[2]) or to_label(model_id)
+        engine = dict(self._mapping(config.get("engine_kwargs"), _join(where, "engine_kwargs")))
+        fields: dict[str, Any] = {"name": name, "aliases": [] if model_id == name else [model_id]}
+        readers = {
             "llm_engine": self._engine,
-            ONE: self._source,
+            MODEL_LOADING: self._source,
             "accelerator_type": self._accelerator,
             "accelerator_config": self._accelerator_config,
             "deployment_config": self._deployment,
@@ -137,29 +144,28 @@ class Reader:
             "runtime_env": self._runtime_env,
             "log_engine_metrics": self._metrics,
         }
-        for part, read in parts.items():
-            if config.get(part) is not None:
-                read(config[part], _under(where, part), fields, engine)
-        fields.setdefault("min_replicas", 1)  # Serve keeps one if nothing is said
-        self._engine_kwargs(engine, _under(where, "engine_kwargs"), fields)
-        experimental = {"experimental_configs": "it tunes Ray's own streaming and proxies"}
-        self._leave_out(config, dict.fromkeys((*parts, "engine_kwargs"), "") | experimental, where)
+        for key, read in readers.items():
+            if config.get(key) is not None:
+                read(config[key], _join(where, key), fields, engine)
+        fields.setdefault("min_replicas", 1)  # Serve's default
+        self._engine_kwargs(engine, _join(where, "engine_kwargs"), fields)
+        self._check_fields(config, _used(*readers, "engine_kwargs") | IGNORED_MODEL_FIELDS, where)
         return fields
 
     def _engine(self, value: Any, where: str, fields: dict[str, Any], _: dict[str, Any]) -> None:
         if value not in ENGINES:
-            raise self._wrong(f"{where}={value!r}: one of {', '.join(ENGINES)}")
+            raise self._error(f"{where}={value!r}: must be one of {', '.join(ENGINES)}")
         fields["engine"] = ENGINES[value]
 
     def _source(self, value: Any, where: str, fields: dict[str, Any], engine: dict[str, Any]) -> None:
         loading = self._mapping(value, where)
-        self._leave_out(loading, dict.fromkeys(("model_id", "model_source", "tokenizer_source"), ""), where)
+        self._check_fields(loading, _used("model_id", "model_source", "tokenizer_source"), where)
         source = loading.get("model_source") or loading["model_id"]
         if isinstance(source, Mapping):
-            self._leave_out(source, {"bucket_uri": ""}, f"{where}.model_source")
+            self._check_fields(source, _used("bucket_uri"), f"{where}.model_source")
             source = source.get("bucket_uri")
         if not isinstance(source, str):
-            raise self._wrong(f"{where}.model_source={source!r}: a name, a path, or bucket_uri: s3://…")
+            raise self._error(f"{where}.model_source={source!r}: must be a name, a path, or bucket_uri: s3://…")
         fields["model"] = source
         if loading.get("tokenizer_source"):
             engine["tokenizer"] = loading["tokenizer_source"]
@@ -172,56 +178,56 @@ class Reader:
         if kind == "cpu":
             fields["accelerator"] = "cpu"
         elif kind != "gpu":
-            raise self._wrong(f"{where}.kind={kind!r}: gpu or cpu")
+            raise self._error(f"{where}.kind={kind!r}: must be gpu or cpu")
 
     def _deployment(self, value: Any, where: str, fields: dict[str, Any], engine: dict[str, Any]) -> None:
         deployment = dict(self._mapping(value, where))
-        scaling = deployment.pop("autoscaling_config", None)
-        number = deployment.pop("num_replicas", None)
-        if number not in (None, "auto"):
-            fields |= {"min_replicas": number, "max_replicas": number}
-        elif scaling is not None:
-            self._scaling(self._mapping(scaling, f"{where}.autoscaling_config"), f"{where}.autoscaling_config", fields)
-        if (most := deployment.pop("max_ongoing_requests", None)) is not None:
-            fields["max_ongoing_requests"] = most
-            fields.setdefault("target_ongoing_requests", min(most, 32))
+        autoscaling = deployment.pop("autoscaling_config", None)
+        replicas = deployment.pop("num_replicas", None)
+        if replicas not in (None, "auto"):
+            fields |= {"min_replicas": replicas, "max_replicas": replicas}
+        elif autoscaling is not None:
+            at = f"{where}.autoscaling_config"
+            self._autoscaling(self._mapping(autoscaling, at), at, fields)
+        if (ongoing := deployment.pop("max_ongoing_requests", None)) is not None:
+            fields["max_ongoing_requests"] = ongoing
+            fields.setdefault("target_ongoing_requests", min(ongoing, 32))
         if (queued := deployment.pop("max_queued_requests", None)) not in (None, -1):
             fields["max_queued"] = queued
         actor = dict(self._mapping(deployment.pop("ray_actor_options", None), f"{where}.ray_actor_options"))
-        for theirs, ours in (("num_cpus", "cpus"), ("num_gpus", "gpus"), ("accelerator_type", "accelerator")):
-            if actor.get(theirs):
-                fields.setdefault(ours, actor[theirs])
-            actor.pop(theirs, None)
+        for ray_name, name in (("num_cpus", "cpus"), ("num_gpus", "gpus"), ("accelerator_type", "accelerator")):
+            if actor.get(ray_name):
+                fields.setdefault(name, actor[ray_name])
+            actor.pop(ray_name, None)
         if actor.get("runtime_env"):
             self._runtime_env(actor["runtime_env"], f"{where}.ray_actor_options.runtime_env", fields, engine)
-        self._leave_out(actor, {"runtime_env": ""}, f"{where}.ray_actor_options")
-        self._leave_out(deployment, OF_DEPLOYMENT, where)
+        self._check_fields(actor, _used("runtime_env"), f"{where}.ray_actor_options")
+        self._check_fields(deployment, DEPLOYMENT_FIELDS, where)
 
-    def _scaling(self, scaling: Mapping[str, Any], where: str, fields: dict[str, Any]) -> None:
-        least = scaling.get("min_replicas", 1)  # Serve's own default
-        fields |= {"min_replicas": least, "max_replicas": scaling.get("max_replicas", max(1, least))}
-        if scaling.get("target_ongoing_requests") is not None:
-            fields["target_ongoing_requests"] = round(scaling["target_ongoing_requests"])
-        delays = [scaling.get(name) for name in DELAYS]
-        if said := next((delay for delay in delays if delay), None):
-            fields["idle_timeout"] = said
-        known = ("min_replicas", "max_replicas", "target_ongoing_requests", *DELAYS)
-        self._leave_out(scaling, dict.fromkeys(known, "") | OF_SCALER, where)
+    def _autoscaling(self, config: Mapping[str, Any], where: str, fields: dict[str, Any]) -> None:
+        least = config.get("min_replicas", 1)  # Serve's default
+        fields |= {"min_replicas": least, "max_replicas": config.get("max_replicas", max(1, least))}
+        if config.get("target_ongoing_requests") is not None:
+            fields["target_ongoing_requests"] = round(config["target_ongoing_requests"])
+        if delay := next((config[name] for name in DELAYS if config.get(name)), None):
+            fields["idle_timeout"] = delay
+        self._check_fields(config, AUTOSCALING_FIELDS, where)
 
     def _placement(self, value: Any, where: str, fields: dict[str, Any], _: dict[str, Any]) -> None:
         group = self._mapping(value, where)
-        self._leave_out(group, dict.fromkeys(("bundles", "bundle_per_worker", "strategy"), ""), where)
+        self._check_fields(group, _used("bundles", "bundle_per_worker", "strategy"), where)
         strategy = group.get("strategy", "PACK")
         bundles = group.get("bundles") or ([group["bundle_per_worker"]] if group.get("bundle_per_worker") else [])
         if strategy not in STRATEGIES:
-            raise self._wrong(f"{where}.strategy={strategy!r}: one of {', '.join(STRATEGIES)}")
+            raise self._error(f"{where}.strategy={strategy!r}: must be one of {', '.join(STRATEGIES)}")
         for number, bundle in enumerate(bundles):
-            self._leave_out(self._mapping(bundle, where), {"CPU": "", "GPU": ""}, f"{where}.bundles[{number}]")
+            at = f"{where}.bundles[{number}]"
+            self._check_fields(self._mapping(bundle, at), _used("CPU", "GPU"), at)
         cpus, gpus = (sum(bundle.get(kind, 0) for bundle in bundles) for kind in ("CPU", "GPU"))
         nodes = len(bundles) if strategy in SPREADING else 1
         if nodes > 1:
             if any(bundle != bundles[0] for bundle in bundles):
-                raise self._wrong(f"{where}.bundles: an engine has the same on each of its nodes")
+                raise self._error(f"{where}.bundles: must be the same for each node of an engine")
             fields["nodes"] = nodes
         if cpus:
             fields["cpus"] = cpus / nodes
@@ -229,70 +235,72 @@ class Reader:
             fields["gpus"] = gpus
 
     def _lora(self, value: Any, where: str, fields: dict[str, Any], engine: dict[str, Any]) -> None:
-        lora = self._mapping(value, where)
-        self._leave_out(
-            lora, dict.fromkeys(("dynamic_lora_loading_path", "max_num_adapters_per_replica"), "") | OF_LORA, where
-        )
-        if not lora.get("dynamic_lora_loading_path"):
-            raise self._wrong(f"{where}.dynamic_lora_loading_path: say where adapters lie")
-        said: dict[str, Any] = {"path": lora["dynamic_lora_loading_path"]}
-        if (held := lora.get("max_num_adapters_per_replica") or engine.get("max_loras")) is not None:
-            said["max_loaded"] = held
+        config = self._mapping(value, where)
+        self._check_fields(config, LORA_FIELDS, where)
+        if not config.get("dynamic_lora_loading_path"):
+            raise self._error(f"{where}.dynamic_lora_loading_path is required: the location of the adapters")
+        lora: dict[str, Any] = {"path": config["dynamic_lora_loading_path"]}
+        if (max_loaded := config.get("max_num_adapters_per_replica") or engine.get("max_loras")) is not None:
+            lora["max_loaded"] = max_loaded
         if engine.get("max_lora_rank") is not None:
-            said["max_rank"] = engine["max_lora_rank"]
-        fields["lora"] = said
+            lora["max_rank"] = engine["max_lora_rank"]
+        fields["lora"] = lora
 
     def _runtime_env(self, value: Any, where: str, fields: dict[str, Any], _: dict[str, Any]) -> None:
         env = self._mapping(value, where)
         for name in env:
             if name != "env_vars":
-                raise self._wrong(f"{where}.{name}: the engine's packages are those of the node: leave it out")
-        said = self._mapping(env.get("env_vars"), f"{where}.env_vars")
-        self._leave_out(
-            {name: said[name] for name in said if name in OF_ENVIRONMENT}, OF_ENVIRONMENT, f"{where}.env_vars"
-        )
-        kept = {str(name): str(value) for name, value in said.items() if name not in OF_ENVIRONMENT}
-        fields["env"] = fields.get("env", {}) | kept
+                raise self._error(f"{where}.{name}: not supported; engines use their node's packages. Remove it.")
+        variables = self._mapping(env.get("env_vars"), f"{where}.env_vars")
+        ignored = [name for name in variables if name in IGNORED_VARIABLES]
+        self._check_fields(ignored, IGNORED_VARIABLES, f"{where}.env_vars")
+        used = {str(name): str(text) for name, text in variables.items() if name not in IGNORED_VARIABLES}
+        fields["env"] = fields.get("env", {}) | used
 
     def _metrics(self, value: Any, where: str, fields: dict[str, Any], _: dict[str, Any]) -> None:
         fields["log_engine_metrics"] = value
 
     def _engine_kwargs(self, engine: dict[str, Any], where: str, fields: dict[str, Any]) -> None:
-        """What vLLM gets, less what says the same elsewhere."""
+        """Set the engine's arguments, without those that are fields of the spec. Raises AppError."""
         for name in ("enable_lora", "max_loras", "max_cpu_loras", "max_lora_rank"):
             if engine.pop(name, None) and "lora" not in fields:
-                raise self._wrong(f"{where}.{name}: lora_config says where adapters lie")
+                raise self._error(f"{where}.{name}: lora_config is required, with the location of the adapters")
         if (task := engine.pop("task", None)) is not None:
             if task not in TASKS:
-                raise self._wrong(f"{where}.task={task!r}: one of {', '.join(TASKS)}")
+                raise self._error(f"{where}.task={task!r}: must be one of {', '.join(TASKS)}")
             fields["task"] = task
-        self._leave_out({name: engine.pop(name) for name in list(engine) if name in OF_ENGINE}, OF_ENGINE, where)
-        fields["engine_args"] = engine
+        ignored = [name for name in engine if name in IGNORED_ENGINE_FIELDS]
+        self._check_fields(ignored, IGNORED_ENGINE_FIELDS, where)
+        fields["engine_args"] = {name: value for name, value in engine.items() if name not in ignored}
 
-    def _leave_out(self, given: Mapping[str, Any], known: Mapping[str, str], where: str) -> None:
-        """Warn of what has a reason in `known`; refuse what is not there. Raises AppError."""
-        for name in given:
-            if name not in known:
-                raise self._wrong(f"{_under(where, name)}: it has no meaning here: leave it out")
-            if known[name]:
-                self.warnings.append(f"{_under(where, name)} is left out: {known[name]}")
+    def _check_fields(self, names: Iterable[str], supported: Fields, where: str) -> None:
+        """Warn about ignored fields. Raises AppError for unsupported ones."""
+        for name in names:
+            if name not in supported:
+                raise self._error(f"{_join(where, name)}: not supported; remove it")
+            if reason := supported[name]:
+                self.warnings.append(f"{_join(where, name)} is ignored: {reason}")
 
     def _mapping(self, value: Any, where: str) -> Mapping[str, Any]:
         if value is None:
             return {}
         if not isinstance(value, Mapping):
-            raise self._wrong(f"{where}: names and values, not {value!r}")
+            raise self._error(f"{where}: must be a mapping, not {value!r}")
         return value
 
-    def _wrong(self, text: str) -> AppError:
+    def _list(self, value: Any, where: str) -> list[Any]:
+        if not isinstance(value, list) or not value:
+            raise self._error(f"{where}: must be a non-empty list")
+        return value
+
+    def _error(self, text: str) -> AppError:
         return AppError(f"{self.path}: {text}")
 
 
-def _under(where: str, name: str) -> str:
+def _used(*names: str) -> dict[str, str]:
+    """Return fields that are all used."""
+    return dict.fromkeys(names, "")
+
+
+def _join(where: str, name: str) -> str:
     return f"{where}.{name}" if where else name
-
-
-def _list(value: Any, where: str, wrong: Callable[[str], AppError]) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise wrong(f"{where}: a list of at least one")
-    return value

@@ -1,8 +1,7 @@
-"""`llmrun key …` and `llmrun usage`: who may ask, and who asked for what."""
+"""`llmrun key …` and `llmrun usage`."""
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from datetime import UTC, datetime, timedelta
@@ -11,23 +10,24 @@ from typing import Annotated
 
 import typer
 from pydantic import ValidationError
-from rich.table import Table
 
 from llmrun.errors import Refused
 from llmrun.settings import Settings
 from llmrun.wire import KeyInfo, UsageLine
+from llmrun_cli import local_cluster
 from llmrun_cli.client import Client
-from llmrun_cli.commands import cluster
-from llmrun_cli.terminal import note, out, print_whole
+from llmrun_cli.progress import starting_cluster
+from llmrun_cli.terminal import AsJson, format_time, make_table, note, out, print_json, print_table
 
-key = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys. While there is none, everybody may ask.")
+key = typer.Typer(
+    no_args_is_help=True, help="Manage API keys.\n\nUntil the first key is created, requests need no authentication."
+)
 DURATION = re.compile(r"^(\d+)([smhdw])$")
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
-AsJson = Annotated[bool, typer.Option("--json", help="For scripts.")]
 
 
 class By(StrEnum):
-    """What usage can be told apart by."""
+    """The fields that usage can be grouped by."""
 
     day = "day"
     key = "key"
@@ -37,86 +37,107 @@ class By(StrEnum):
 
 @key.command()
 def create(
-    name: Annotated[str, typer.Argument(help="What it is called in lists and usage.")],
-    model: Annotated[list[str] | None, typer.Option(help="It is for this model only (may be said again).")] = None,
-    rpm: Annotated[int, typer.Option(min=0, help="Requests a minute; 0: any number.")] = 0,
-    tpm: Annotated[int, typer.Option(min=0, help="Tokens a minute, of prompts and answers; 0: any number.")] = 0,
-    max_in_flight: Annotated[int, typer.Option(min=0, help="Requests at once; 0: any number.")] = 0,
-    wake: Annotated[bool, typer.Option(help="--no-wake: it reaches hot models only, and keeps none hot.")] = True,
-    expires: Annotated[str, typer.Option(help="After so long (30d, 12h), or at a time (2027-01-31).")] = "",
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Key name, shown in lists and usage.")],
+    model: Annotated[
+        list[str] | None, typer.Option(metavar="MODEL", help="Only allow this model (repeatable).")
+    ] = None,
+    rpm: Annotated[int, typer.Option(metavar="N", min=0, help="Maximum requests per minute. 0 means unlimited.")] = 0,
+    tpm: Annotated[
+        int,
+        typer.Option(metavar="N", min=0, help="Maximum tokens per minute, prompt and completion. 0 means unlimited."),
+    ] = 0,
+    max_in_flight: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Maximum concurrent requests. 0 means unlimited.")
+    ] = 0,
+    wake: Annotated[
+        bool,
+        typer.Option(help="Let requests wake cold models and keep models hot."),
+    ] = True,
+    expires: Annotated[
+        str, typer.Option(metavar="WHEN", help="Lifetime (30d, 12h) or date (2027-01-31). Defaults to never.")
+    ] = "",
 ) -> None:
-    """Make an API key, and show it this once. From the first one on, nobody may ask without a key."""
+    """Create an API key and print it once.
+
+    Once a key exists, every request needs one.
+    """
     try:
-        facts = KeyInfo(
+        info = KeyInfo(
             name=name,
             models=tuple(model or ()),
             rpm=rpm,
             tpm=tpm,
             max_in_flight=max_in_flight,
             wake=wake,
-            expires=_moment(expires).timestamp() if expires else 0,
+            expires=_parse_time(expires).timestamp() if expires else 0,
         )
     except ValidationError:
-        text = f"{name!r}: a key's name has 1 to 63 lower-case letters, digits, '.', '_' and '-'"
+        text = f"{name!r}: invalid key name; must be 1 to 63 lower-case letters, digits, '.', '_' and '-'"
         raise Refused(text, 422) from None
     if name == "admin":
-        raise Refused("'admin': usage calls the admin key so; choose another name", 422)
+        raise Refused("'admin' is reserved for the admin key; choose another name", 422)
     settings = Settings()
-    cluster.ensure(settings)
-    made = Client(settings).create_key(facts)
-    note(f"the key {name}, which is not shown again:")
-    print(made.key)
+    local_cluster.ensure(settings, starting_cluster)
+    created = Client(settings).create_key(info)
+    note(f"Created key {name}. Save it now; it is not shown again:")
+    print(created.key)
 
 
 @key.command("list")
 def list_(as_json: AsJson = False) -> None:
-    """Show the keys that there are, and what they may."""
+    """List API keys and their limits."""
     rows = Client(Settings()).keys()
     if as_json:
-        print(json.dumps([row.model_dump(mode="json") for row in rows], indent=2))
+        print_json(rows)
         return
     if not rows:
-        out.print("there are no keys, so everybody on this machine may ask; `llmrun key create NAME` makes one")
+        out.print("No keys; requests need no authentication. Create one with `llmrun key create NAME`.")
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("NAME", "MODELS", "RPM", "TPM", "AT ONCE", "WAKES", "EXPIRES", "CREATED"):
-        table.add_column(column, no_wrap=True)
+    table = make_table("NAME", "MODELS", "RPM", "TPM", "MAX IN FLIGHT", "WAKE", "EXPIRES", "CREATED")
     for row in rows:
-        limits = [str(limit or "any") for limit in (row.rpm, row.tpm, row.max_in_flight)]
-        expires = _shown(row.expires) if row.expires else "never"
-        expires += " (over)" if 0 < row.expires <= time.time() else ""
+        limits = [str(limit or "-") for limit in (row.rpm, row.tpm, row.max_in_flight)]
+        expires = format_time(row.expires) if row.expires else "never"
+        expires += " (expired)" if 0 < row.expires <= time.time() else ""
         models = ", ".join(row.models) or "all"
-        table.add_row(row.name, models, *limits, "yes" if row.wake else "no", expires, _shown(row.created))
-    print_whole(table)
+        table.add_row(row.name, models, *limits, "yes" if row.wake else "no", expires, format_time(row.created))
+    print_table(table)
 
 
 @key.command()
-def revoke(name: Annotated[str, typer.Argument(help="The key's name.")]) -> None:
-    """End a key: within 2 seconds nobody comes in with it any more."""
+def revoke(name: Annotated[str, typer.Argument(metavar="NAME", help="Key name.")]) -> None:
+    """Revoke an API key.
+
+    Takes effect within 2 seconds.
+    """
     Client(Settings()).revoke_key(name)
-    out.print(f"the key {name} is revoked")
+    out.print(f"Revoked key {name}")
 
 
 def usage(
-    by: Annotated[list[By] | None, typer.Option(help="Tell apart by this (may be said again).")] = None,
-    since: Annotated[str, typer.Option(help="From this day on (2026-11-01, UTC), or the last 7d, 4w.")] = "",
+    by: Annotated[
+        list[By] | None,
+        typer.Option(metavar="FIELD", help=f"Group by {', '.join(By)} (repeatable). Defaults to key and model."),
+    ] = None,
+    since: Annotated[
+        str, typer.Option(metavar="WHEN", help="First day, in UTC (2026-11-01), or a duration (7d, 4w).")
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Show what was used: requests, tokens, and replicas' time on GPUs."""
-    names = [part.value for part in by or (By.key, By.model)]
-    day = _moment(since, back=True).astimezone(UTC).strftime("%Y-%m-%d") if since else "0000-00-00"
+    """Show usage: requests, tokens and GPU time."""
+    names = [field.value for field in by or (By.key, By.model)]
+    day = _parse_time(since, past=True).astimezone(UTC).strftime("%Y-%m-%d") if since else "0000-00-00"
     rows = Client(Settings()).usage(",".join(names), day)
     if as_json:
-        print(json.dumps([row.model_dump(mode="json") for row in rows], indent=2))
+        print_json(rows)
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in names:
-        table.add_column(name.upper(), no_wrap=True)
-    for column in ("REQUESTS", "PROMPT TOKENS", "COMPLETION TOKENS", "CACHED TOKENS", "GPU SECONDS"):
-        table.add_column(column, no_wrap=True, justify="right")
+    if not rows:
+        out.print("No usage recorded.")
+        return
+    counts = ("REQUESTS", "PROMPT TOKENS", "COMPLETION TOKENS", "CACHED TOKENS", "GPU SECONDS")
+    table = make_table(*(name.upper() for name in names), *counts, right=counts)
     for row in rows:
         table.add_row(*(getattr(row, name) or "-" for name in names), *_counts(row))
-    print_whole(table)
+    print_table(table)
 
 
 def _counts(row: UsageLine) -> list[str]:
@@ -124,17 +145,15 @@ def _counts(row: UsageLine) -> list[str]:
     return [*(f"{count:,}" for count in counts), f"{row.gpu_seconds:,.0f}"]
 
 
-def _moment(text: str, *, back: bool = False) -> datetime:
-    """`30d` from now on (or `back`), or `2027-01-31`, `2027-01-31T12:00`. Raises Refused."""
+def _parse_time(text: str, *, past: bool = False) -> datetime:
+    """Parse `2027-01-31`, `2027-01-31T12:00`, or `30d` from now (`past`: before now). Raises Refused."""
     if match := DURATION.match(text):
-        span = timedelta(**{UNITS[match[2]]: int(match[1])})
-        return datetime.now(UTC) - span if back else datetime.now(UTC) + span
+        duration = timedelta(**{UNITS[match[2]]: int(match[1])})
+        return datetime.now(UTC) - duration if past else datetime.now(UTC) + duration
     try:
-        found = datetime.fromisoformat(text)
+        moment = datetime.fromisoformat(text)
     except ValueError:
-        raise Refused(f"{text!r}: write a time like 30d, 12h or 2027-01-31", 422) from None
-    return found if found.tzinfo else found.replace(tzinfo=UTC) if back else found.astimezone()
-
-
-def _shown(moment: float) -> str:
-    return datetime.fromtimestamp(moment).astimezone().strftime("%Y-%m-%d %H:%M")
+        raise Refused(f"{text!r}: invalid time; write a duration (30d, 12h) or a date (2027-01-31)", 422) from None
+    if moment.tzinfo:
+        return moment
+    return moment.replace(tzinfo=UTC) if past else moment.astimezone()

@@ -1,4 +1,4 @@
-"""OpenAI's API in front of models of the same Serve application. Bytes go through Serve's handles here."""
+"""OpenAI's API for the models of a Serve application. Requests and responses pass through Serve's handles."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from llmrun.errors import EngineError
 from llmrun.settings import Settings
-from llmrun_runtime.ingress.admission.admit import no_model
-from llmrun_runtime.ingress.admission.request import check_method, read_request
+from llmrun_runtime.ingress.admission.body import read_body
+from llmrun_runtime.ingress.admission.request import check_method, parse_request
+from llmrun_runtime.ingress.admission.target import model_not_found
 from llmrun_runtime.ingress.endpoints.models import MODELS, entry
 from llmrun_runtime.ingress.errors import HTTPError
-from llmrun_runtime.ingress.relay import EVENTS, broken_off, read_body
+from llmrun_runtime.ingress.relay import EVENT_STREAM, interrupted_event
 
 
 class OpenAIIngress:
-    """`names`: for each name that clients may ask for, its own or an alias, the model's own name; `models`: handles by
-    that (`_` for `-`)."""
+    """The ingress deployment.
+
+    `names`: each name or alias that clients may use → the model's name. `models`: the models' handles by the model's
+    name, with `_` for `-`.
+    """
 
     def __init__(self, names: Mapping[str, str], **models: Any) -> None:
         self._names = dict(names)
@@ -32,12 +36,12 @@ class OpenAIIngress:
         self._max_body = Settings().max_body_bytes
 
     async def __call__(self, request: Request) -> Response:
-        """Answer one request. Its errors have OpenAI's shape."""
+        """Answer one request. Errors have OpenAI's shape."""
         try:
             return await self._answer(request)
-        except HTTPError as refusal:
-            headers = {"retry-after": str(refusal.retry_after)} if refusal.retry_after is not None else {}
-            return JSONResponse(refusal.body(), refusal.status, headers)
+        except HTTPError as error:
+            headers = {"retry-after": str(error.retry_after)} if error.retry_after is not None else {}
+            return JSONResponse(error.body(), error.status, headers)
 
     async def _answer(self, request: Request) -> Response:
         path, method = request.url.path.removeprefix(request.scope.get("root_path", "")) or "/", request.method
@@ -47,37 +51,37 @@ class OpenAIIngress:
             check_method(method, path, "GET", "HEAD")
             return JSONResponse(self._list(path.removeprefix(MODELS).lstrip("/")))
         if not path.startswith("/v1/") and method != "POST":
-            raise HTTPError(404, f"there is no {path} here", "path_not_found")
+            raise HTTPError(404, f"path {path} not found", "path_not_found")
         check_method(method, path, "POST")
         body = await read_body(request.scope, request.receive, self._max_body)
         content_type = request.headers.get("content-type", "application/json")
-        asked = read_request(body, content_type.encode())
-        name = self._model(asked.model)
-        with _refused(name):
-            answer: AsyncIterator[Any] = self._models[name].ask.remote(path, asked.mended or body, content_type)
-            head = await anext(aiter(answer))
-            status, kind = head["status"], head["content_type"]
-            if kind.encode().startswith(EVENTS):
-                return StreamingResponse(_events(name, answer), status, media_type=kind)
-            return Response(b"".join([piece async for piece in answer]), status, media_type=kind)
+        parsed = parse_request(body, content_type.encode())
+        name = self._model_name(parsed.model)
+        with _http_errors(name):
+            response: AsyncIterator[Any] = self._models[name].ask.remote(path, parsed.normalized or body, content_type)
+            head = await anext(aiter(response))
+            status, media_type = head["status"], head["content_type"]
+            if media_type.encode().startswith(EVENT_STREAM):
+                return StreamingResponse(_events(name, response), status, media_type=media_type)
+            return Response(b"".join([chunk async for chunk in response]), status, media_type=media_type)
 
-    def _model(self, name: str) -> str:
-        """The model that is called so. Raises Refusal."""
+    def _model_name(self, name: str) -> str:
+        """The model's own name, for its name or an alias. Raises HTTPError."""
         if name not in self._names:
-            raise no_model(name, self._names)
+            raise model_not_found(name, self._names)
         return self._names[name]
 
     def _list(self, name: str) -> dict[str, Any]:
-        """One model, by any of its names, or all. Raises Refusal."""
+        """One model by its name or an alias, or all models for "". Raises HTTPError."""
         if name:
-            self._model(name)
+            self._model_name(name)
             return entry(name, self._started)
-        return {"object": "list", "data": [self._list(each) for each in self._models]}
+        return {"object": "list", "data": [self._list(model) for model in self._models]}
 
 
 @contextlib.contextmanager
-def _refused(model: str) -> Iterator[None]:
-    """What goes wrong between here and the model's replica, as an answer to the client: a Refusal."""
+def _http_errors(model: str) -> Iterator[None]:
+    """Convert errors of a call to the model's replica to HTTPError."""
     try:
         yield
     except serve.exceptions.BackPressureError as error:
@@ -88,17 +92,17 @@ def _refused(model: str) -> Iterator[None]:
         if not isinstance(error.cause, EngineError):
             raise HTTPError(500, f"{model} failed: {error.cause}", "internal_error", "internal_error") from error
         raise HTTPError(503, str(error.cause), "replica_gone", "service_unavailable", retry_after=5) from None
-    except RayError as error:  # its process, or its node, is gone
-        text = f"the replica of {model} went away ({type(error).__name__}): ask again"
-        raise HTTPError(503, text, "replica_gone", "service_unavailable", retry_after=5) from None
+    except RayError as error:  # its process or its node died
+        message = f"a replica of {model} died ({type(error).__name__}): retry the request"
+        raise HTTPError(503, message, "replica_gone", "service_unavailable", retry_after=5) from None
 
 
-async def _events(model: str, answer: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The pieces of a stream of events; it ends with an error event if the model goes away."""
+async def _events(model: str, response: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Relay the chunks of an event stream; end it with an error event if the replica dies."""
     last = b""
     try:
-        with _refused(model):
-            async for last in answer:
+        with _http_errors(model):
+            async for last in response:
                 yield last
-    except HTTPError as refusal:
-        yield broken_off(last, f"went away: {refusal.text}")
+    except HTTPError as error:
+        yield interrupted_event(last, error.message)

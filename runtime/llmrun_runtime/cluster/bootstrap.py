@@ -1,7 +1,7 @@
-"""`python -m llmrun_runtime.cluster.bootstrap`: puts control and the ingress on a Ray cluster, or takes them off.
+"""`python -m llmrun_runtime.cluster.bootstrap`: starts or stops control and the ingress on a Ray cluster.
 
-The address is Ray's own business (`RAY_ADDRESS`); the actors outlive this process. It prints one
-line of JSON, and exits or stays.
+Ray reads the cluster's address from `RAY_ADDRESS`. The actors outlive this process. It prints its result as one line of
+JSON (`{"ready": URL}`, `{"stopped": true}` or `{"error": TEXT}`), then exits, or with `--stay` waits.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from llmrun_runtime.control.autoscaling.serve_config import parse_app_name
 from llmrun_runtime.ingress.actor import IngressActor
 
 READY_TIMEOUT_S = 60
-DRAIN_S = 60  # then replicas go on draining by themselves, with Serve
+DRAIN_S = 60  # after that, Serve continues to drain the replicas
 POLL_S = 0.2
-# On the head node, which Ray marks with this resource; control's database and keys lie there.
+# Ray marks the head node with this resource. Control's database and keys are stored there.
 ON_HEAD = {"node:__internal_head__": 0.001}
 
 
@@ -42,26 +42,27 @@ def start(host: str, port: int, url: str, insecure: bool) -> None:
         "max_restarts": -1,
         "max_concurrency": 10_000,
     }
-    data = settings.model_dump(mode="json")
     with contextlib.suppress(ValueError):
         control_handle()
-        raise ClusterError("llmrun runs on this cluster already: set LLMRUN_URL to where its ingress listens")
+        raise ClusterError("llmrun is already running on this cluster: set LLMRUN_URL to its ingress")
     try:
-        _start_actors(options, data, url, (host, port, insecure))
-    except Exception:  # Serve's failure, too, which control was made before
+        _start_actors(options, settings.model_dump(mode="json"), url, (host, port, insecure))
+    except Exception:  # also if Serve fails to start: control exists by then
         stop()
         raise
 
 
-def _start_actors(options: dict[str, Any], data: dict[str, Any], url: str, ingress_args: tuple[str, int, bool]) -> None:
+def _start_actors(
+    options: dict[str, Any], settings: dict[str, Any], url: str, ingress_args: tuple[str, int, bool]
+) -> None:
     def ingress(name: str) -> Any:
-        return ray.remote(IngressActor).options(name=name, **options).remote(name, data, *ingress_args)
+        return ray.remote(IngressActor).options(name=name, **options).remote(name, settings, *ingress_args)
 
-    # Processes take a second each to come up, so they do it side by side. Control begins when there is Serve. The first
-    # ingress asks control at once, so it is made then; and it sees whether the port is free, before there are others.
-    control = ray.remote(Control).options(name=CONTROL, **options).remote(data, url)
+    # Each process takes a second to start, so they start in parallel. Control needs Serve. The first ingress calls
+    # control at once, so it comes after control; it also checks that the port is free before the others start.
+    control = ray.remote(Control).options(name=CONTROL, **options).remote(settings, url)
     serve.start(proxy_location="Disabled")
-    name, *others = ingress_names(data["ingresses"])
+    name, *others = ingress_names(settings["ingresses"])
     first = ingress(name)
     _get(control.start.remote())
     _get(first.start.remote())
@@ -70,15 +71,15 @@ def _start_actors(options: dict[str, Any], data: dict[str, Any], url: str, ingre
 
 
 def stop() -> None:
-    """End llmrun's actors and applications on a cluster that goes on."""
+    """Stop llmrun's actors and applications on a Ray cluster that continues to run."""
     for name in sorted(_actors(), reverse=True):
         if name == CONTROL or name.startswith(INGRESS):
             ray.kill(ray.get_actor(name, namespace=NAMESPACE))
-    ours = [name for name in serve.status().applications if parse_app_name(name)]
-    for name in ours:
+    apps = [name for name in serve.status().applications if parse_app_name(name)]
+    for name in apps:
         serve.delete(name, _blocking=False)
     deadline = time.monotonic() + DRAIN_S
-    while time.monotonic() < deadline and set(ours) & set(serve.status().applications):
+    while time.monotonic() < deadline and set(apps) & set(serve.status().applications):
         time.sleep(POLL_S)
     for name in _actors():
         ray.kill(ray.get_actor(name, namespace=NAMESPACE))
@@ -87,7 +88,7 @@ def stop() -> None:
 
 
 def _actors() -> list[str]:
-    """The names of llmrun's actors that there are."""
+    """The names of llmrun's running actors."""
     return [row["name"] for row in ray.util.list_named_actors(all_namespaces=True) if row["namespace"] == NAMESPACE]
 
 
@@ -95,7 +96,7 @@ def _get(call: Any) -> None:
     try:
         ray.get(call, timeout=READY_TIMEOUT_S)
     except ray.exceptions.GetTimeoutError:
-        raise ClusterError(f"the cluster's head gave no place within {READY_TIMEOUT_S} s: see `ray status`") from None
+        raise ClusterError(f"the head node did not start llmrun within {READY_TIMEOUT_S} s: see `ray status`") from None
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, LLMRunError):
             raise error.cause from None
@@ -105,24 +106,25 @@ def _get(call: Any) -> None:
 
 
 def _root_cause(error: Exception) -> str:
-    """The last line of the exception that an actor died of."""
+    """The last line of the exception that ended an actor."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    named = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
-    text = (named or lines or [repr(error)])[-1]
+    exceptions = [line for line in lines if line.partition(":")[0].endswith(("Error", "Exception"))]
+    text = (exceptions or lines or [repr(error)])[-1]
     return text.partition(": ")[2] if "llmrun" in text.partition(":")[0] else text
 
 
-def main() -> None:
-    """Print one JSON line on standard output: `{}`, or `{"error": …}`."""
+def main() -> int:
+    """Run one action; print its result. Return the exit code."""
     parser = argparse.ArgumentParser()
     parser.add_argument("action", choices=["start", "stop"])
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--url", default="")
     parser.add_argument("--insecure", action="store_true")
-    parser.add_argument("--stay", action="store_true", help="begin at a line of standard input; end with it")
+    parser.add_argument(
+        "--stay", action="store_true", help="begin at the first line of standard input, exit at its end"
+    )
     args = parser.parse_args()
-    result: dict[str, str] = {}
     if args.stay:
         sys.stdin.readline()
     try:
@@ -131,18 +133,24 @@ def main() -> None:
             start(args.host, args.port, args.url, args.insecure)
         else:
             stop()
-        if args.stay:
-            print(json.dumps(result), flush=True)
-            sys.stdin.read()
-            return
-        ray.shutdown()
+        if not args.stay:
+            ray.shutdown()
     except LLMRunError as error:
-        result["error"] = str(error)
+        _print_result({"error": str(error)})
+        return 1
     except (TimeoutError, ConnectionError, ray.exceptions.RayError) as error:
-        result["error"] = f"Ray cannot be used: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        first_line = str(error).strip().partition("\n")[0]
+        _print_result({"error": f"Ray failed: {type(error).__name__}: {first_line}"})
+        return 1
+    _print_result({"ready": args.url} if args.action == "start" else {"stopped": True})
+    if args.stay:
+        sys.stdin.read()
+    return 0
+
+
+def _print_result(result: dict[str, Any]) -> None:
     print(json.dumps(result), flush=True)
-    sys.exit(bool(result))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

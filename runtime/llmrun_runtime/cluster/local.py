@@ -1,7 +1,7 @@
-"""`python -m llmrun_runtime.cluster.local up`: starts a local Ray with llmrun on it, watches over it, and ends all of it.
+"""`python -m llmrun_runtime.cluster.local up|down`: starts or stops a local Ray cluster with llmrun.
 
-This process is the cluster's parent: `down` (SIGTERM) ends it, and it ends everything that
-writes the cluster's logs. With `RAY_ADDRESS` set it puts llmrun on that cluster instead, and exits. Imports no Ray.
+The `up` process is the cluster's parent: `down` sends it SIGTERM, and it stops every process that writes the cluster's
+logs. With `RAY_ADDRESS` set, `up` starts llmrun on that cluster instead, and exits. Imports no Ray.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -26,76 +25,61 @@ from typing import IO, Any
 import psutil
 
 from llmrun.errors import ClusterError
-from llmrun.settings import Settings, secret_file
+from llmrun.settings import Settings, read_or_create_secret
 from llmrun_runtime import http
+from llmrun_runtime.cluster.bootstrap_process import (
+    finish_bootstrap,
+    ingress_args,
+    run_bootstrap,
+    start_bootstrap,
+    url_of,
+)
+from llmrun_runtime.cluster.cluster_file import ClusterFile
 from llmrun_runtime.cluster.processes import END_TIMEOUT_S, end_processes
+from llmrun_runtime.ray_internals import PRELOADED_MODULES
 
 START_TIMEOUT_S = 120
-# What a new worker of Ray's imports at once: the spare one of a node then becomes a replica in half a second.
-PRELOAD = "ray.serve._private.replica,llmrun_runtime.replica.deployment"
-# Code packages (100 MiB at most) are all that goes through Ray's object store.
+# Only code packages (at most 100 MiB) pass through Ray's object store.
 OBJECT_STORE_BYTES = 256 * 2**20
-# Nobody listens there.
+# Nothing listens on this port.
 NOWHERE = "http://127.0.0.1:9/"
 
 
-class Cluster:
-    """A local cluster of this home."""
+class LocalCluster:
+    """A Ray cluster with llmrun on this machine, whose parent is this process."""
 
     def __init__(self, settings: Settings, host: str, port: int, node_ip: str, insecure: bool) -> None:
         self._settings = settings
         self._insecure = insecure
         self._host, self._port, self._node_ip = host, port, node_ip
-        # Ray's sockets lie here; their paths must stay under 108 bytes, so not in the home.
-        name = hashlib.sha256(str(settings.root).encode()).hexdigest()[:10]
         self.url = url_of(host, port)
+        # The folder of Ray's sockets. Their paths must be shorter than 108 bytes, so it is not in the home.
+        name = hashlib.sha256(str(settings.root).encode()).hexdigest()[:10]
         self._temp = Path(tempfile.gettempdir()) / f"llmrun-{name}"
         self._ray: subprocess.Popen[bytes] | None = None
-        # The job that started Serve: Ray ends spare workers of a job that is over.
-        self._boot: subprocess.Popen[bytes] | None = None
+        # The driver of the job that started Serve. It stays: Ray ends the spare workers of a job that has ended.
+        self._bootstrap: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start Ray, then control and the ingress. Raises ClusterError; nothing is left then."""
-        if self._settings.cluster_file.exists():  # a parent that was killed left it, and its children
+        """Start Ray, then control and the ingress. Raises ClusterError; call `end` also then."""
+        if self._settings.cluster_file.exists():  # the parent was killed, and its children may still run
             down(self._settings)
         http.bind(self._host, self._port).close()
         ports = _free_ports(self._node_ip, 3)
-        ray_port = ports[0]
-        env = self._environment(f"{self._node_ip}:{ray_port}")
+        env = self._environment(f"{self._node_ip}:{ports[0]}")
         shutil.rmtree(self._temp, ignore_errors=True)
         self._temp.mkdir(mode=0o700)
-        logs = self._settings.root / "logs"
-        logs.mkdir(exist_ok=True)
+        logs = _make_logs(self._settings)
         args = ["--stay", *ingress_args(self._host, self._port, self._insecure)]
-        self._boot = start_bootstrap("start", env, args, logs / "boot.log")  # it imports what it needs while Ray starts
-        with (logs / "ray.log").open("wb") as log:
-            self._ray = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
-                    *(f"--node-ip-address={self._node_ip}", f"--port={ray_port}", f"--temp-dir={self._temp}"),
-                    *("--include-dashboard=false", "--include-log-monitor=false"),
-                    *(() if _counted() else ("--disable-usage-stats",)),
-                    "--no-monitor",  # an autoscaler's, 84 MiB
-                    f"--object-store-memory={OBJECT_STORE_BYTES}",
-                    # Every port the kernel's choice: two clusters on one machine do not meet.
-                    *("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"),
-                    *(f"--ray-client-server-port={ports[1]}", f"--dashboard-port={ports[2]}"),
-                ],
-                env=env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-        self._wait_for_ray(ray_port)
-        read_bootstrap(self._boot, logs / "boot.log", stays=True)
-        write_cluster_file(
-            self._settings,
-            {"url": self.url, "pid": os.getpid(), "temp": str(self._temp), "ray_address": env["RAY_ADDRESS"]},
-        )
+        self._bootstrap = start_bootstrap("start", env, args, logs / "boot.log")  # does its imports while Ray starts
+        self._ray = self._start_ray(env, ports, logs / "ray.log")
+        self._wait_for_ray(ports[0])
+        finish_bootstrap(self._bootstrap, logs / "boot.log", stays=True)
+        cluster = ClusterFile(self.url, env["RAY_ADDRESS"], os.getpid(), str(self._temp))
+        cluster.write(self._settings.cluster_file)
 
     def wait(self) -> int:
-        """Return when a signal comes (0) or Ray ends by itself (1)."""
+        """Return 0 at SIGTERM or SIGINT, 1 if Ray exits."""
         stop = False
 
         def on_signal(*_: object) -> None:
@@ -111,33 +95,50 @@ class Cluster:
         return 0
 
     def end(self) -> None:
-        """End every process of the cluster, and leave no file of it but the home."""
+        """Stop every process of the cluster, and remove its files outside of the home."""
         if self._ray:
             self._ray.kill()
             self._ray.wait()
-        if self._boot:
-            self._boot.kill()
-            self._boot.communicate()
+        if self._bootstrap:
+            self._bootstrap.kill()
+            self._bootstrap.communicate()
         end_processes(self._temp, self._settings.root)
         self._settings.cluster_file.unlink(missing_ok=True)
 
+    def _start_ray(self, env: dict[str, str], ports: list[int], log: Path) -> subprocess.Popen[bytes]:
+        command = [
+            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
+            *(f"--node-ip-address={self._node_ip}", f"--port={ports[0]}", f"--temp-dir={self._temp}"),
+            *("--include-dashboard=false", "--include-log-monitor=false"),
+            *(() if _reports_usage() else ("--disable-usage-stats",)),
+            "--no-monitor",  # the autoscaler's, 84 MiB
+            f"--object-store-memory={OBJECT_STORE_BYTES}",
+            # The kernel chooses every port, so two clusters on one machine do not collide.
+            *("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"),
+            *(f"--ray-client-server-port={ports[1]}", f"--dashboard-port={ports[2]}"),
+        ]
+        with log.open("wb") as output:
+            return subprocess.Popen(
+                command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+
     def _environment(self, ray_address: str) -> dict[str, str]:
         token = self._settings.root / "ray.token"
-        secret_file(token)
+        read_or_create_secret(token)
         env = {
-            # Nobody is told anything, unless somebody wants it so. That it is switched off Ray would report, too.
-            **({} if _counted() else {"RAY_USAGE_STATS_ENABLED": "0", "RAY_USAGE_STATS_REPORT_URL": NOWHERE}),
+            # No usage reports unless the user enables them. Ray would otherwise even report that they are disabled.
+            **({} if _reports_usage() else {"RAY_USAGE_STATS_ENABLED": "0", "RAY_USAGE_STATS_REPORT_URL": NOWHERE}),
             "DO_NOT_TRACK": "1",
             **os.environ,
             "LLMRUN_HOME": str(self._settings.root),
             "RAY_ADDRESS": ray_address,
-            # No worker before it is asked for: each takes 80 MiB.
+            # Start workers on demand only: each takes 80 MiB.
             "RAY_enable_worker_prestart": "0",
             "RAY_prestart_worker_first_driver": "0",
-            "RAY_preload_python_modules": PRELOAD,
+            "RAY_preload_python_modules": PRELOADED_MODULES,
         }
         if self._node_ip in http.LOOPBACK:
-            # Ray otherwise looks for an address that other machines reach, and listens on that.
+            # Without this Ray looks for an address that other machines can reach, and listens on it.
             env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         if "RAY_AUTH_MODE" not in env:
             env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
@@ -154,95 +155,52 @@ class Cluster:
         raise ClusterError(f"Ray did not start: see {self._settings.root / 'logs' / 'ray.log'}")
 
 
-def url_of(host: str, port: int) -> str:
-    """Where clients on this machine reach what listens there."""
-    host = "127.0.0.1" if host in ("0.0.0.0", "::", "localhost") else host
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def boot(action: str, env: dict[str, str], args: list[str], log: Path) -> None:
-    """Run `llmrun_runtime.cluster.bootstrap`. Raises ClusterError."""
-    read_bootstrap(start_bootstrap(action, env, args, log), log)
-
-
-def start_bootstrap(action: str, env: dict[str, str], args: list[str], log: Path) -> subprocess.Popen[bytes]:
-    """Start `llmrun_runtime.cluster.bootstrap`."""
-    command = [sys.executable, "-m", "llmrun_runtime.cluster.bootstrap", action, *args]
-    with log.open("wb") as errors:
-        return subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
-
-
-def read_bootstrap(process: subprocess.Popen[bytes], log: Path, *, stays: bool = False) -> None:
-    """Wait until it has said how it went; one that `stays` is told that Ray runs, and lives on. Raises ClusterError."""
-    assert process.stdin and process.stdout
-    with contextlib.suppress(BrokenPipeError):  # it has died: that it says nothing tells
-        process.stdin.write(b"\n")
-        process.stdin.flush()
-    overdue = threading.Timer(START_TIMEOUT_S, process.kill)
-    overdue.start()
-    # Ray says things there, too.
-    line = next((line for line in map(bytes.decode, process.stdout) if line.startswith("{")), "")
-    late = not overdue.is_alive()
-    overdue.cancel()
-    result = json.loads(line) if line else {"error": f"it failed: see {log}"}
-    if late:
-        result = {"error": f"the cluster did not answer within {START_TIMEOUT_S} s: see {log}"}
-    if "error" in result or not stays:
-        process.communicate()
-    if "error" in result:
-        raise ClusterError(result["error"])
-
-
-def ingress_args(host: str, port: int, insecure: bool) -> list[str]:
-    """For `boot start`."""
-    said = ["--host", host, "--port", str(port), "--url", url_of(host, port)]
-    return [*said, "--insecure"] if insecure else said
-
-
 def join(settings: Settings, host: str, port: int, insecure: bool) -> str:
-    """Put llmrun on the cluster at `RAY_ADDRESS`; the ingress's URL. Raises ClusterError."""
+    """Start llmrun on the Ray cluster at `RAY_ADDRESS`; return the ingress's URL. Raises ClusterError."""
     settings.make_home()
-    (settings.root / "logs").mkdir(exist_ok=True)
-    url = url_of(host, port)
-    boot("start", dict(os.environ), ingress_args(host, port, insecure), settings.root / "logs" / "boot.log")
-    write_cluster_file(settings, {"url": url, "pid": 0, "temp": "", "ray_address": os.environ["RAY_ADDRESS"]})
-    return url
+    log = _make_logs(settings) / "boot.log"
+    run_bootstrap("start", dict(os.environ), ingress_args(host, port, insecure), log)
+    cluster = ClusterFile(url_of(host, port), os.environ["RAY_ADDRESS"])
+    cluster.write(settings.cluster_file)
+    return cluster.url
 
 
 def down(settings: Settings) -> bool:
-    """End this home's cluster; False if none runs. Raises ClusterError if it does not end."""
-    try:
-        cluster = json.loads(settings.cluster_file.read_text())
-    except (OSError, ValueError):
+    """Stop this home's cluster; return False if none is running. Raises ClusterError if it does not stop."""
+    cluster = ClusterFile.read(settings.cluster_file)
+    if not cluster:
         return False
-    if not cluster["pid"]:
-        env = {**os.environ, "RAY_ADDRESS": cluster["ray_address"]}
-        boot("stop", env, [], settings.root / "logs" / "boot.log")
+    if not cluster.pid:
+        env = {**os.environ, "RAY_ADDRESS": cluster.ray_address}
+        run_bootstrap("stop", env, [], settings.root / "logs" / "boot.log")
         settings.cluster_file.unlink(missing_ok=True)
         return True
-    try:
-        parent = psutil.Process(cluster["pid"])
-        ours = parent.cmdline()[1:3] == ["-m", "llmrun_runtime.cluster.local"]
-    except psutil.NoSuchProcess:
-        ours = False
-    if ours:
+    if parent := _find_parent(cluster.pid):
         parent.send_signal(signal.SIGTERM)
         try:
             parent.wait(4 * END_TIMEOUT_S)
         except psutil.TimeoutExpired:
-            raise ClusterError(f"process {parent.pid} does not end: end it yourself") from None
+            raise ClusterError(f"process {parent.pid} did not exit within {4 * END_TIMEOUT_S} s: kill it") from None
     else:
-        # Its parent was killed: Ray's processes and engines may live on.
-        end_processes(Path(cluster["temp"]), settings.root)
+        # The parent was killed; Ray's processes and engines may still run.
+        end_processes(Path(cluster.temp), settings.root)
         settings.cluster_file.unlink(missing_ok=True)
     return True
 
 
-def write_cluster_file(settings: Settings, data: dict[str, Any]) -> None:
-    """Say how the cluster can be reached, all at once."""
-    draft = settings.cluster_file.with_suffix(".new")
-    draft.write_text(json.dumps(data))
-    draft.replace(settings.cluster_file)
+def _find_parent(pid: int) -> psutil.Process | None:
+    """The process with that ID if it is a cluster's parent: the ID may belong to another process by now."""
+    try:
+        process = psutil.Process(pid)
+        return process if process.cmdline()[1:3] == ["-m", "llmrun_runtime.cluster.local"] else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _make_logs(settings: Settings) -> Path:
+    logs = settings.root / "logs"
+    logs.mkdir(exist_ok=True)
+    return logs
 
 
 def _free_ports(host: str, count: int) -> list[int]:
@@ -252,60 +210,78 @@ def _free_ports(host: str, count: int) -> list[int]:
 
 
 def _lock(settings: Settings) -> IO[str]:
-    """One parent per home. Raises ClusterError if there is one."""
+    """Allow one parent per home. Raises ClusterError if there is one already."""
     settings.make_home()
     lock = (settings.root / "up.lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise ClusterError(f"a cluster of {settings.root} runs already at {settings.resolved_url()}") from None
+        raise ClusterError(f"a cluster is already running in {settings.root}: {settings.resolved_url()}") from None
     return lock
 
 
-def _detach(log: Path) -> None:
-    """From now on nobody listens to our standard output."""
+def _redirect_output(log: Path) -> None:
+    """Send this process's output to `log`: from now on nothing reads the standard output."""
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
 
 
+def _reports_usage() -> bool:
+    """Whether the user has enabled Ray's usage reports."""
+    return os.environ.get("RAY_USAGE_STATS_ENABLED") == "1"
+
+
+def _emit(event: dict[str, Any]) -> None:
+    """Print an event as one line of JSON, for the command line."""
+    print(json.dumps(event), flush=True)
+
+
 def main() -> int:
-    """Say `ready URL` or `error: …` on standard output; then, for a local cluster, stay."""
+    """Run `up` or `down`. A local cluster's `up` returns when the cluster stops.
+
+    Prints events: `{"ready": URL}`, `{"stopped": BOOL}`, `{"error": TEXT}`; in the foreground, text for people.
+    """
     parser = argparse.ArgumentParser()
     parser.add_argument("action", choices=["up", "down"])
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--node-ip", default="127.0.0.1")
     parser.add_argument("--insecure", action="store_true")
-    parser.add_argument("--detach", action="store_true")
+    parser.add_argument("--detach", action="store_true", help="print events; log to a file once ready")
     args = parser.parse_args()
     settings = Settings()
+    for_people = args.action == "up" and not args.detach
     try:
         if args.action == "down":
-            print("ended" if down(settings) else "none", flush=True)
+            _emit({"stopped": down(settings)})
             return 0
         if os.environ.get("RAY_ADDRESS"):
-            print(f"ready {join(settings, args.host, args.port, args.insecure)}", flush=True)
+            _report_ready(join(settings, args.host, args.port, args.insecure), for_people)
             return 0
-        lock = _lock(settings)
-        cluster = Cluster(settings, args.host, args.port, args.node_ip, args.insecure)
-        try:
-            cluster.start()
-            print(f"ready {cluster.url}", flush=True)
-            if args.detach:
-                _detach(settings.root / "logs" / "cluster.log")
-            return cluster.wait()
-        finally:
-            cluster.end()
-            lock.close()
+        with _lock(settings):
+            cluster = LocalCluster(settings, args.host, args.port, args.node_ip, args.insecure)
+            try:
+                cluster.start()
+                _report_ready(cluster.url, for_people)
+                if args.detach:
+                    _redirect_output(settings.root / "logs" / "cluster.log")
+                return cluster.wait()
+            finally:
+                cluster.end()
     except ClusterError as error:
-        print(f"error: {error}", file=sys.stdout if args.detach or args.action == "down" else sys.stderr, flush=True)
+        if for_people:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            _emit({"error": str(error)})
         return 1
 
 
-def _counted() -> bool:
-    """Whether somebody has asked for Ray's usage reports."""
-    return os.environ.get("RAY_USAGE_STATS_ENABLED") == "1"
+def _report_ready(url: str, for_people: bool) -> None:
+    if for_people:
+        print(f"llmrun is running at {url}", flush=True)
+    else:
+        _emit({"ready": url})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Finds and ends the processes of a local cluster, whoever their parent is by now, and what they leave behind."""
+"""Finds and stops the processes of a local cluster, whatever their parent is now, and removes their temporary files."""
 
 from __future__ import annotations
 
@@ -18,42 +18,43 @@ ENGINE_GRACE_S = 5
 
 
 def end_processes(temp: Path, home: Path) -> None:
-    """End every process of the cluster: Ray's at once, and then its engines, which end by themselves with their leases.
+    """Stop every process of the cluster: Ray's at once, then its engines, which exit when their leases close.
 
-    Raises ClusterError if one does not end.
+    Raises ClusterError if a process does not exit.
     """
     _end(temp, grace=0)
-    # Python's resource tracker is among the engines' processes: given a moment it removes their shared memory. The warm
-    # parents write there too, and end when they have imported what they are at.
+    # Engines and fork servers write to the home's logs. The grace period lets Python's resource tracker, one of the
+    # engines' processes, remove their shared memory, and lets fork servers complete an import.
     _end(home / "logs", grace=ENGINE_GRACE_S)
     sweep_temp_dirs()
     shutil.rmtree(temp, ignore_errors=True)
 
 
 def _end(folder: Path, grace: float) -> None:
-    begun = time.monotonic()
-    while left := writers(folder):
-        waited = time.monotonic() - begun
+    started = time.monotonic()
+    while remaining := writers(folder):
+        waited = time.monotonic() - started
         if waited > END_TIMEOUT_S:
-            raise ClusterError(f"these processes do not end: {', '.join(str(process.pid) for process in left)}")
-        for process in left if waited >= grace else []:
+            pids = ", ".join(str(process.pid) for process in remaining)
+            raise ClusterError(f"processes did not exit within {END_TIMEOUT_S} s: {pids}")
+        for process in remaining if waited >= grace else []:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(left, timeout=0.2)
+        psutil.wait_procs(remaining, timeout=0.2)
 
 
 def writers(folder: Path) -> list[psutil.Process]:
-    """The processes that have a file under the folder open for writing, but this one.
+    """The processes, except this one, that have a file under the folder open for writing.
 
-    Each of Ray's processes writes one in the session's folder, each engine one in the home's. (Their environments
-    cannot be asked: a process that sets its title overwrites what the system shows of them.)
+    Each Ray process writes a file in the session's folder, and each engine one in the home's. (Environment variables
+    do not identify them: a process that sets its title overwrites what the system shows of its environment.)
     """
     root = f"{folder}/"
-    found = []
+    processes = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.pid != os.getpid() and any(
                 file.mode != "r" and file.path.startswith(root) for file in process.open_files()
             ):
-                found.append(process)
-    return found
+                processes.append(process)
+    return processes

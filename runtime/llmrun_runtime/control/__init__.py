@@ -1,1 +1,1 @@
-"""Control: what should run (its database) and what runs (its registry), and the steps from one to the other."""
+"""The control plane: the desired state (its database), the live state (its registry), and the steps between them."""

@@ -1,4 +1,4 @@
-"""Control as an actor: hears replicas and ingresses, and serves the HTTP API."""
+"""Control as a Ray actor: receives the reports of replicas and ingresses, and serves the HTTP API."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from llmrun.settings import Settings
 from llmrun_runtime import http
-from llmrun_runtime.control.api import make_api
+from llmrun_runtime.control.api.app import make_api
 from llmrun_runtime.control.control_plane import ControlPlane
 from llmrun_runtime.logs import log_to_file
 from llmrun_runtime.weights.adapters import Adapter
@@ -21,101 +21,112 @@ log = logging.getLogger("llmrun.control")
 
 
 class Control:
-    """The actor's class. Its methods are what replicas and ingresses call."""
+    """The actor's class. Replicas, node agents and ingresses call its public methods."""
 
     async def __init__(self, settings: dict[str, Any], url: str) -> None:  # type: ignore[misc] # Ray awaits it
         log_to_file(Settings.model_validate(settings).root, "control")
         self._socket = http.bind("127.0.0.1", 0)
         host, port = self._socket.getsockname()
-        self._parts = ControlPlane(Settings.model_validate(settings), url, (host, port))
-        self._loaded: asyncio.Task[None] | None = None
+        self._plane = ControlPlane(Settings.model_validate(settings), url, (host, port))
+        self._loading: asyncio.Task[None] | None = None
         self._running: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Load what is stored and begin. Every call comes through here: Ray restarts a crashed control unasked."""
-        failed = self._loaded and self._loaded.done() and self._loaded.exception()
-        if self._loaded is None or failed:  # a store that was away may be back
-            self._loaded = asyncio.get_running_loop().create_task(self._load())
-        await asyncio.shield(self._loaded)
+        """Load the stored state and start the loops, once.
+
+        Every call runs this first, because Ray restarts a crashed control without calling it.
+        """
+        failed = self._loading and self._loading.done() and self._loading.exception()
+        if self._loading is None or failed:  # the database may be available again
+            self._loading = asyncio.get_running_loop().create_task(self._load())
+        await asyncio.shield(self._loading)
 
     async def _load(self) -> None:
-        await self._parts.load()
-        loop = asyncio.get_running_loop()
-        api = http.serve(make_api(self._parts), self._socket)
-        parts = self._parts
-        tasks = (parts.scaling.run(), parts.warming.run(), parts.usage.run(parts.living), parts.adapters.run(), api)
-        self._running = [loop.create_task(task) for task in tasks]
+        plane, loop = self._plane, asyncio.get_running_loop()
+        await plane.load()
+        loops = [
+            plane.autoscaler.run(),
+            plane.warm_nodes.run(),
+            plane.usage.run(plane.live_replicas),
+            plane.adapters.run(),
+            http.serve(make_api(plane), self._socket),
+        ]
+        self._running = [loop.create_task(each) for each in loops]
 
     async def report(self, report: ReplicaReport) -> None:
-        """A replica says how it is."""
+        """Receive a replica's report."""
         await self.start()
-        changed = self._parts.registry.report(report, time.monotonic())
-        self._parts.usage.report(report, time.time())
-        self._parts.metrics.report(report)
-        self._parts.adapters.report(report, time.time())
-        self._parts.deployer.heard(report)
+        plane = self._plane
+        changed = plane.registry.report(report, time.monotonic())
+        plane.usage.report(report, time.time())
+        plane.metrics.report(report)
+        plane.adapters.report(report, time.time())
+        plane.deployer.on_report(report)
         if changed:
             if report.state == "ready":
-                self._parts.starts.ready(report)
-                self._parts.scaling.started(report)
-            self._parts.scaling.kick()
+                plane.cold_starts.replica_ready(report)
+                plane.autoscaler.replica_ready(report)
+            plane.autoscaler.kick()
 
     async def failed(self, report: ReplicaReport, cause: str) -> None:
-        """A replica says that it did not start."""
+        """Receive the last report of a replica that failed to start."""
         await self.start()
-        self._parts.registry.remove(report.id)
-        self._parts.usage.gone(report.id)
-        if not self._parts.deployer.heard(report, cause):
-            self._parts.scaling.failed(report, cause)
+        self._plane.registry.remove(report.id)
+        self._plane.usage.forget(report.id)
+        if not self._plane.deployer.on_report(report, cause):
+            self._plane.autoscaler.replica_failed(report, cause)
 
-    async def gone(self, report: ReplicaReport, cause: str = "") -> None:
-        """A replica says that it has ended, or that its engine has died, and of what."""
+    async def stopped(self, report: ReplicaReport, cause: str = "") -> None:
+        """Receive the last report of a replica that stopped; `cause` is set if its engine died."""
+        plane = self._plane
         if cause:
-            self._parts.scaling.died(report, cause)
-        self._parts.usage.report(report, time.time())
-        self._parts.metrics.report(report)
-        self._parts.usage.gone(report.id)
-        if self._parts.registry.remove(report.id):
-            self._parts.scaling.kick()
+            plane.autoscaler.engine_died(report, cause)
+        plane.usage.report(report, time.time())
+        plane.metrics.report(report)
+        plane.usage.forget(report.id)
+        if plane.registry.remove(report.id):
+            plane.autoscaler.kick()
 
     async def demand(
         self,
         ingress: str,
         traffic: dict[str, Traffic],
         first_tokens: dict[str, float],
-        spent: dict[Subject, LocalUsage],
+        usage: dict[Subject, LocalUsage],
     ) -> dict[Subject, RemoteUsage]:
-        """An ingress says what waits there, what is in flight, when those that had waited were answered, and what those
-        with limits have asked; it hears what of that it cannot see itself."""
+        """Receive an ingress's report. Return the usage of subjects with limits that it cannot count itself.
+
+        `traffic` is by model, `first_tokens` by replica (Unix times, for requests that had waited).
+        """
         await self.start()
-        self._parts.registry.demand(ingress, traffic, time.monotonic(), spent)
-        self._parts.starts.first_tokens(first_tokens)
-        self._parts.scaling.kick()
-        return self._parts.elsewhere(ingress, time.time())
+        self._plane.registry.report_traffic(ingress, traffic, time.monotonic(), usage)
+        self._plane.cold_starts.first_tokens(first_tokens)
+        self._plane.autoscaler.kick()
+        return self._plane.remote_usage(ingress, time.time())
 
     async def watch(self, epoch: str, number: int, timeout: float) -> Table:
         """See `Autoscaler.watch`."""
         await self.start()
-        return await self._parts.scaling.watch(epoch, number, timeout)
+        return await self._plane.autoscaler.watch(epoch, number, timeout)
 
     async def weights_elsewhere(self, pin_id: str, node: str) -> tuple[list[Peer], list[str]]:
         """See `WeightsCatalog.elsewhere`."""
         await self.start()
-        return await self._parts.stock.elsewhere(pin_id, node)
+        return await self._plane.weights.elsewhere(pin_id, node)
 
     async def adapter(self, model: str, name: str, pin_id: str) -> Adapter:
-        """See `Adapters.find`."""
+        """See `AdaptersCatalog.find`."""
         await self.start()
-        return self._parts.adapters.find(model, name, pin_id)
+        return self._plane.adapters.find(model, name, pin_id)
 
-    async def revision(self, model: str, called: str) -> AdapterRevision:
-        """See `Adapters.revision`."""
+    async def revision(self, model: str, revised: str) -> AdapterRevision:
+        """See `AdaptersCatalog.revision`."""
         await self.start()
-        return await self._parts.adapters.revision(model, called)
+        return await self._plane.adapters.revision(model, revised)
 
     async def package(self, digest: str) -> bytes:
-        """A code package. Raises KeyError."""
-        data = await asyncio.to_thread(self._parts.database.package, digest)
+        """Return a code package. Raises KeyError if it is not stored."""
+        data = await asyncio.to_thread(self._plane.database.package, digest)
         if data is None:
             raise KeyError(digest)
         return data

@@ -1,4 +1,4 @@
-"""Control's parts, wired together; no actor, no HTTP."""
+"""Creates and connects the parts of control, independent of Ray's actor and of HTTP."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from llmrun_runtime.control.operations.adapter_push import AdapterPushes
 from llmrun_runtime.control.operations.deploy import Deployer
 from llmrun_runtime.control.operations.weights import WeightsOperations
 from llmrun_runtime.control.state.database import Database
+from llmrun_runtime.control.state.models import Models
 from llmrun_runtime.control.state.operation import Operations
 from llmrun_runtime.control.state.registry import Registry
 from llmrun_runtime.control.usage import Usage
@@ -36,83 +37,100 @@ AGENT_TIMEOUT_S = 30
 
 
 class ControlPlane:
-    """Control without Ray's actor around it."""
+    """The parts of control. Their state is in memory; `load` restores the stored part."""
 
     def __init__(self, settings: Settings, url: str, address: tuple[str, int]) -> None:
         self.url = url
         settings.make_home()
         self.admin_key = settings.resolved_admin_key()
-        if not self.admin_key:  # an empty one would let everybody run code
-            raise ClusterError(f"{settings.admin_key_file} is empty: remove it, and a new key is made")
+        if not self.admin_key:  # with an empty key, every client could run code
+            raise ClusterError(f"{settings.admin_key_file} is empty. Remove the file to have a new key created")
         try:
             self.database = Database(settings.resolved_database_url())
         except (SQLAlchemyError, ImportError) as error:
             reason = str(error).splitlines()[0]
-            raise ClusterError(f"the database cannot be used ({reason}): see LLMRUN_DATABASE_URL") from error
-        registry = CollectorRegistry()
-        self.starts = ColdStarts(self.database, registry)
+            raise ClusterError(f"cannot open the database: {reason}. Check LLMRUN_DATABASE_URL") from error
+        metrics = CollectorRegistry()
+        self.cold_starts = ColdStarts(self.database, metrics)
         self.keys = Keys(self.database)
         self.usage = Usage(self.database)
         self.registry = Registry()
-        self.serving = ServeApps(settings)
-        admin = digest_of(self.admin_key)
-        self.scaling = Autoscaler(self.serving, self.registry, self.starts, self.keys, address, admin)
-        self.jobs = Operations()
-        self.stock = WeightsCatalog(self.scaling)
-        self.adapters = AdaptersCatalog(self.scaling, self.stock, self.database)
-        self.errands = WeightsOperations(self.stock, self.jobs)
-        self.pushes = AdapterPushes(settings.root / "pushes", self.scaling, self.adapters, self.jobs)
-        self.deployer = Deployer(
-            settings, self.database, self.registry, self.scaling, self.serving, self.stock, self.adapters, self.jobs
+        self.models = Models()
+        self.serve_apps = ServeApps(settings)
+        self.autoscaler = Autoscaler(
+            models=self.models,
+            serve_apps=self.serve_apps,
+            registry=self.registry,
+            cold_starts=self.cold_starts,
+            keys=self.keys,
+            control=address,
+            admin=digest_of(self.admin_key),
         )
-        self.warming = WarmNodes(
-            self.scaling,
+        self.operations = Operations()
+        self.weights = WeightsCatalog(self.models)
+        self.adapters = AdaptersCatalog(self.models, self.weights, self.database, self.autoscaler.set_adapters)
+        self.weights_operations = WeightsOperations(self.weights, self.operations)
+        self.adapter_pushes = AdapterPushes(settings.root / "pushes", self.models, self.adapters, self.operations)
+        self.deployer = Deployer(
+            settings=settings,
+            database=self.database,
+            registry=self.registry,
+            models=self.models,
+            autoscaler=self.autoscaler,
+            serve_apps=self.serve_apps,
+            weights=self.weights,
+            adapters=self.adapters,
+            operations=self.operations,
+        )
+        self.warm_nodes = WarmNodes(
+            self.models,
             self.registry,
-            self.jobs,
+            self.operations,
             settings.node_idle_timeout,
             lambda: str(ray.get_runtime_context().get_node_id()),
         )
-        self.metrics = ControlMetrics(registry, self.scaling, self.registry, self.starts)
-        self.usage.on_new = self.metrics.used
-        self.scaling.on_proven = lambda row: self.database.put_version(row, in_force=True)
-        self.scaling.on_wake = lambda row: prestart(row.placement, self.serving.config(row))
+        self.metrics = ControlMetrics(metrics, self.autoscaler, self.registry, self.cold_starts)
+        self.keys.on_change = self.autoscaler.kick
+        self.usage.on_new = self.metrics.count_tokens
+        self.autoscaler.on_proven = lambda row: self.database.put_version(row, active=True)
+        self.autoscaler.on_wake = lambda row: prestart(row.placement, self.serve_apps.replica_config(row))
 
     async def load(self) -> None:
-        """Take up what is stored, and what outlived an earlier control; end what is in force no more."""
+        """Restore the stored state, adopt running applications, delete those of versions that are not active."""
         self.keys.load()
         self.usage.load()
         rows, self.deployer.sources = self.database.load()
         for row in rows.values():
-            self.scaling.put(row)
+            self.autoscaler.activate(row)
         self.adapters.load()
-        in_force = {(row.name, row.engine_version) for row in rows.values()}
-        for model, version in await self.serving.load():
-            if (model, version) not in in_force:
-                log.warning("ending %s v%d, which is not in force", model, version)
-                await self.serving.delete(model, version)
+        active = {(row.name, row.engine_version) for row in rows.values()}
+        for model, version in await self.serve_apps.load():
+            if (model, version) not in active:
+                log.warning("deleting the application of %s v%d: the version is not active", model, version)
+                await self.serve_apps.delete(model, version)
 
-    def living(self) -> list[tuple[str, str, float]]:
-        """The replicas that live, each with its model and the GPUs that it holds."""
-        deployed = self.scaling.deployed
+    def live_replicas(self) -> list[tuple[str, str, float]]:
+        """Return the registered replicas, each with its model and the number of its GPUs."""
+        deployed = self.models.deployed
         reports = (report for report, _ in self.registry.replicas.values())
-        return [(r.id, r.model, deployed[r.model].placement.all_gpus) for r in reports if r.model in deployed]
+        return [(r.id, r.model, deployed[r.model].placement.total_gpus) for r in reports if r.model in deployed]
 
-    def elsewhere(self, ingress: str, now: float) -> dict[Subject, RemoteUsage]:
-        """Of all with limits, what that ingress cannot see."""
+    def remote_usage(self, ingress: str, now: float) -> dict[Subject, RemoteUsage]:
+        """Return the usage of each subject with limits that the ingress cannot count itself; `now` is Unix time."""
         limited = {key_subject(key.name): key.tpm for key in self.keys.routes.values() if key.limited}
-        specs = (row.spec for row in self.scaling.deployed.values())
+        specs = (row.spec for row in self.models.deployed.values())
         limited |= {model_subject(spec.name): spec.tpm for spec in specs if spec.rpm or spec.tpm or spec.max_in_flight}
-        found = {}
+        usage = {}
         for subject, tpm in limited.items():
-            spent = self.registry.spent_elsewhere(ingress, subject)
+            others = self.registry.usage_elsewhere(ingress, subject)
             tokens, wait = self.usage.tokens(subject, tpm, now) if tpm else (0, 0)
-            found[subject] = RemoteUsage(spent.requests, spent.in_flight, tokens, wait)
-        return {subject: row for subject, row in found.items() if row != RemoteUsage()}
+            usage[subject] = RemoteUsage(others.requests, others.in_flight, tokens, wait)
+        return {subject: row for subject, row in usage.items() if row != RemoteUsage()}
 
     async def read_logs(
         self, model: str, offsets: dict[str, dict[str, int]], tail: int
     ) -> dict[str, dict[str, tuple[int, str]]]:
-        """New log text by node and file."""
+        """Return new log text, by node and file, with the offset to continue from."""
         nodes = [node.id for node in cluster_nodes() if node.id]
         calls = [agent_on(node).logs.remote(model, offsets.get(node, {}), tail) for node in nodes]
         async with asyncio.timeout(AGENT_TIMEOUT_S):

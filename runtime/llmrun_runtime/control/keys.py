@@ -1,4 +1,4 @@
-"""API keys: made, listed and revoked by control, checked by every ingress, which has their hashes in its table."""
+"""API keys: control creates, lists and revokes them; every ingress checks them by the digests in its routing table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SECRET_BYTES = 32
 
 
 class Keys:
-    """The keys, in the database and in memory. `on_change` is called when an ingress must hear of it."""
+    """The keys, in the database and in memory. `on_change` is called when the routing table must be published."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -28,44 +28,44 @@ class Keys:
         self.on_change: Callable[[], None] = lambda: None
 
     def load(self) -> None:
-        """Read what is stored."""
+        """Read the stored keys."""
         with self._database.session() as session:
             for row in session.scalars(select(KeyRow)):
                 self._routes[row.digest] = KeyInfo.model_validate_json(row.facts)
 
     @property
     def routes(self) -> dict[str, KeyInfo]:
-        """By digest, for the table."""
+        """The keys by digest, for the routing table."""
         return self._routes
 
-    def create(self, facts: KeyInfo) -> NewKey:
-        """Make a key. Raises Refused if the name is taken or the time is over already."""
+    def create(self, info: KeyInfo) -> NewKey:
+        """Create a key. Raises Refused if the name is taken or the expiry is in the past."""
         now = time.time()
-        if facts.expires and facts.expires <= now:
-            raise Refused(f"the key {facts.name!r} would have expired already: name a time to come", 422)
-        key = PREFIX + secrets.token_urlsafe(SECRET_BYTES)
-        made = facts.model_copy(update={"created": now})
-        digest = digest_of(key)
+        if info.expires and info.expires <= now:
+            raise Refused(f"cannot create key {info.name!r}: its expiry is in the past", 422)
+        secret = PREFIX + secrets.token_urlsafe(SECRET_BYTES)
+        created = info.model_copy(update={"created": now})
+        digest = digest_of(secret)
         try:
             with self._database.session() as session, session.begin():
-                session.add(KeyRow(name=made.name, digest=digest, facts=made.model_dump_json()))
+                session.add(KeyRow(name=created.name, digest=digest, facts=created.model_dump_json()))
         except IntegrityError:
-            raise Refused(f"there is a key {facts.name!r}: revoke it first, or choose another name", 409) from None
-        self._routes = {**self._routes, digest: made}
+            raise Refused(f"key {info.name!r} already exists. Revoke it first, or choose another name", 409) from None
+        self._routes = {**self._routes, digest: created}
         self.on_change()
-        return NewKey(key=key, facts=made)
+        return NewKey(key=secret, facts=created)
 
     def rows(self) -> list[KeyInfo]:
-        """All keys, by name."""
-        return sorted(self._routes.values(), key=lambda facts: facts.name)
+        """Return all keys, sorted by name."""
+        return sorted(self._routes.values(), key=lambda info: info.name)
 
     def revoke(self, name: str) -> None:
-        """Remove a key. Raises Refused if there is none of that name."""
-        kept = {digest: route for digest, route in self._routes.items() if route.name != name}
-        if len(kept) == len(self._routes):
-            names = ", ".join(sorted(route.name for route in self._routes.values())) or "none"
-            raise Refused(f"there is no key {name!r}; there are: {names}", 404)
+        """Delete a key. Raises Refused if it is not found."""
+        remaining = {digest: info for digest, info in self._routes.items() if info.name != name}
+        if len(remaining) == len(self._routes):
+            available = ", ".join(sorted(info.name for info in self._routes.values())) or "none"
+            raise Refused(f"key {name!r} not found; available: {available}", 404)
         with self._database.session() as session, session.begin():
             session.execute(delete(KeyRow).where(KeyRow.name == name))
-        self._routes = kept
+        self._routes = remaining
         self.on_change()

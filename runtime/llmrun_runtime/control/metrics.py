@@ -1,6 +1,6 @@
-"""Control's page for Prometheus: states and replicas, tokens, time per output token, wakes, weights on nodes.
+"""Control's metrics for Prometheus: states and replicas, tokens, time per output token, wakes, weights on nodes.
 
-Tokens and times come with replicas' reports and are added up here, so that they grow on when replicas end.
+Tokens and times come with the replicas' reports and are added up here, so that the sums outlive replicas.
 """
 
 from __future__ import annotations
@@ -35,134 +35,144 @@ from llmrun_runtime.wire.reports import ReplicaReport
 from llmrun_runtime.wire.usage import PACE_BUCKETS
 
 log = logging.getLogger("llmrun.control")
-# An agent that does not answer in time is taken to have what it had; the ingress waits for all of this for 3 s.
-AGENT_S = 1.5
-Where = tuple[str, str]
+# For an agent that does not respond in time, its last response is shown. The ingress waits for control's page for 3 s.
+AGENT_TIMEOUT_S = 1.5
+Group = tuple[str, str]
 """Model, adapter."""
 Pace = list[float]
-"""As `meter.PaceRow`, without the adapter."""
+"""A `wire.usage.PaceRow` without the adapter."""
 
 
 class ControlMetrics:
-    """What of control's knowledge Prometheus asks for; `registry` has what others count."""
+    """Control's metrics page. `metrics` is the Prometheus registry, in which other parts count too."""
 
-    def __init__(self, registry: CollectorRegistry, scaling: Autoscaler, reports: Registry, starts: ColdStarts) -> None:
+    def __init__(
+        self, metrics: CollectorRegistry, autoscaler: Autoscaler, registry: Registry, cold_starts: ColdStarts
+    ) -> None:
+        self._metrics = metrics
+        self._autoscaler = autoscaler
         self._registry = registry
-        self._scaling = scaling
-        self._reports = reports
-        self._starts = starts
-        self._adapter = AdapterLabels()
-        self._paces = Paces(self._adapter)
-        self._facts: dict[str, CacheInfo] = {}
-        self._prompt = self._counter("llmrun_prompt_tokens", "Tokens of prompts.")
-        self._completion = self._counter("llmrun_completion_tokens", "Tokens of answers.")
-        self._cached = self._counter("llmrun_cached_prompt_tokens", "Tokens of prompts that engines had cached.")
+        self._cold_starts = cold_starts
+        self._adapter_label = AdapterLabels()
+        self._paces = Paces(self._adapter_label)
+        self._caches: dict[str, CacheInfo] = {}
+        """By node address, the last response of its agent."""
+        self._prompt = self._counter("llmrun_prompt_tokens", "Prompt tokens.")
+        self._completion = self._counter("llmrun_completion_tokens", "Completion tokens.")
+        self._cached = self._counter("llmrun_cached_prompt_tokens", "Prompt tokens that engines had cached.")
 
     def _counter(self, name: str, text: str) -> Counter:
-        return Counter(name, text, ("model", "adapter"), registry=self._registry)
+        return Counter(name, text, ("model", "adapter"), registry=self._metrics)
 
-    def used(self, model: str, adapter: str, counts: Sequence[int]) -> None:
-        """See `Usage.on_new`; `adapter` as engines call it, `model:adapter`."""
-        labels = (model, self._adapter(model, plain(adapter)))
+    def count_tokens(self, model: str, adapter: str, counts: Sequence[int]) -> None:
+        """Count tokens; see `Usage.on_new`. `adapter` is the engine's name for it, `model:adapter`."""
+        labels = (model, self._adapter_label(model, adapter_name(adapter)))
         _, prompt, completion, cached = counts
         self._prompt.labels(*labels).inc(prompt)
         self._completion.labels(*labels).inc(completion)
         self._cached.labels(*labels).inc(cached)
 
     def report(self, report: ReplicaReport) -> None:
-        """Take what a replica says of the times of its tokens."""
+        """Add a replica's times per output token."""
         self._paces.report(report)
 
     async def page(self) -> bytes:
-        """All of it, in Prometheus' text format."""
-        await self._look_at_nodes()
-        self._paces.forget(self._reports.replicas)
-        statuses, targets = self._scaling.statuses(), self._scaling.targets()
+        """Return all metrics in Prometheus' text format."""
+        await self._update_caches()
+        self._paces.keep(self._registry.replicas)
+        statuses, targets = self._autoscaler.statuses(), self._autoscaler.targets()
         models = [status.name for status in statuses]
-        now = _Given([*model_families(statuses, targets), *node_families(self._facts), self._paces.family(models)])
+        current = _Families(
+            [*model_families(statuses, targets), *node_families(self._caches), self._paces.family(models)]
+        )
 
         def text() -> bytes:
-            self._starts.known(models)
+            self._cold_starts.create_series(models)
             for counter, model in itertools.product((self._prompt, self._completion, self._cached), models):
                 counter.labels(model, "")
-            return generate_latest(self._registry) + generate_latest(now)
+            return generate_latest(self._metrics) + generate_latest(current)
 
         return await asyncio.to_thread(text)
 
-    async def _look_at_nodes(self) -> None:
-        """Ask the agents that there are; none is started for this, so that nodes may leave."""
+    async def _update_caches(self) -> None:
+        """Ask the running node agents. Starts none: an agent keeps its node from being removed."""
 
         async def ask(node: Node) -> CacheInfo | None:
             try:
                 agent = await asyncio.to_thread(ray.get_actor, agent_name(node.id), namespace=NAMESPACE)
-                found: CacheInfo = await agent.cache_facts.remote()
+                info: CacheInfo = await agent.cache_info.remote()
             except (ray.exceptions.RayError, ValueError) as error:
-                log.info("node %s says nothing of its weights: %s", node.host, type(error).__name__)
+                log.info("no weights metrics from node %s: %s", node.host, type(error).__name__)
                 return None
-            return found
+            return info
 
         nodes = await asyncio.to_thread(real_nodes)
-        asked = {node.host: asyncio.ensure_future(ask(node)) for node in nodes}
-        done, late = await asyncio.wait(asked.values(), timeout=AGENT_S)
+        tasks = {node.host: asyncio.ensure_future(ask(node)) for node in nodes}
+        done, late = await asyncio.wait(tasks.values(), timeout=AGENT_TIMEOUT_S)
         for task in late:
             task.cancel()
-        said = {host: task.result() if task in done else None for host, task in asked.items()}
-        known = {host: facts or self._facts.get(host) for host, facts in said.items()}
-        self._facts = {host: facts for host, facts in known.items() if facts}
+        replies = {host: task.result() if task in done else None for host, task in tasks.items()}
+        caches = {host: info or self._caches.get(host) for host, info in replies.items()}
+        self._caches = {host: info for host, info in caches.items() if info}
 
 
 class Paces:
-    """Times per output token, by model and adapter, of all replicas that have ever reported to this control."""
+    """Times per output token by model and adapter, summed over all replicas that have reported to this control."""
 
-    def __init__(self, adapter: Callable[[str, str], str]) -> None:
-        self._adapter = adapter
-        self._seen: dict[str, dict[str, Sequence[float]]] = {}
-        self._sums: dict[Where, Pace] = {}
+    def __init__(self, adapter_label: Callable[[str, str], str]) -> None:
+        self._adapter_label = adapter_label
+        self._counted: dict[str, dict[str, Sequence[float]]] = {}
+        """By replica and adapter, the numbers already added up."""
+        self._sums: dict[Group, Pace] = {}
 
     def report(self, report: ReplicaReport) -> None:
-        """Add what is new. Of a replica that this control has not seen before, it knows itself what it has told."""
-        seen = self._seen.setdefault(report.id, {})
-        for (adapter, *numbers), told in report.paces:
-            before = seen.get(adapter, told[1:] if told else _nothing())
-            if any(number < old for number, old in zip(numbers, before, strict=True)):  # it has a new engine
-                before = _nothing()
-            seen[adapter] = numbers
-            sums = self._sums.setdefault((report.model, self._adapter(report.model, plain(adapter))), _nothing())
-            for place, (number, old) in enumerate(zip(numbers, before, strict=True)):
-                sums[place] += number - old
+        """Add the new part of a replica's numbers.
 
-    def forget(self, living: Iterable[str]) -> None:
-        """All other replicas are gone."""
-        self._seen = {replica: self._seen[replica] for replica in living if replica in self._seen}
+        For a replica that this control has not seen before, the report contains what an earlier control received.
+        """
+        counted = self._counted.setdefault(report.id, {})
+        for (adapter, *numbers), acknowledged in report.paces:
+            previous = counted.get(adapter, acknowledged[1:] if acknowledged else _zeros())
+            if any(number < old for number, old in zip(numbers, previous, strict=True)):  # it has a new engine
+                previous = _zeros()
+            counted[adapter] = numbers
+            group = (report.model, self._adapter_label(report.model, adapter_name(adapter)))
+            sums = self._sums.setdefault(group, _zeros())
+            for index, (number, old) in enumerate(zip(numbers, previous, strict=True)):
+                sums[index] += number - old
+
+    def keep(self, replicas: Iterable[str]) -> None:
+        """Forget all other replicas."""
+        self._counted = {replica: self._counted[replica] for replica in replicas if replica in self._counted}
 
     def family(self, models: Iterable[str]) -> Metric:
-        """The histogram; of `models` without any, one of zeros."""
+        """Return the histogram, with zeros for `models` without numbers."""
         family = HistogramMetricFamily(
             "llmrun_time_per_output_token_seconds",
-            "Of each streamed answer, the time from its first token to its last, by the tokens after the first.",
+            "Per stream: time from the first token to the last, divided by the tokens after the first.",
             labels=("model", "adapter"),
         )
         bounds = [*map(str, PACE_BUCKETS), "+Inf"]
-        for labels, (total, *counts) in {**{(model, ""): _nothing() for model in models}, **self._sums}.items():
+        for labels, (total, *counts) in {**{(model, ""): _zeros() for model in models}, **self._sums}.items():
             buckets = list(zip(bounds, itertools.accumulate(counts), strict=True))
             family.add_metric(labels, buckets, total)
         return family
 
 
-def plain(adapter: str) -> str:
-    """An adapter's own name, of `model:adapter`."""
+def adapter_name(adapter: str) -> str:
+    """Return the adapter's own name from `model:adapter`."""
     return adapter.partition(":")[2] or adapter
 
 
-def _nothing() -> Pace:
+def _zeros() -> Pace:
     return [0.0] * (len(PACE_BUCKETS) + 2)
 
 
 def model_families(statuses: Iterable[ModelStatus], targets: Mapping[str, int]) -> Iterator[Metric]:
-    """What state each model is in, and how many replicas it has and should have."""
-    state = GaugeMetricFamily("llmrun_model_state", "1 for the state that it is in.", labels=("model", "state"))
-    target = GaugeMetricFamily("llmrun_replicas_target", "Replicas that there should be.", labels=("model",))
-    ready = GaugeMetricFamily("llmrun_replicas_ready", "Replicas that answer.", labels=("model",))
+    """Yield each model's state, ready replicas and target."""
+    state = GaugeMetricFamily("llmrun_model_state", "1 for the model's current state.", labels=("model", "state"))
+    target = GaugeMetricFamily("llmrun_replicas_target", "The target number of replicas.", labels=("model",))
+    ready = GaugeMetricFamily("llmrun_replicas_ready", "Replicas that serve requests.", labels=("model",))
     for status in statuses:
         for name in get_args(State):
             state.add_metric((status.name, name), name == status.state)
@@ -171,23 +181,23 @@ def model_families(statuses: Iterable[ModelStatus], targets: Mapping[str, int]) 
     yield from (state, target, ready)
 
 
-def node_families(facts: Mapping[str, CacheInfo]) -> Iterator[Metric]:
-    """The weights on each node, by its address."""
-    held = GaugeMetricFamily("llmrun_weights_cache_bytes", "Weights that llmrun keeps on the node.", labels=("node",))
+def node_families(caches: Mapping[str, CacheInfo]) -> Iterator[Metric]:
+    """Yield the metrics of the weights caches, by node address."""
+    size = GaugeMetricFamily("llmrun_weights_cache_bytes", "Size of the node's weights cache.", labels=("node",))
     needed = CounterMetricFamily(
         "llmrun_weights_needed",
-        "Pins that were needed on the node: found there, brought, or failed to come.",
+        "Pins that a replica needed on the node: found there, fetched (`brought`), or failed.",
         labels=("node", "outcome"),
     )
-    for node, row in facts.items():
-        held.add_metric((node,), row.bytes)
-        for outcome, count in (("found", row.found), ("brought", row.brought), ("failed", row.failed)):
+    for node, row in caches.items():
+        size.add_metric((node,), row.bytes)
+        for outcome, count in (("found", row.found), ("brought", row.fetched), ("failed", row.failed)):
             needed.add_metric((node, outcome), count)
-    yield from (held, needed)
+    yield from (size, needed)
 
 
-class _Given(Collector):
-    """Families that there are already."""
+class _Families(Collector):
+    """Families that are computed already."""
 
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = list(families)

@@ -1,7 +1,7 @@
-"""What was used, by day, key, model and adapter: added up from replicas' reports, stored every few seconds.
+"""Adds up usage by day, key, model and adapter from the replicas' reports, and stores it every few seconds.
 
-A replica's counts grow from its engine's start; what of them is stored already is stored beside, in one transaction, so
-that a restart of control counts nothing twice and loses nothing that a replica can still tell.
+A replica's counts grow from its engine's start. The part that is already added up is stored in the same transaction, so
+that a restart of control counts nothing twice and loses nothing that a replica still reports.
 """
 
 from __future__ import annotations
@@ -20,128 +20,132 @@ from llmrun.wire import UsageLine
 from llmrun_runtime.control.state.database import Database
 from llmrun_runtime.control.state.tables import CountedRow, UsageRow
 from llmrun_runtime.rate_window import RateWindow
-from llmrun_runtime.wire.reports import ReplicaReport, key_subject, model_subject
+from llmrun_runtime.wire.reports import ReplicaReport, Subject, key_subject, model_subject
 from llmrun_runtime.wire.usage import Row
 
 log = logging.getLogger("llmrun.control")
 FLUSH_S = 2.0
-# Who has not reported for so long will not.
-ABSENT_S = 300.0
+# Replicas that are not registered in two checks at this interval have ended.
+ABSENCE_CHECK_S = 300.0
 COUNTS = ("requests", "prompt_tokens", "completion_tokens", "cached_tokens")
-Where = tuple[str, str, str, str]
+Group = tuple[str, str, str, str]
 """Day, key, model, adapter."""
 
 
 class Usage:
-    """The sums that are not stored yet, and the tokens of the last minute by subject (`reports.Subject`)."""
+    """The sums that are not stored yet, and each subject's tokens of the last minute."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._seen: dict[str, dict[tuple[str, str], tuple[int, ...]]] = {}
+        self._counted: dict[str, dict[tuple[str, str], tuple[int, ...]]] = {}
+        """By replica, the counts already added up, by key and adapter."""
         self._changed: set[str] = set()
-        self._gone: set[str] = set()
-        self._new: dict[Where, list[float]] = {}
-        self._tokens: dict[str, RateWindow] = {}
+        self._ended: set[str] = set()
+        self._sums: dict[Group, list[float]] = {}
+        self._tokens: dict[Subject, RateWindow] = {}
         self.on_new: Callable[[str, str, Sequence[int]], None] = lambda model, adapter, counts: None
-        """Called with what is new of each row of a report: COUNTS by model and adapter."""
+        """Called with the new part of each row of a report: model, adapter, COUNTS."""
 
     def load(self) -> None:
-        """Read what of living replicas is stored."""
+        """Read the counts of replicas that earlier reports were added up for."""
         with self._database.session() as session:
             for row in session.scalars(select(CountedRow)):
-                self._seen[row.replica] = {(key, adapter): tuple(c) for key, adapter, *c in json.loads(row.counts)}
+                counts = json.loads(row.counts)
+                self._counted[row.replica] = {(key, adapter): tuple(c) for key, adapter, *c in counts}
 
     def report(self, report: ReplicaReport, now: float) -> None:
-        """Add what is new in a replica's report."""
-        seen = self._seen.setdefault(report.id, {})
+        """Add the new part of a replica's counts; `now` is Unix time."""
+        counted = self._counted.setdefault(report.id, {})
         for row in report.usage:
-            self._add(report, row, seen, now)
+            self._add(report, row, counted, now)
 
-    def _add(self, report: ReplicaReport, row: Row, seen: dict[tuple[str, str], tuple[int, ...]], now: float) -> None:
+    def _add(
+        self, report: ReplicaReport, row: Row, counted: dict[tuple[str, str], tuple[int, ...]], now: float
+    ) -> None:
         key, adapter, *counts = row
-        before = seen.get((key, adapter), (0,) * len(COUNTS))
-        # A replica that started its engine anew counts from zero again.
-        new = [c - b for c, b in zip(counts, before, strict=True)]
-        new = new if min(new) >= 0 else counts
-        seen[key, adapter] = tuple(counts)
+        previous = counted.get((key, adapter), (0,) * len(COUNTS))
+        new = [count - old for count, old in zip(counts, previous, strict=True)]
+        new = new if min(new) >= 0 else counts  # the replica restarted its engine, which counts from zero
+        counted[key, adapter] = tuple(counts)
         self._changed.add(report.id)
-        sums = self._new.setdefault((_today(), key, report.model, adapter), [0.0] * (len(COUNTS) + 1))
-        for place, amount in enumerate(new):
-            sums[place] += amount
+        sums = self._sums.setdefault((_today(), key, report.model, adapter), [0.0] * (len(COUNTS) + 1))
+        for index, amount in enumerate(new):
+            sums[index] += amount
         self.on_new(report.model, adapter, new)
         if tokens := new[1] + new[2]:
             for subject in ([key_subject(key)] if key else []) + [model_subject(report.model)]:
                 self._tokens.setdefault(subject, RateWindow()).add(now, tokens)
 
-    def gone(self, replica: str) -> None:
-        """A replica has ended."""
-        if self._seen.pop(replica, None) is not None:
+    def forget(self, replica: str) -> None:
+        """Drop the counts of a replica that has ended."""
+        if self._counted.pop(replica, None) is not None:
             self._changed.discard(replica)
-            self._gone.add(replica)
+            self._ended.add(replica)
 
-    def gpus(self, model: str, gpus: float, seconds: float) -> None:
-        """A model's replicas have held so many GPUs for so long."""
+    def add_gpu_seconds(self, model: str, gpus: float, seconds: float) -> None:
+        """Add the time for which a replica of the model reserved GPUs."""
         if gpus:
-            self._new.setdefault((_today(), "", model, ""), [0.0] * (len(COUNTS) + 1))[-1] += gpus * seconds
+            self._sums.setdefault((_today(), "", model, ""), [0.0] * (len(COUNTS) + 1))[-1] += gpus * seconds
 
-    def tokens(self, subject: str, limit: int, now: float) -> tuple[int, float]:
-        """A subject's tokens of the last minute, and the seconds until they are below `limit`."""
+    def tokens(self, subject: Subject, limit: int, now: float) -> tuple[int, float]:
+        """Return a subject's tokens of the last minute, and the seconds until they are below `limit`."""
         window = self._tokens.get(subject)
         return (window.total(now), window.wait(now, limit)) if window else (0, 0)
 
-    async def run(self, living: Callable[[], Iterable[tuple[str, str, float]]]) -> None:
-        """Store every FLUSH_S, for ever. `living`: replicas that live now, each with its model and its GPUs."""
-        absent, look_at, before = set[str](), 0.0, time.monotonic()
+    async def run(self, live_replicas: Callable[[], Iterable[tuple[str, str, float]]]) -> None:
+        """Flush every FLUSH_S. Never returns. `live_replicas` returns replicas, their models and their GPUs."""
+        absent, next_check, previous = set[str](), 0.0, time.monotonic()
         while True:
             await asyncio.sleep(FLUSH_S)
             now = time.monotonic()
-            replicas = list(living())
+            replicas = list(live_replicas())
             for _, model, gpus in replicas:
-                self.gpus(model, gpus, now - before)
-            before = now
-            if now >= look_at:  # those that ended while control was away
-                look_at, missing = now + ABSENT_S, self._seen.keys() - {replica for replica, _, _ in replicas}
+                self.add_gpu_seconds(model, gpus, now - previous)
+            previous = now
+            if now >= next_check:  # for replicas that ended while control was down
+                next_check = now + ABSENCE_CHECK_S
+                missing = self._counted.keys() - {replica for replica, _, _ in replicas}
                 for replica in missing & absent:
-                    self.gone(replica)
+                    self.forget(replica)
                 absent = missing
             await self.flush()
 
     async def flush(self) -> None:
-        """Store what is new; what cannot be stored is tried again with the next."""
-        new, self._new = self._new, {}
+        """Store the new sums. If that fails, they are stored with the next ones."""
+        sums, self._sums = self._sums, {}
         changed, self._changed = self._changed, set()
-        gone, self._gone = self._gone, set()
-        if not (new or changed or gone):
+        ended, self._ended = self._ended, set()
+        if not (sums or changed or ended):
             return
-        counted = {replica: [[*key, *counts] for key, counts in self._seen[replica].items()] for replica in changed}
+        counted = {replica: [[*key, *counts] for key, counts in self._counted[replica].items()] for replica in changed}
         try:
-            await asyncio.to_thread(self._store, new, counted, gone)
+            await asyncio.to_thread(self._store, sums, counted, ended)
         except SQLAlchemyError:
-            log.exception("what was used cannot be stored; tried again")
-            self._changed |= changed & self._seen.keys()
-            self._gone |= gone
-            for where, sums in new.items():
-                later = self._new.setdefault(where, [0.0] * len(sums))
-                self._new[where] = [a + b for a, b in zip(later, sums, strict=True)]
+            log.exception("could not store usage, retrying")
+            self._changed |= changed & self._counted.keys()
+            self._ended |= ended
+            for group, amounts in sums.items():
+                later = self._sums.setdefault(group, [0.0] * len(amounts))
+                self._sums[group] = [a + b for a, b in zip(later, amounts, strict=True)]
 
-    def _store(self, new: dict[Where, list[float]], counted: dict[str, list[list[object]]], gone: set[str]) -> None:
+    def _store(self, sums: dict[Group, list[float]], counted: dict[str, list[list[object]]], ended: set[str]) -> None:
         with self._database.session() as session, session.begin():
-            for where, sums in new.items():
-                row = session.get(UsageRow, where)
+            for group, amounts in sums.items():
+                row = session.get(UsageRow, group)
                 if not row:
-                    row = UsageRow(**dict(zip(("day", "key", "model", "adapter"), where, strict=True)))
+                    row = UsageRow(**dict(zip(("day", "key", "model", "adapter"), group, strict=True)))
                     for name in (*COUNTS, "gpu_seconds"):
                         setattr(row, name, 0)
                     session.add(row)
-                for name, amount in zip(COUNTS, sums, strict=False):
+                for name, amount in zip(COUNTS, amounts, strict=False):
                     setattr(row, name, getattr(row, name) + int(amount))
-                row.gpu_seconds += sums[-1]
+                row.gpu_seconds += amounts[-1]
             for replica, counts in counted.items():
                 session.merge(CountedRow(replica=replica, counts=json.dumps(counts)))
-            session.execute(delete(CountedRow).where(CountedRow.replica.in_(gone)))
+            session.execute(delete(CountedRow).where(CountedRow.replica.in_(ended)))
 
     def lines(self, by: Iterable[str], since: str) -> list[UsageLine]:
-        """The sums from the day `since` on, told apart by `by` (of day, key, model, adapter)."""
+        """Return the sums from the day `since` on, grouped by `by` (any of day, key, model, adapter)."""
         columns = [getattr(UsageRow, name) for name in by]
         sums = [func.sum(getattr(UsageRow, name)).label(name) for name in (*COUNTS, "gpu_seconds")]
         with self._database.session() as session:

@@ -1,1 +1,1 @@
-"""Engines: the processes that speak OpenAI HTTP, and what llmrun puts inside them."""
+"""Engines: the server processes that run models, and the code that llmrun adds to them. Public interface: `api`."""

@@ -1,7 +1,6 @@
-"""The contract of an engine: how it is started, which paths it speaks, what its log says when it fails.
+"""The engine contract: how an engine starts, which paths it serves, how it takes adapters, how to read its log.
 
-Knows nothing of Ray, of control or of the ingress. An engine that keeps to this page can be served:
-every one of its processes holds the lease (`lease.hold`), and its HTTP side carries the shim.
+Does not depend on Ray, control or the ingress. Standard library only: every engine process imports this module first.
 """
 
 from __future__ import annotations
@@ -12,32 +11,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pydantic import JsonValue
-
-if TYPE_CHECKING:  # a process that only holds a lease needs neither
+if TYPE_CHECKING:  # a process that only holds a lease needs none of these
     import contextlib
+
+    from pydantic import JsonValue
 
     from llmrun.spec import ModelSpec
 
-# The engine's processes find these in their environment.
+# Environment variables of engine processes.
 LEASE_ENV = "LLMRUN_LEASE"  # host:port of the replica's lease
 TOKEN_ENV = "LLMRUN_TOKEN"  # the replica's secret
-SHIM_ENV = "LLMRUN_SHIM"  # JSON of ShimConfig
+SHIM_ENV = "LLMRUN_SHIM"  # ShimConfig as JSON
 
 
 @dataclass(frozen=True)
 class Member:
-    """One process group of an engine: the node it runs on, its devices there, its rank. Rank 0 serves HTTP."""
+    """One member of an engine: the node it runs on and its devices there."""
 
     node: str
     host: str
     devices: tuple[str, ...] = ()
-    rank: int = 0
 
 
 @dataclass(frozen=True)
 class ShimConfig:
-    """What the shim inside the engine must know of the user's own code; no hooks, no code."""
+    """The configuration of the shim: the user's hooks and the adapter slots. Without `hooks` no user code is loaded."""
 
     model: str
     file: str = ""
@@ -45,134 +43,144 @@ class ShimConfig:
     hooks: tuple[str, ...] = ()
     hook_timeout: float = 30
     host: str = "127.0.0.1"
-    """Where it listens for ingresses."""
+    """The address on which it listens for ingresses."""
     engine: str = ""
-    """The engine's kind, where it has adapters."""
+    """The engine's name, if it has adapters."""
     max_loaded: int = 0
-    """Adapters that the engine holds at once; 0: it has none."""
-    max_rank: int = 0
-    """The largest rank that one of them may have."""
+    """The number of adapter slots; 0: no adapters."""
+    max_lora_rank: int = 0
+    """The maximum LoRA rank of an adapter."""
     canary: str = ""
-    """Where the first answers of adapters are kept; "": they are not compared."""
+    """The folder of the adapters' reference answers; "": answers are not compared."""
 
     def to_json(self) -> str:
-        """For the environment of the engine."""
+        """Serialize for the engine's environment."""
         return json.dumps(self.__dict__)
 
     @classmethod
     def from_json(cls, text: str) -> ShimConfig:
-        """The other way."""
+        """Parse the output of `to_json`."""
         data = json.loads(text)
         return cls(**{**data, "hooks": tuple(data.get("hooks", ()))})
 
 
 @dataclass(frozen=True)
 class Launch:
-    """Everything a member of an engine is started from."""
+    """All inputs for starting one member of an engine."""
 
     names: tuple[str, ...]
+    """The model's served names."""
     weights: str
+    """The folder with the model's weights."""
     members: tuple[Member, ...]
-    """All of them, the first one first; more than one only where the model said `nodes=`."""
+    """All members, member 0 first; more than one only with `nodes=`."""
     engine_args: dict[str, JsonValue]
     python: str
     env: dict[str, str] = field(default_factory=dict)
     shim: ShimConfig = field(default_factory=lambda: ShimConfig(model=""))
     log: Path = Path("/dev/null")
     cache: Path | None = None
-    """Where the engine keeps what it may find again at its next start; of this model's version alone."""
+    """A folder that survives restarts, for this version of the model only."""
     task: str = "auto"
-    """What the model is for (`llmrun.spec.ModelSpec.task`)."""
+    """See `llmrun.spec.ModelSpec.task`."""
     fast_start: bool = False
-    """Whether a quick start is worth some speed under load (`cold_start="fast"`)."""
-    warm: Path | None = None
-    """The socket of the node's warm parent; None where there is none."""
-    rank: int = 0
-    """Which of the members this is."""
+    """Whether to trade some speed under load for a faster start (`cold_start="fast"`)."""
+    forkserver: Path | None = None
+    """The socket of the node's fork server; None if there is none."""
+    member_rank: int = 0
+    """The index of this member in `members`. Member 0 serves HTTP."""
     port: int = 0
-    """Where, on the first one's host, they meet; 0 where there is one."""
+    """The port on member 0's host where the members connect to each other; 0 with a single member."""
     gpu_share: float = 1
-    """Of its one GPU, the part that is this engine's."""
+    """The engine's share of its GPU, if it has a single one."""
 
 
 TokenLogprobs = dict[str, float]
-"""Log-probabilities of the likeliest tokens at one place."""
+"""Log-probabilities of the most likely tokens at one position, by token."""
 
 
 class Loader(Protocol):
-    """How one kind of engine takes adapters."""
+    """Loads adapters into one type of engine."""
 
     async def load(self, name: str, folder: Path) -> Any:
-        """Put an adapter into the engine; what `unload` and `using` want. Raises AdapterError; nothing is left then."""
+        """Load an adapter; return a handle for the other methods.
+
+        Raises AdapterError; the engine then holds nothing of it.
+        """
         ...
 
     async def unload(self, adapter: Any) -> None:
-        """Take it out again."""
+        """Unload an adapter."""
         ...
 
     async def probe(self, adapter: Any) -> list[TokenLogprobs]:
-        """What comes under it after some fixed prompts."""
+        """Return the adapter's answers to some fixed prompts."""
         ...
 
     def using(self, adapter: Any) -> contextlib.AbstractContextManager[None]:
-        """The requests that this task makes of the engine meanwhile are for that adapter."""
+        """Return a context in which this task's requests to the engine use the adapter."""
         ...
 
 
 class Engine(Protocol):
-    """One kind of engine, made without arguments.
+    """One type of engine. The class is instantiated without arguments.
 
-    1. It starts by `command`, with `environment` and the variables above; each process calls `lease.hold()` first.
-    2. It is ready when it has told the lease its HTTP `port`, its app's lifespan has started (the shim tells the lease
-       then), and `STATE_PATH` answers.
-    3. It speaks OpenAI's API at those of `paths` that its app has routes for.
-    4. It takes adapters through `loader`, if it takes any; `refuses` says what it cannot serve, before it starts.
-    5. It reports at `STATE_PATH`: requests in flight, usage (by `meter`), paths, adapters; at `/metrics` what it likes.
-    6. It ends on SIGTERM, and by itself when its lease closes. If it ends otherwise, `root_cause` reads its log.
+    1. It starts with `command`, `environment` and the variables above; each process calls `lease.hold()` first.
+    2. It is ready once it has sent its HTTP port (`lease.notify(port=…)`), its app's lifespan has started (the shim
+       reports that), and `STATE_PATH` answers.
+    3. It serves OpenAI's API at those of `paths` that its app has routes for.
+    4. It loads adapters through `loader`, if it supports any; `refuses` rejects models that it cannot serve.
+    5. `STATE_PATH` reports requests in flight, usage (from `usage_meter`), paths and adapters; `/metrics` is free.
+    6. It exits on SIGTERM and when its lease closes. After any other exit, `root_cause` reads its log.
     """
 
     name: str
     paths: frozenset[str]
-    """The inference paths that may be reached through the ingress; its administration never."""
+    """The inference paths that clients may reach through the ingress; never administrative ones."""
 
     module: str
-    """The module that `command` runs with `-m`. A warm parent imports it, calls its `preload()`, and in each child sets
-    `sys.argv` and calls its `main()`; its `PACKAGE` names what is imported. "" where a warm parent is of no use."""
+    """The module that `command` runs with `-m`; "" if the engine cannot be forked.
+
+    A fork server imports it and uses the functions that `forkserver.server` lists.
+    """
 
     def refuses(self, spec: ModelSpec) -> str:
-        """Why it cannot serve such a model, in one line for its author; "" if it may."""
+        """Return why the engine cannot serve this model, in one line for its author; "" if it can."""
         ...
 
     def command(self, launch: Launch) -> list[str]:
-        """The command line of the member `launch.rank`; that of rank 0 listens on its host. Raises EngineError."""
+        """Return the command line of member `launch.member_rank`; member 0 listens on its host. Raises EngineError."""
         ...
 
     def arguments(self, launch: Launch) -> list[str]:
-        """What comes after the module in `command`."""
+        """Return the part of `command` after the module."""
         ...
 
     def libraries(self) -> tuple[str, ...]:
-        """Shared libraries that its processes must load first (LD_PRELOAD)."""
+        """Return the shared libraries that the engine's processes must preload (LD_PRELOAD)."""
         ...
 
     def environment(self, env: Mapping[str, str], cache: Path | None) -> dict[str, str]:
-        """Variables for this engine, over `env`; `cache` is None for a warm parent."""
+        """Return the engine's own variables, which override `env`. `cache` is None for a fork server."""
         ...
 
-    def loader(self, app: Any, max_rank: int) -> Loader:
-        """How it takes adapters, by its server's `app`, in whose process this is called. Raises EngineError if not."""
+    def loader(self, app: Any, max_lora_rank: int) -> Loader:
+        """Return the loader of adapters for the server's `app`; called in the server's process.
+
+        Raises EngineError if the engine has no adapters.
+        """
         ...
 
     def root_cause(self, log: str) -> str:
-        """The one line of `log` (the end of it) that says why the engine failed; "" if none does."""
+        """Return the line of `log` (its last 64 KiB) that explains why the engine failed; "" if there is none."""
         ...
 
 
 def to_flags(engine_args: dict[str, JsonValue]) -> list[str]:
-    """Argument names and values as command-line flags: True `--x`, False `--no-x`, dicts as JSON."""
+    """Convert argument names and values to command-line flags: True `--x`, False `--no-x`, dicts as JSON."""
     flags: list[str] = []
     for key, value in engine_args.items():
-        first, dot, rest = key.partition(".")  # of `a_b.c_d` vLLM keeps what is after the dot
+        first, dot, rest = key.partition(".")  # vLLM expects the part after the dot unchanged
         name = first.replace("_", "-") + dot + rest
         if value is None:
             continue

@@ -1,7 +1,7 @@
-"""The kinds of engine that there are: llmrun's own, and those of installed packages.
+"""Finds engines by name: llmrun's own, and those of installed packages.
 
-A package brings one with an entry point of the group `llmrun.engines`: `name = "package.module:Class"`, a class that
-keeps to `engines.base.Engine` and is made without arguments.
+A package adds an engine with an entry point in the group `llmrun.engines`: `name = "package.module:Class"`. The class
+implements `engines.api.Engine` and takes no arguments.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ log = logging.getLogger("llmrun.engines")
 
 @functools.cache
 def get_engine(name: str) -> Engine:
-    """The engine called `name`. Raises EngineError for one that there is not, or that cannot be loaded."""
-    found = {point.name: point for point in entry_points(group=GROUP)}
-    if name not in found:
-        raise EngineError(f"engine={name!r}: there is no such engine; there are {', '.join(sorted(found))}")
+    """Return the engine with this name. Raises EngineError if it is not found or fails to load."""
+    points = {point.name: point for point in entry_points(group=GROUP)}
+    if name not in points:
+        raise EngineError(f"engine={name!r} not found; available: {', '.join(sorted(points))}")
     try:
-        engine: Engine = found[name].load()()
-    except Exception as error:  # somebody else's code
-        log.exception("the engine %s cannot be loaded", name)
-        text = f"engine={name!r}: {found[name].value} cannot be loaded ({type(error).__name__}: {error})"
+        engine: Engine = points[name].load()()
+    except Exception as error:  # third-party code
+        log.exception("engine %s failed to load", name)
+        text = f"engine={name!r}: failed to load {points[name].value} ({type(error).__name__}: {error})"
         raise EngineError(text) from None
     return engine

@@ -1,4 +1,4 @@
-"""Lets web pages of other origins call the ingress, where that was set."""
+"""CORS: lets web pages of other origins call the ingress if LLMRUN_CORS_ORIGINS is set."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ EXPOSED = ("x-request-id", "retry-after")
 
 
 def with_cors(app: App, origins: str) -> App:
-    """The app behind Starlette's CORS; `origins` with commas between, or `*`."""
+    """Wrap the app in Starlette's CORS middleware; `origins` is a comma-separated list, or `*`."""
     allowed = [origin.strip().rstrip("/") for origin in origins.split(",") if origin.strip()]
-    limits = [
-        f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in ("requests", "tokens")
+    rate_limits = [
+        f"x-ratelimit-{field}-{kind}" for field in ("limit", "remaining", "reset") for kind in ("requests", "tokens")
     ]
     cors: Any = CORSMiddleware(
         cast(Any, app),
         allow_origins=allowed,
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
-        expose_headers=[*EXPOSED, *limits],
+        expose_headers=[*EXPOSED, *rate_limits],
     )
     return cast(App, cors)

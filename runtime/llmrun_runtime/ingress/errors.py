@@ -1,4 +1,4 @@
-"""Errors of the ingress, in OpenAI's shape."""
+"""The exception for a request that the ingress answers with an error."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ from typing import Any
 
 from llmrun_runtime.asgi import error_body
 
-# The code of a Refusal: no replica answers now.
+# The error code while a model has no replica that can take the request.
 NOT_READY = "model_not_ready"
 
 
 @dataclass
 class HTTPError(Exception):
-    """An answer in OpenAI's error shape instead of the model's."""
+    """An error response in OpenAI's shape. The endpoint's reference page lists every `code`."""
 
     status: int
-    text: str
+    message: str
     code: str
     kind: str = "invalid_request_error"
+    """OpenAI's `type`."""
     param: str | None = None
     retry_after: int | None = None
+    """Seconds, for `Retry-After`."""
 
     def body(self) -> dict[str, Any]:
-        """What the client reads."""
-        return error_body(self.text, self.kind, self.code, self.param)
+        """Return the response body."""
+        return error_body(self.message, self.kind, self.code, self.param)

@@ -1,4 +1,4 @@
-"""Which replica a request goes to. Pure: a model's routes and the requests in flight at each in, one of them out."""
+"""Chooses the replica for a request. Pure: it sees a model's replicas and the number of requests in flight at each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 
 from llmrun_runtime.wire.routing_table import ModelRoute, ReplicaRoute
 
-# A replica that has probably seen the beginning of the prompt may have so many requests more than the least busy one.
+# A replica that probably has the prefix cached can have this many more requests in flight than the least busy one.
 AFFINITY_SLACK = 4
 
 
@@ -18,15 +18,15 @@ def choose(
     prefix: bytes = b"",
     adapter: str = "",
 ) -> ReplicaRoute | None:
-    """The replica to ask, or None if the request has to wait.
+    """Return the replica to use, or None if the request must wait.
 
-    1. Replicas that have just failed this request are out.
-    2. Replicas with `max_ongoing` requests in flight are out.
-    3. Of the others, those that have loaded the `adapter` (its pin) are preferred, unless the least busy of them has
-       AFFINITY_SLACK requests more in flight than the least busy of all, which then loads it too.
-    4. Prompts with an equal `prefix` go to the same one, whose cache has it, unless that has AFFINITY_SLACK requests
-       more in flight than the least busy one. (Rendezvous hashing: replicas that come and go move few prefixes.)
-    5. Of the others, the one with the fewest in flight; at a tie the first.
+    1. Exclude replicas in `avoid`: they have just failed this request.
+    2. Exclude replicas with `max_ongoing` requests in flight.
+    3. Prefer replicas that have loaded `adapter` (a pin), unless the least busy of them has over AFFINITY_SLACK more
+       requests in flight than the least busy of all, which then loads it too.
+    4. Send equal prefixes to the same replica, whose cache has them, unless it has over AFFINITY_SLACK more requests in
+       flight than the least busy one. (Rendezvous hashing: adding or removing a replica moves few prefixes.)
+    5. Otherwise take the least busy one; the first of several.
     """
     # 1. 2.
     free = [

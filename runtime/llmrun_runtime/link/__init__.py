@@ -1,1 +1,1 @@
-"""Between an ingress and an engine: many requests on one connection."""
+"""The connection between an ingress and an engine: many requests on one TCP connection."""

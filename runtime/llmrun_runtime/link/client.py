@@ -1,4 +1,4 @@
-"""The ingress's end of links: asks engines, many requests on one connection to each."""
+"""The ingress's end of links: one connection to each engine, shared by all requests."""
 
 from __future__ import annotations
 
@@ -7,72 +7,77 @@ import json
 from types import TracebackType
 from typing import Self
 
-from llmrun_runtime.link.frames import BODY, BROKEN, END, GONE, OPEN, PAUSE, RESUME, Link, new_socket
+from llmrun_runtime.link.frames import BODY, CANCEL, END, FAILED, HEADERS, PAUSE, RESUME, Link, new_socket
 
-# So much of an answer is kept for a caller who reads slower than the engine writes.
-HIGH = 2**18
+# Bytes of a response that are buffered for a slow client before the engine is paused.
+HIGH_WATER_BYTES = 2**18
 
 
 class LinkLostError(ConnectionError):
-    """The engine is gone, or its app failed, before the end of the answer."""
+    """The connection to the engine closed, or the engine's app failed, before the end of the response."""
 
 
-class Answer:
-    """What an engine says to one request; a context that tells the engine if it is left before the end."""
+class Exchange:
+    """One request and its response; a context manager that cancels the request if it exits before the end."""
 
     def __init__(self, link: LinkClient, number: int) -> None:
         self._link = link
         self._number = number
-        self._pieces: list[bytes] = []
-        self._size = 0
+        self._chunks: list[bytes] = []
+        self._buffered = 0
         self._paused = False
         self._ended = False
-        self._lost = ""
+        self._failure = ""
         self._waiter: asyncio.Future[None] | None = None
         self.status = 0
         self.headers: list[tuple[bytes, bytes]] = []
 
-    async def started(self) -> None:
-        """Wait for status and headers. Raises LinkLostError."""
+    async def send_body(self, body: bytes) -> None:
+        """Send the complete body of the request."""
+        await self._link.send_body(self._number, body)
+        self._link.send_frame(self._number, END)
+
+    async def wait_headers(self) -> None:
+        """Wait for `status` and `headers`. Raises LinkLostError."""
         while not self.status:
-            await self._more()
+            await self._wait()
 
     async def read(self) -> bytes:
-        """What has come since the last read, at least a byte; b"" at the end. Raises LinkLostError."""
-        while not self._pieces and not self._ended:
-            await self._more()
-        pieces, self._pieces, self._size = self._pieces, [], 0
+        """Return what was received since the last read, at least one byte; b"" at the end. Raises LinkLostError."""
+        while not self._chunks and not self._ended:
+            await self._wait()
+        chunks, self._chunks, self._buffered = self._chunks, [], 0
         if self._paused:
             self._paused = False
-            self._link.say(self._number, RESUME)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            self._link.send_frame(self._number, RESUME)
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
-    async def _more(self) -> None:
-        if self._lost:
-            raise LinkLostError(self._lost)
+    async def _wait(self) -> None:
+        if self._failure:
+            raise LinkLostError(self._failure)
         self._waiter = asyncio.get_running_loop().create_future()
         await self._waiter
 
-    def heard(self, kind: int, payload: bytes) -> None:
-        """A frame for it has come. Raises ValueError if it makes no sense."""
+    def on_frame(self, kind: int, payload: bytes) -> None:
+        """Handle a received frame. Raises ValueError if it is malformed."""
         if kind == BODY:
-            self._pieces.append(payload)
-            self._size += len(payload)
-            if self._size > HIGH and not self._paused:
+            self._chunks.append(payload)
+            self._buffered += len(payload)
+            if self._buffered > HIGH_WATER_BYTES and not self._paused:
                 self._paused = True
-                self._link.say(self._number, PAUSE)
-        elif kind == OPEN:
+                self._link.send_frame(self._number, PAUSE)
+        elif kind == HEADERS:
             self.status, headers = json.loads(payload)
             self.headers = [(key.encode("latin-1"), value.encode("latin-1")) for key, value in headers]
         elif kind == END:
             self._ended = True
-        elif kind == BROKEN:
-            self._lost = "the engine's app failed"
+        elif kind == FAILED:
+            self._failure = "the engine's app failed"
         self._wake()
 
-    def lose(self) -> None:
-        """The connection is over."""
-        self._lost = "the connection to the engine was closed"
+    def on_close(self) -> None:
+        """Handle the end of the connection."""
+        self._failure = "the connection to the engine was closed"
         self._wake()
 
     def _wake(self) -> None:
@@ -85,7 +90,7 @@ class Answer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._link.leave(self._number, tell=not self._ended and not self._lost)
+        self._link.forget(self._number, cancel=not self._ended and not self._failure)
 
 
 class LinkClient(Link):
@@ -93,67 +98,60 @@ class LinkClient(Link):
 
     def __init__(self) -> None:
         super().__init__()
-        self._answers: dict[int, Answer] = {}
+        self._exchanges: dict[int, Exchange] = {}
         self._number = 0
 
-    def ask(self, method: str, path: str, query: bytes, headers: list[tuple[str, str]]) -> Answer:
-        """Begin a request; its body is said with `finish`."""
+    def request(self, method: str, path: str, query: bytes, headers: list[tuple[str, str]]) -> Exchange:
+        """Start a request; send its body next. Raises ValueError if the headers are too large."""
         self._number = number = (self._number + 1) % 2**32
-        answer = self._answers[number] = Answer(self, number)
-        self.say_json(
-            number, OPEN, {"method": method, "path": path, "query": query.decode("latin-1"), "headers": headers}
-        )
-        return answer
+        head = {"method": method, "path": path, "query": query.decode("latin-1"), "headers": headers}
+        self.send_headers(number, head)
+        exchange = self._exchanges[number] = Exchange(self, number)
+        return exchange
 
-    async def finish(self, answer: Answer, body: bytes) -> None:
-        """Send a request's whole body."""
-        number = answer._number
-        await self.say_body(number, body)
-        self.say(number, END)
+    def forget(self, number: int, *, cancel: bool) -> None:
+        """Drop an exchange, and optionally tell the engine to cancel it."""
+        del self._exchanges[number]
+        if cancel:
+            self.send_frame(number, CANCEL)
 
-    def leave(self, number: int, *, tell: bool) -> None:
-        """Nobody waits for that answer any more."""
-        del self._answers[number]
-        if tell:
-            self.say(number, GONE)
-
-    def heard(self, number: int, kind: int, payload: bytes) -> None:
+    def on_frame(self, number: int, kind: int, payload: bytes) -> None:
         """See `Link`."""
-        if answer := self._answers.get(number):  # else its caller has left
-            answer.heard(kind, payload)
+        if exchange := self._exchanges.get(number):  # otherwise it was cancelled
+            exchange.on_frame(kind, payload)
 
-    def lost(self) -> None:
+    def on_close(self) -> None:
         """See `Link`."""
-        for answer in self._answers.values():
-            answer.lose()
+        for exchange in self._exchanges.values():
+            exchange.on_close()
 
 
 class Links:
-    """Connections to engines, one to each, made when first needed."""
+    """Connections to engines, one to each, opened on first use."""
 
     def __init__(self, connect_timeout: float) -> None:
         self._timeout = connect_timeout or None
         self._links: dict[tuple[str, int], asyncio.Task[LinkClient]] = {}
 
     async def get(self, host: str, port: int) -> LinkClient:
-        """The connection to the engine there. Raises OSError if none can be had, TimeoutError if not in time."""
+        """Return the connection to an engine. Raises OSError if it cannot connect, TimeoutError if not in time."""
         task = self._links.get((host, port))
-        if task is None or _over(task):
-            self._links = {key: task for key, task in self._links.items() if not _over(task)}
+        if task is None or _closed(task):
+            self._links = {key: task for key, task in self._links.items() if not _closed(task)}
             task = asyncio.get_running_loop().create_task(_connect(host, port, self._timeout))
             self._links[host, port] = task
         return await asyncio.shield(task)
 
     def close(self) -> None:
-        """End all of them."""
+        """Close all connections."""
         for task in self._links.values():
-            if task.done() and not _over(task):
+            if task.done() and not _closed(task):
                 task.result().close()
             task.cancel()
 
 
-def _over(task: asyncio.Task[LinkClient]) -> bool:
-    """Whether that connection was lost, or never made."""
+def _closed(task: asyncio.Task[LinkClient]) -> bool:
+    """Whether the connection was lost or could not be opened."""
     return task.done() and (task.cancelled() or task.exception() is not None or not task.result().open)
 
 

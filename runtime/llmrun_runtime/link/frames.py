@@ -1,8 +1,8 @@
-"""The wire of a link: frames of many requests on one TCP connection.
+"""The wire format of a link: frames of many requests on one TCP connection.
 
-A frame is the length of its payload (4 bytes), the number of its request (4), its kind (1) and the payload. Frames that
-are said in one turn of the event loop leave in one piece, so that the tokens which an engine makes in one step cost one
-write and one read together, not one each. Standard library only: half of it runs in engines.
+A frame is the length of its payload (4 bytes), its request number (4), its kind (1) and the payload. All frames queued
+in one turn of the event loop are written at once, so the tokens that an engine produces in one step cost one write and
+one read in total, not one each. Standard library only: engines import this module.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import socket
 import struct
 from typing import Any, cast
 
-# From the ingress: a request (JSON: method, path, query, headers), its body; then END, or GONE once its caller left.
-# From the engine: the answer's status and headers (JSON), its body; then END, or BROKEN if the engine's app failed.
-OPEN, BODY, END, GONE, BROKEN = 1, 2, 3, 4, 5
-# From the ingress: the caller reads slower than the engine writes; it has caught up.
+# From the ingress: HEADERS (JSON: method, path, query, headers) and BODY, then END, or CANCEL if the client left.
+# From the engine: HEADERS (JSON: status, headers) and BODY, then END, or FAILED if the engine's app raised.
+HEADERS, BODY, END, CANCEL, FAILED = 1, 2, 3, 4, 5
+# From the ingress: the client reads slower than the engine writes (PAUSE), or has caught up (RESUME).
 PAUSE, RESUME = 6, 7
 
-_HEAD = struct.Struct("!IIB")
-# Bodies travel in pieces, so that a large one does not hold up the others.
-PIECE = 2**16
-# Heads are in one frame, which may be so large.
-MOST = 2**18
-BATCH = 2**18
+_PREFIX = struct.Struct("!IIB")
+# Bodies are sent in chunks, so that a large one does not delay other requests.
+CHUNK_BYTES = 2**16
+# HEADERS is always one frame, so this also limits the size of headers.
+MAX_PAYLOAD_BYTES = 2**18
+BATCH_BYTES = 2**18
 
 
 def new_socket(host: str) -> socket.socket:
-    """One that notices within about 30 s that the other machine is gone; those that it accepts do so too."""
+    """Return a socket that detects a dead peer within about 30 s; sockets that it accepts inherit this."""
     sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if hasattr(socket, "TCP_KEEPIDLE"):
@@ -38,62 +38,62 @@ def new_socket(host: str) -> socket.socket:
 
 
 class Link(asyncio.Protocol):
-    """One end of a connection. Subclasses hear frames, and that the connection is over."""
+    """One end of a connection. Subclasses implement `on_frame` and `on_close`."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._rest = b""
-        self._out: list[bytes] = []
-        self._size = 0
-        self._room = asyncio.Event()
-        self._room.set()
+        self._unparsed = b""
+        self._outgoing: list[bytes] = []
+        self._outgoing_bytes = 0
+        self._writable = asyncio.Event()
+        self._writable.set()
 
     @property
     def open(self) -> bool:
-        """Whether frames can still be said."""
+        """Whether frames can still be sent."""
         return self._transport is not None and not self._transport.is_closing()
 
-    def heard(self, number: int, kind: int, payload: bytes) -> None:
-        """A frame has come. Raises ValueError if it makes no sense: the connection is then closed."""
+    def on_frame(self, number: int, kind: int, payload: bytes) -> None:
+        """Handle a received frame. If it raises ValueError, the connection is closed."""
         raise NotImplementedError
 
-    def lost(self) -> None:
-        """The connection is over."""
+    def on_close(self) -> None:
+        """Handle the end of the connection."""
         raise NotImplementedError
 
-    def say(self, number: int, kind: int, payload: bytes = b"") -> None:
-        """Send a frame at the end of this turn of the loop; on a connection that is over, nothing."""
-        if not self._out:
+    def send_frame(self, number: int, kind: int, payload: bytes = b"") -> None:
+        """Queue a frame until the end of this turn of the event loop; do nothing on a closed connection."""
+        if not self._outgoing:
             self._loop.call_soon(self._flush)
-        self._out.append(_HEAD.pack(len(payload), number, kind) + payload)
-        self._size += len(payload)
-        if self._size >= BATCH:
+        self._outgoing.append(_PREFIX.pack(len(payload), number, kind) + payload)
+        self._outgoing_bytes += len(payload)
+        if self._outgoing_bytes >= BATCH_BYTES:
             self._flush()
 
-    def say_json(self, number: int, kind: int, value: Any) -> None:
-        """The same with JSON. Raises ValueError if it is over MOST bytes: the other end would not take it."""
+    def send_headers(self, number: int, value: Any) -> None:
+        """Queue a HEADERS frame. Raises ValueError above MAX_PAYLOAD_BYTES: the peer would close the connection."""
         payload = json.dumps(value, separators=(",", ":")).encode()
-        if len(payload) > MOST:
-            raise ValueError(f"the headers are over {MOST >> 10} KiB")
-        self.say(number, kind, payload)
+        if len(payload) > MAX_PAYLOAD_BYTES:
+            raise ValueError(f"headers are larger than {MAX_PAYLOAD_BYTES >> 10} KiB")
+        self.send_frame(number, HEADERS, payload)
 
-    async def say_body(self, number: int, body: bytes) -> None:
-        """Send a body's bytes, as fast as the other end takes them."""
-        for at in range(0, len(body), PIECE):
-            self.say(number, BODY, body[at : at + PIECE])
-            if not self._room.is_set():
-                await self._room.wait()
+    async def send_body(self, number: int, body: bytes) -> None:
+        """Send bytes of a body as fast as the peer reads them."""
+        for at in range(0, len(body), CHUNK_BYTES):
+            self.send_frame(number, BODY, body[at : at + CHUNK_BYTES])
+            if not self._writable.is_set():
+                await self._writable.wait()
 
     def close(self) -> None:
-        """End the connection."""
+        """Close the connection at once."""
         if self._transport:
             self._transport.abort()
 
     def _flush(self) -> None:
-        out, self._out, self._size = self._out, [], 0
-        if out and self._transport and not self._transport.is_closing():
-            self._transport.write(b"".join(out))
+        outgoing, self._outgoing, self._outgoing_bytes = self._outgoing, [], 0
+        if outgoing and self._transport and not self._transport.is_closing():
+            self._transport.write(b"".join(outgoing))
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.Protocol`."""
@@ -101,33 +101,33 @@ class Link(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
-        data = self._rest + data
+        data = self._unparsed + data
         at, end = 0, len(data)
-        while end - at >= _HEAD.size:
-            length, number, kind = _HEAD.unpack_from(data, at)
-            stop = at + _HEAD.size + length
-            if length > MOST:
+        while end - at >= _PREFIX.size:
+            length, number, kind = _PREFIX.unpack_from(data, at)
+            stop = at + _PREFIX.size + length
+            if length > MAX_PAYLOAD_BYTES:
                 self.close()
                 return
             if stop > end:
                 break
             try:
-                self.heard(number, kind, data[at + _HEAD.size : stop])
+                self.on_frame(number, kind, data[at + _PREFIX.size : stop])
             except ValueError:
                 self.close()
                 return
             at = stop
-        self._rest = data[at:]
+        self._unparsed = data[at:]
 
     def pause_writing(self) -> None:
         """See `asyncio.Protocol`."""
-        self._room.clear()
+        self._writable.clear()
 
     def resume_writing(self) -> None:
         """See `asyncio.Protocol`."""
-        self._room.set()
+        self._writable.set()
 
     def connection_lost(self, error: Exception | None) -> None:
         """See `asyncio.Protocol`."""
-        self._room.set()
-        self.lost()
+        self._writable.set()
+        self.on_close()

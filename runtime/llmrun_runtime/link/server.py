@@ -1,4 +1,4 @@
-"""The engine's end of links: an ASGI server beside the engine's own, for ingresses alone. Standard library only."""
+"""The engine's end of links: an ASGI server for ingresses, next to the engine's own. Standard library only."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import json
 import logging
 from typing import Any
 
-from llmrun_runtime.asgi import App, Message, Scope, answer_error
-from llmrun_runtime.link.frames import BODY, BROKEN, END, GONE, OPEN, PAUSE, RESUME, Link, new_socket
+from llmrun_runtime.asgi import App, Message, Scope, send_error
+from llmrun_runtime.link.frames import BODY, CANCEL, END, FAILED, HEADERS, PAUSE, RESUME, Link, new_socket
 
 log = logging.getLogger("llmrun.link")
 
 
 async def listen(app: App, host: str, state: dict[str, Any] | None = None) -> asyncio.Server:
-    """Serve `app` to whoever connects, on a port of the kernel's choice; `state` is its lifespan's.
+    """Serve `app` on a port that the kernel chooses; `state` is the app's lifespan state.
 
-    Asks for no token: the shim, which is in the app, does.
+    Does not check tokens: the shim inside the app does.
     """
     sock = new_socket(host)
     sock.bind((host, 0))
@@ -24,34 +24,43 @@ async def listen(app: App, host: str, state: dict[str, Any] | None = None) -> as
 
 
 class _Exchange:
-    """One request and its answer, as the app sees them."""
+    """One request and its response, as the app sees them.
+
+    States, in order; `closed` can follow any of them and is final:
+
+    1. receiving: neither `body_complete` nor `closed`; `receive` waits for chunks.
+    2. responding: `body_complete`; `receive` returns the last chunk once, then waits for `closed`.
+    3. closed: the response ended, the client left or the connection closed. `receive` returns http.disconnect at once,
+       even if chunks are left, and what the app still sends is discarded.
+
+    `changed` is set by each new chunk and each transition, so that `receive` looks again. `flowing` does not depend on
+    the state: PAUSE clears it, RESUME and `close` set it, so that no `send` waits for a client that has left.
+    """
 
     def __init__(self) -> None:
-        self.pieces: list[bytes] = []
-        self.whole = False
-        """Whether all of the body has come."""
-        self.over = False
-        """Whether nobody listens any more: the caller left, or has its answer."""
+        self.chunks: list[bytes] = []
+        self.body_complete = False
+        self.closed = False
         self.changed = asyncio.Event()
-        self.flows = asyncio.Event()
-        self.flows.set()
-        self._given = False
+        self.flowing = asyncio.Event()
+        self.flowing.set()
+        self._body_returned = False
 
     async def receive(self) -> Message:
         """See ASGI."""
-        while not (self.pieces or self.over or (self.whole and not self._given)):
+        while not (self.chunks or self.closed or (self.body_complete and not self._body_returned)):
             self.changed.clear()
             await self.changed.wait()
-        if self.over:
+        if self.closed:
             return {"type": "http.disconnect"}
-        body, self.pieces, self._given = b"".join(self.pieces), [], self.whole
-        return {"type": "http.request", "body": body, "more_body": not self.whole}
+        body, self.chunks, self._body_returned = b"".join(self.chunks), [], self.body_complete
+        return {"type": "http.request", "body": body, "more_body": not self.body_complete}
 
-    def end(self) -> None:
-        """Nobody listens any more."""
-        self.over = True
+    def close(self) -> None:
+        """Enter the final state."""
+        self.closed = True
         self.changed.set()
-        self.flows.set()
+        self.flowing.set()
 
 
 class Server(Link):
@@ -64,41 +73,41 @@ class Server(Link):
         self._exchanges: dict[int, _Exchange] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def heard(self, number: int, kind: int, payload: bytes) -> None:
+    def on_frame(self, number: int, kind: int, payload: bytes) -> None:
         """See `Link`."""
-        if kind == OPEN:
+        if kind == HEADERS:
             scope = self._scope(json.loads(payload))
             exchange = self._exchanges[number] = _Exchange()
-            task = self._loop.create_task(self._answer(number, exchange, scope))
+            task = self._loop.create_task(self._run(number, exchange, scope))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
-        elif found := self._exchanges.get(number):  # else it has been answered already
+        elif current := self._exchanges.get(number):  # otherwise its response has ended
             if kind == BODY:
-                found.pieces.append(payload)
-                found.changed.set()
+                current.chunks.append(payload)
+                current.changed.set()
             elif kind == END:
-                found.whole = True
-                found.changed.set()
-            elif kind == GONE:
-                found.end()
+                current.body_complete = True
+                current.changed.set()
+            elif kind == CANCEL:
+                current.close()
             elif kind == PAUSE:
-                found.flows.clear()
+                current.flowing.clear()
             elif kind == RESUME:
-                found.flows.set()
+                current.flowing.set()
 
-    def lost(self) -> None:
+    def on_close(self) -> None:
         """See `Link`."""
         for exchange in self._exchanges.values():
-            exchange.end()
+            exchange.close()
 
     def _scope(self, head: dict[str, Any]) -> Scope:
-        """Raises ValueError if `head` is none."""
+        """Return the ASGI scope of a request. Raises ValueError if `head` is malformed."""
         try:
             path, query, headers = head["path"], head["query"], head["headers"]
             assert self._transport
             return {
                 "type": "http",
-                # As uvicorn has it. By 2.4 Starlette would hear of a caller's leaving at the next token only.
+                # Like uvicorn. With 2.4, Starlette would notice a client's disconnect only at the next token.
                 "asgi": {"version": "3.0", "spec_version": "2.3"},
                 "http_version": "1.1",
                 "method": head["method"],
@@ -113,28 +122,28 @@ class Server(Link):
                 "state": dict(self._state),
             }
         except (LookupError, TypeError, AttributeError) as error:
-            raise ValueError(f"this is no head of a request: {error}") from None
+            raise ValueError(f"invalid request head: {error}") from None
 
-    async def _answer(self, number: int, exchange: _Exchange, scope: Scope) -> None:
+    async def _run(self, number: int, exchange: _Exchange, scope: Scope) -> None:
         started = ended = False
 
         async def send(message: Message) -> None:
             nonlocal started, ended
-            if exchange.over:
+            if exchange.closed:
                 return
             if message["type"] == "http.response.start":
                 headers = [(key.decode("latin-1"), value.decode("latin-1")) for key, value in message["headers"]]
-                self.say_json(number, OPEN, [message["status"], headers])
+                self.send_headers(number, [message["status"], headers])
                 started = True
             elif message["type"] == "http.response.body":
                 if body := message.get("body"):
-                    await self.say_body(number, body)
+                    await self.send_body(number, body)
                 if not message.get("more_body"):
                     ended = True
-                    self.say(number, END)
-                    exchange.end()
-                elif not exchange.flows.is_set():
-                    await exchange.flows.wait()
+                    self.send_frame(number, END)
+                    exchange.close()
+                elif not exchange.flowing.is_set():
+                    await exchange.flowing.wait()
 
         try:
             await self._app(scope, exchange.receive, send)
@@ -143,9 +152,8 @@ class Server(Link):
         finally:
             del self._exchanges[number]
             if not started:
-                await answer_error(
-                    send, 500, "the engine failed: `llmrun logs` says why", "internal_error", "engine_failed"
-                )
-            elif not ended and not exchange.over:
-                self.say(number, BROKEN)
-            exchange.end()
+                message = "the engine failed. See `llmrun logs`"
+                await send_error(send, 500, message, "internal_error", "engine_failed")
+            elif not ended and not exchange.closed:
+                self.send_frame(number, FAILED)
+            exchange.close()

@@ -1,4 +1,4 @@
-"""The node agent: one actor per node that brings there what models need, and reads the logs that lie there."""
+"""The node agent: one actor per node that installs code and weights there, starts engines early, and reads logs."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from llmrun_runtime.engines.forkserver.supervisor import ForkServerSupervisor, f
 from llmrun_runtime.engines.process.temp_dir import sweep_temp_dirs
 from llmrun_runtime.engines.registry import get_engine
 from llmrun_runtime.logs import log_path, read_logs
-from llmrun_runtime.node.environments import Environments, environment, worker_environment
+from llmrun_runtime.node.environments import Environments, merged_env, worker_env
 from llmrun_runtime.node.launch import find_weights, make_launch
-from llmrun_runtime.node.spare_worker import keep_spare
+from llmrun_runtime.node.spare_worker import keep_spare_worker
 from llmrun_runtime.weights.adapters import Adapter
 from llmrun_runtime.weights.fetch import Peer
 from llmrun_runtime.weights.node_weights import CacheInfo, NodeWeights
@@ -34,162 +34,162 @@ from llmrun_runtime.wire.replica_config import ReplicaConfig
 
 
 class NodeAgent:
-    """What control and replicas can ask of a node. What goes wrong is an LLMRunError that names the node."""
+    """A node's API for control and for replicas. Failures are LLMRunErrors that name the node."""
 
     def __init__(self) -> None:
         settings = Settings()
         self._root = settings.root
         self._host = ray.util.get_node_ip_address()
         self._node = ray.get_runtime_context().get_node_id()
-        self._control = control = control_handle()
+        self._control = control_handle()
         self._weights = NodeWeights(settings, self._host)
+        self._environments = Environments(self._root, self._fetch_package)
+        self._supervisors: dict[str, ForkServerSupervisor] = {}
+        self._spare_worker: asyncio.Task[None] | None = None
+        self._prestarts: Prestarts | None = None
 
-        async def fetch(digest: str) -> bytes:
-            package: bytes = await control.package.remote(digest)
-            return package
+    async def warm(self, engine_name: str) -> None:
+        """Prepare for the next replica: start a spare worker, and the engine's fork server if it supports one.
 
-        self._environments = Environments(self._root, fetch)
-        self._keepers: dict[str, ForkServerSupervisor] = {}
-        self._spare: asyncio.Task[None] | None = None
-        self._heads: Prestarts | None = None
-
-    async def warm(self, engine: str) -> None:
-        """Be ready for the next replica: keep a spare worker, and a warm parent of its engine, if one is of use.
-
-        Replicas can ask the parent when this returns. What killed replicas left here is removed.
+        Removes temporary files of killed replicas. The fork server's socket accepts requests when this returns.
         """
         await asyncio.to_thread(sweep_temp_dirs)
-        kind = get_engine(engine)
-        if self._spare is None or self._spare.done():
-            self._spare = asyncio.get_running_loop().create_task(keep_spare())
-        if not kind.module or not Settings().forkserver:
+        engine = get_engine(engine_name)
+        if self._spare_worker is None or self._spare_worker.done():
+            self._spare_worker = asyncio.get_running_loop().create_task(keep_spare_worker())
+        if not engine.module or not Settings().forkserver:
             return
-        if engine not in self._keepers:
-            path = forkserver_socket(self._root, self._node, engine)
-            output = self._root / "logs" / f"warm-{engine}.log"
-            self._keepers[engine] = ForkServerSupervisor(kind, path, output, environment({}, self._where()))
-        self._keepers[engine].start()
+        if engine_name not in self._supervisors:
+            path = forkserver_socket(self._root, self._node, engine_name)
+            output = self._root / "logs" / f"warm-{engine_name}.log"
+            self._supervisors[engine_name] = ForkServerSupervisor(engine, path, output, merged_env({}, self._where()))
+        self._supervisors[engine_name].start()
 
     async def prestart(self, config: dict[str, Any]) -> None:
-        """Begin the engine of a replica that is on its way here, if its weights and code are here and it can be forked.
+        """Start the engine of a replica before Ray has placed the replica here.
 
-        For engines on CPU: of devices only the replica knows which it gets.
+        Does nothing if the weights are not on this node or the engine cannot be forked. For engines on CPU only: the
+        replica's devices are not assigned yet.
         """
-        version = ReplicaConfig.model_validate(config)
-        spec, kind = version.spec, get_engine(version.spec.engine)
-        if spec.requirements or not kind.module or not Settings().forkserver:
+        replica = ReplicaConfig.model_validate(config)
+        spec, engine = replica.spec, get_engine(replica.spec.engine)
+        if spec.requirements or not engine.module or not Settings().forkserver:
             return
         await self.warm(spec.engine)
-        weights = await asyncio.to_thread(find_weights, version, self._where())
+        weights = await asyncio.to_thread(find_weights, replica, self._where())
         if not weights:
             return
         make = functools.partial(
             make_launch,
-            code=await self._environments.code(spec.code.package) if spec.code else None,
+            code=await self._environments.install_code(spec.code.package) if spec.code else None,
             site=None,
-            warm=forkserver_socket(self._root, self._node, spec.engine),
-            log=log_path(self._root, spec.name, version.version, secrets.token_hex(6)),
+            forkserver=forkserver_socket(self._root, self._node, spec.engine),
+            log=log_path(self._root, spec.name, replica.version, secrets.token_hex(6)),
         )
-        launch = await asyncio.to_thread(make, version, (Member(self._node, self._host),), weights, self._where())
-        self._heads = self._heads or Prestarts(prestart_socket(self._root, self._node))
-        self._heads.start(version.key, kind, launch)
+        launch = await asyncio.to_thread(make, replica, (Member(self._node, self._host),), weights, self._where())
+        self._prestarts = self._prestarts or Prestarts(prestart_socket(self._root, self._node))
+        self._prestarts.start(replica.key, engine, launch)
 
-    async def prepare(self, spec: ModelSpec) -> None:
-        """Bring the model's code and requirements here. Raises EngineError."""
+    async def install(self, spec: ModelSpec) -> None:
+        """Install the model's code and requirements. Raises EngineError."""
         if spec.code:
-            await self._environments.code(spec.code.package)
+            await self._environments.install_code(spec.code.package)
         if spec.requirements:
-            await self._environments.requirements(spec.requirements)
+            await self._environments.install_requirements(spec.requirements)
 
     async def logs(self, model: str, offsets: dict[str, int], tail: int) -> dict[str, tuple[int, str]]:
         """See `read_logs`."""
         return read_logs(self._root, model, offsets, tail)
 
     async def pin(self, weights: Weights, env: Mapping[str, Secret | str]) -> Pin:
-        """What a source means now."""
-        return await self._weights.pin(weights, self._environment(env))
+        """The source's current revision."""
+        return await self._weights.pin(weights, self._worker_env(env))
 
-    async def adapters(
+    async def list_adapters(
         self, weights: Weights, env: Mapping[str, Secret | str], ranks: dict[str, int] | None
     ) -> list[Adapter]:
-        """See `NodeWeights.adapters`."""
-        return await self._weights.adapters(weights, self._environment(env), ranks)
+        """See `NodeWeights.list_adapters`."""
+        return await self._weights.list_adapters(weights, self._worker_env(env), ranks)
 
-    async def imported(self, weights: Weights) -> tuple[float, Pin] | None:
-        """See `NodeWeights.imported`."""
-        return self._weights.imported(weights)
+    async def last_import(self, weights: Weights) -> tuple[float, Pin] | None:
+        """See `NodeWeights.last_import`."""
+        return self._weights.last_import(weights)
 
-    async def bring(self, pin: Pin, env: Mapping[str, Secret | str]) -> str:
-        """The folder of the complete pin, from another node if one has it, else from the store."""
-        if await self._weights.has(pin.id):
+    async def fetch(self, pin: Pin, env: Mapping[str, Secret | str]) -> str:
+        """Fetch the pin, from another node if one has it, else from its source; return the folder."""
+        if await self._weights.has_pin(pin.id):
             peers, keep = [], []
         else:
             peers, keep = await self._control.weights_elsewhere.remote(pin.id, self._node)
-        return str(await self._weights.bring(pin, self._environment(env), peers, keep))
+        return str(await self._weights.fetch(pin, self._worker_env(env), peers, keep))
 
-    async def has(self, pin_id: str) -> bool:
-        """Whether a pin is complete here."""
-        return await self._weights.has(pin_id)
+    async def has_pin(self, pin_id: str) -> bool:
+        """Whether the pin is complete on this node."""
+        return await self._weights.has_pin(pin_id)
 
-    async def peer(self) -> Peer:
-        """How other nodes reach the weights that lie here."""
-        return await self._weights.peer()
+    async def serve_peers(self) -> Peer:
+        """See `NodeWeights.serve_peers`."""
+        return await self._weights.serve_peers()
 
     async def progress(self, key: str) -> tuple[int, int]:
-        """Bytes here and in all, of what is under way for a pin."""
+        """Bytes done and total bytes of the running task for a pin."""
         return self._weights.progress(key)
 
-    async def cache_facts(self) -> CacheInfo:
-        """See `NodeWeights.cache_facts`."""
-        return await self._weights.cache_facts()
+    async def cache_info(self) -> CacheInfo:
+        """See `NodeWeights.cache_info`."""
+        return await self._weights.cache_info()
 
-    async def found(self) -> None:
-        """A replica that has started found its weights here."""
-        self._weights.found()
+    async def count_cache_hit(self) -> None:
+        """Count a replica that found its weights on this node."""
+        self._weights.count_cache_hit()
 
-    async def rows(self) -> list[WeightsRow]:
-        """The weights that lie here."""
-        return self._weights.rows()
+    async def list_weights(self) -> list[WeightsRow]:
+        """The weights on this node."""
+        return self._weights.list_weights()
 
-    async def take(self, folder: str, weights: Weights, keep: list[str]) -> Pin | None:
-        """Import a folder of this node; None if it is not here."""
-        return await self._weights.take(folder, weights, keep, self._environment({}))
+    async def import_folder(self, folder: str, weights: Weights, keep: list[str]) -> Pin | None:
+        """Import a folder of this node; None if it does not exist."""
+        return await self._weights.import_folder(folder, weights, keep, self._worker_env({}))
 
     async def mirror(self, pin: Pin, target: Weights) -> dict[str, int]:
-        """Upload a pin that lies here."""
-        return await self._weights.mirror(pin, target, self._environment({}))
+        """Upload a pin of this node."""
+        return await self._weights.mirror(pin, target, self._worker_env({}))
 
-    async def push(self, folder: str, target: Weights, env: Mapping[str, Secret | str]) -> None:
-        """Copy an adapter from a folder of this node to a store, or to another folder."""
-        await self._weights.push(folder, target, self._environment(env))
+    async def push_adapter(self, folder: str, target: Weights, env: Mapping[str, Secret | str]) -> None:
+        """Copy an adapter from a folder of this node to an object store or to another folder."""
+        await self._weights.push_adapter(folder, target, self._worker_env(env))
 
     async def verify(self, pin_ids: list[str]) -> dict[str, list[str]]:
-        """Hash the files of those pins that lie here again; what is wrong, by pin."""
-        return await self._weights.verify(pin_ids, self._environment({}))
+        """Hash the files of these pins again; return the problems by pin."""
+        return await self._weights.verify(pin_ids, self._worker_env({}))
 
     async def remove(self, pin_ids: list[str]) -> int:
-        """Remove those pins; the bytes freed."""
+        """Remove these pins; return the bytes freed."""
         return await self._weights.remove(pin_ids)
 
     async def prune(self, keep: list[str]) -> int:
-        """Remove all that is not in `keep`, and what broken-off downloads left; the bytes freed."""
+        """Remove all pins but `keep`, and remains of interrupted downloads; return the bytes freed."""
         return await self._weights.prune(keep)
 
-    def _environment(self, env: Mapping[str, Secret | str]) -> dict[str, str]:
-        """For a worker: the node's variables with the spec's, and llmrun's own settings."""
-        return worker_environment(env, self._where())
+    def _worker_env(self, env: Mapping[str, Secret | str]) -> dict[str, str]:
+        """The variables of a weights worker. Raises EngineError for a missing secret."""
+        return worker_env(env, self._where())
+
+    async def _fetch_package(self, digest: str) -> bytes:
+        package: bytes = await self._control.package.remote(digest)
+        return package
 
     def _where(self) -> str:
         return f"node {self._host} ({socket.gethostname()})"
 
 
 def agent_name(node_id: str) -> str:
-    """What a node's agent is called."""
+    """The actor name of a node's agent."""
     return f"node-{node_id}"
 
 
 def agent_on(node_id: str) -> Any:
-    """A handle to the node's agent, started if there is none."""
+    """A handle to the node's agent, which is started if necessary."""
     return (
         ray.remote(NodeAgent)
         .options(

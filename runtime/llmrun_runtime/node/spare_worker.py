@@ -1,58 +1,42 @@
-"""A spare worker of Ray's on this node: the next replica there needs no new process, nor its imports (1-2 s).
+"""A spare Ray worker on this node: the next replica needs no new process and no imports, which saves 1-2 s.
 
-Uses the raylet's own call for it, which is internal to Ray: where it fails, replicas start as they always do.
+Without it replicas start as usual.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
 
 import psutil
-import ray
-from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+from llmrun_runtime import ray_internals
 
 log = logging.getLogger("ray.serve")
-KEEP_S = 12 * 3600
+KEEP_ALIVE_S = 12 * 3600
 CALL_TIMEOUT_S = 5
-# The replica that took the last one needs its cores for its first answers.
-AFTER_S = 5
-IDLE = "ray::IDLE"
+# The replica that took the last spare worker needs the node's cores for its first responses.
+DELAY_S = 5
 
 
-async def keep_spare() -> None:
-    """See that this node has an idle worker, which Serve's next replica here becomes. Never raises."""
-    await asyncio.sleep(AFTER_S)
+async def keep_spare_worker() -> None:
+    """Ensure that this node has an idle worker, which Serve's next replica here uses. Never raises."""
+    await asyncio.sleep(DELAY_S)
     try:
-        await asyncio.to_thread(_keep_spare)
-    except Exception as error:  # noqa: BLE001 - Ray's insides: whatever they have become, replicas start without
+        await asyncio.to_thread(_prestart_worker)
+    except Exception as error:  # noqa: BLE001 - Ray's private API may change: replicas start without a spare worker
         log.warning("no spare worker: %r", error)
 
 
-def _keep_spare() -> None:
-    if any(IDLE in _title(process) for process in psutil.Process().parent().children()):  # type: ignore[union-attr]
+def _prestart_worker() -> None:
+    raylet = psutil.Process().parent()
+    workers = raylet.children() if raylet else []
+    if any(ray_internals.SPARE_WORKER_TITLE in _title(worker) for worker in workers):
         return
-    from ray._private.grpc_utils import init_grpc_channel  # noqa: PLC0415 - internal, as is all below
-    from ray.core.generated import node_manager_pb2, node_manager_pb2_grpc  # noqa: PLC0415
-
-    here = ray.get_runtime_context().get_node_id()
-    node = next(node for node in ray.nodes() if node["NodeID"] == here)
-    controller: Any = ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
-    job = controller._actor_id.job_id  # a worker belongs to a job: to that which starts replicas
-    if any(row["JobID"] == job.hex() and row["IsDead"] for row in ray._private.state.jobs()):
-        return  # Ray would end it at once; a local cluster's parent keeps the job alive
-    channel = init_grpc_channel(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
-    try:
-        request = node_manager_pb2.PrestartWorkersRequest(
-            language=0,  # Python
-            job_id=job.binary(),
-            keep_alive_duration_secs=KEEP_S,
-            num_workers=1,
-        )
-        node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=CALL_TIMEOUT_S)
-    finally:
-        channel.close()
+    job_id = ray_internals.serve_job_id()
+    if ray_internals.job_has_ended(job_id):
+        return  # Ray would end the worker at once; a local cluster's parent keeps the job alive
+    ray_internals.prestart_worker(job_id, KEEP_ALIVE_S, CALL_TIMEOUT_S)
 
 
 def _title(process: psutil.Process) -> str:

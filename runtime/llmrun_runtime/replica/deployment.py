@@ -1,7 +1,7 @@
 """The Serve deployment: a thin actor that owns one engine process.
 
-Starts the engine, registers it with control, renews that while it runs, and drains before it ends.
-Imports no engine; Serve never sends it a request: bytes go from the ingress to the engine.
+Starts the engine, reports its state to control while it runs, and drains it before it stops.
+Imports no engine. Serve never sends it a request: requests go from the ingress to the engine.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from llmrun.wire import ReplicaState
 from llmrun_runtime.actors import control_handle
 from llmrun_runtime.engines.base import Launch
 from llmrun_runtime.engines.forkserver.prestart import adopt, prestart_socket
-from llmrun_runtime.engines.process.engine_process import EngineProcess
+from llmrun_runtime.engines.process.engine_process import EngineProcess, ForkFailed
 from llmrun_runtime.engines.process.start import StartedProcess
 from llmrun_runtime.engines.registry import get_engine
 from llmrun_runtime.logs import write_log
 from llmrun_runtime.node.agent import agent_on
-from llmrun_runtime.replica.drain import LINGER_S, SILENT_S, drained
+from llmrun_runtime.replica.drain import LINGER_S, UNRESPONSIVE_S, wait_until_drained
 from llmrun_runtime.replica.multinode import RemoteMembers, free_port
 from llmrun_runtime.replica.provisioner import Provisioner
 from llmrun_runtime.wire.replica_config import ReplicaConfig
@@ -36,32 +36,35 @@ from llmrun_runtime.wire.usage import PaceRow, Row
 
 log = logging.getLogger("ray.serve")
 CONTROL_TIMEOUT_S = 10
+# Serve replaces a replica after three failed health checks.
+HEALTH_CHECK_S = 1
 
 
 class Replica:
-    """One running copy of a model's version."""
+    """One replica of a version of a model."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self._config = ReplicaConfig.model_validate(config)
         self._control = control_handle()
-        self._bringer = Provisioner(self._config, self._say, self._passed)
-        self._log = self._bringer.log
+        self._provisioner = Provisioner(self._config, self._write_line, self._mark)
+        self._log = self._provisioner.log
         self._engine: EngineProcess | None = None
-        self._others: RemoteMembers | None = None
+        self._remote_members: RemoteMembers | None = None
         self._state: ReplicaState = "starting"
-        self._counts: dict[str, Any] = {}
-        self._told: dict[tuple[str, str], Row] = {}
-        self._told_paces: dict[str, PaceRow] = {}
-        self._max_model_len = 0
         self._failed = ""
-        self._answered = time.monotonic()
         self._moments = {"placed": time.time()}
+        self._max_model_len = 0
+        # The engine's counts, when they were last read, and the rows that control has acknowledged.
+        self._counts: dict[str, Any] = {}
+        self._counted_at = time.monotonic()
+        self._acked_usage: dict[tuple[str, str], Row] = {}
+        self._acked_paces: dict[str, PaceRow] = {}
         loop = asyncio.get_running_loop()
         self._starting = loop.create_task(self._start())
-        self._reporting = loop.create_task(self._report_always())
+        self._reporting = loop.create_task(self._report_periodically())
 
     async def check_health(self) -> None:
-        """Raise once the engine did not start or has died: Serve then replaces this replica, if it is still wanted."""
+        """Raise EngineError if the engine failed to start or has died: Serve then replaces this replica."""
         if self._failed:
             raise EngineError(self._failed)
         for task in (self._starting, self._reporting):
@@ -69,9 +72,9 @@ class Replica:
                 task.result()
 
     async def __del__(self) -> None:
-        """Drain: leave the table, linger, wait until nothing is in flight, end the engine."""
+        """Drain: leave the routing table, linger, wait until nothing is in flight, stop the engine."""
         was_ready, self._state = self._state == "ready", "draining"
-        self._say("draining")
+        self._write_line("draining")
         await self._report()
         if was_ready and not self._failed:
             await self._drain()
@@ -79,168 +82,209 @@ class Replica:
             task.cancel()
         await asyncio.gather(self._starting, self._reporting, return_exceptions=True)
         await self._end_engine()
-        self._say("ended")
-        await self._tell_control("gone", self._registration())
+        self._write_line("stopped")
+        await self._call_control("stopped", self._make_report())
 
     async def _drain(self) -> None:
-        """Return once the engine may be ended."""
+        """Return when the engine may be stopped."""
 
-        async def ask(leave: bool) -> int | None:
+        async def in_flight(leave: bool) -> int | None:
             if not self._engine or self._engine.ended():
                 return 0
-            return int(self._counts["in_flight"]) if await self._count(leave=leave) else None
+            return int(self._counts["in_flight"]) if await self._read_counts(leave=leave) else None
 
-        if why := await drained(ask, self._config.drain_timeout - LINGER_S):
-            self._say(why)
+        if cause := await wait_until_drained(in_flight, self._config.drain_timeout - LINGER_S):
+            self._write_line(cause)
 
     async def _start(self) -> None:
-        """Start the engine; tell control, until it has heard, if that fails."""
+        """Start the engine and report it ready; report the cause if that fails."""
         try:
             launch = await self._launch()
-            socket_path = prestart_socket(Settings().root, self._bringer.node)
-            begun = await asyncio.to_thread(adopt, socket_path, self._config.key)
-            if begun:
-                self._log = begun.log
-            self._say(f"replica of {self._config.key}, on {socket.gethostname()}")
-            try:
-                await self._start_engine(launch, begun)
-            except EngineError as error:
-                spoilt = self._engine is not None and self._engine.forked and "fork" in str(error)
-                if self._others or not self._engine or not (spoilt or self._engine.unexplained()):
-                    raise
-                self._say(f"{error}; tried once more")
-                await self._engine.end()
-                await self._start_engine(replace(launch, warm=None) if spoilt else launch)
-            self._passed("ready")
-            await self._count()
-            self._max_model_len = await self._engine.max_model_len() if self._engine else 0
+            prestarted = await self._take_prestarted()
+            self._write_line(f"replica of {self._config.key}, on {socket.gethostname()}")
+            engine = await self._start_engine_with_retry(launch, prestarted)
+            self._mark("ready")
+            await self._read_counts()
+            self._max_model_len = await engine.max_model_len()
             self._state = "ready"
             await self._report()
+        except LLMRunError as error:
+            await self._fail_start(str(error))
         except Exception as error:
-            if not isinstance(error, LLMRunError):
-                log.exception("a replica of %s did not start", self._config.spec.name)
-            self._failed = str(error) if isinstance(error, LLMRunError) else f"{type(error).__name__}: {error}"
-            self._say(f"did not start: {self._failed}")
-            while not await self._tell_control("failed", self._registration(), self._failed):
-                await asyncio.sleep(REPORT_S)
-            await self._end_engine()
-            return
-        with contextlib.suppress(ray.exceptions.RayError, ValueError):  # for the next replica; this one serves already
-            agent = await asyncio.to_thread(agent_on, self._bringer.node)
-            agent.warm.remote(self._config.spec.engine)
-            if self._bringer.found:
-                agent.found.remote()
-
-    async def _start_engine(self, launch: Launch, begun: StartedProcess | None = None) -> None:
-        """Start it, if it has not been begun, and wait until it answers. Raises EngineError."""
-        kind = get_engine(self._config.spec.engine)
-        engine = self._engine = EngineProcess(kind, launch, begun, self._bringer.adapter)
-        self._told, self._told_paces = {}, {}
-        started = time.monotonic()
-        await engine.start()
-        self._moments["forked"] = engine.begun_at
-        how = "forked from the warm parent" if engine.forked else "started"
-        how += " ahead of this replica" if begun else ""
-        self._say(f"engine {self._config.spec.engine} {how}, pid {engine.pid}")
-        if self._others:
-            await self._others.start(launch.members, launch.port)
-            await self._others.unless_failed(engine.ready(self._config.start_timeout))
+            log.exception("a replica of %s failed to start", self._config.spec.name)
+            await self._fail_start(f"{type(error).__name__}: {error}")
         else:
-            await engine.ready(self._config.start_timeout)
-        self._say(f"engine ready after {time.monotonic() - started:.1f} s, port {engine.port}")
+            await self._warm_node()
 
     async def _launch(self) -> Launch:
-        """Everything the engine needs, brought to this node, and its other members placed. Raises LLMRunError."""
-        mine = self._bringer.member()
+        """Place the other members of a multi-node engine, and install everything that the engine needs on this node.
+
+        Raises LLMRunError.
+        """
+        member = self._provisioner.member()
         if self._config.spec.nodes == 1:
-            return await self._bringer.launch((mine,))
-        self._others = RemoteMembers(self._config)
-        members = (mine, *await self._others.members())
-        return await self._bringer.launch(members, port=free_port(mine.host))
+            return await self._provisioner.launch((member,))
+        self._remote_members = RemoteMembers(self._config)
+        members = (member, *await self._remote_members.members())
+        return await self._provisioner.launch(members, port=free_port(member.host))
+
+    async def _take_prestarted(self) -> StartedProcess | None:
+        """The engine process that the node agent prestarted for this version, if any; use its log from now on."""
+        socket_path = prestart_socket(Settings().root, self._provisioner.node)
+        prestarted = await asyncio.to_thread(adopt, socket_path, self._config.key)
+        if prestarted:
+            self._log = prestarted.log
+        return prestarted
+
+    async def _start_engine_with_retry(self, launch: Launch, prestarted: StartedProcess | None) -> EngineProcess:
+        """Start the engine; if a single-node engine fails because of the fork or without a cause, start it once more.
+
+        Raises EngineError.
+        """
+        engine = self._engine = self._make_engine(launch, prestarted)
+        try:
+            await self._start_engine(engine, launch, prestarted=prestarted is not None)
+        except EngineError as error:
+            fork_failed = isinstance(error, ForkFailed)
+            if self._remote_members or not (fork_failed or engine.unexplained()):
+                raise
+            self._write_line(f"{error}; retrying once")
+            await engine.end()
+            launch = replace(launch, forkserver=None) if fork_failed else launch
+            engine = self._engine = self._make_engine(launch)
+            await self._start_engine(engine, launch)
+        return engine
+
+    def _make_engine(self, launch: Launch, prestarted: StartedProcess | None = None) -> EngineProcess:
+        self._acked_usage, self._acked_paces = {}, {}  # a new engine counts from zero
+        engine = get_engine(self._config.spec.engine)
+        return EngineProcess(engine, launch, prestarted, self._provisioner.adapter)
+
+    async def _start_engine(self, engine: EngineProcess, launch: Launch, *, prestarted: bool = False) -> None:
+        """Start the engine's processes and wait until the engine is ready. Raises EngineError."""
+        started = time.monotonic()
+        await engine.start()
+        self._moments["forked"] = engine.started_at
+        how = "forked from the fork server" if engine.forked else "started"
+        how += " before this replica" if prestarted else ""
+        self._write_line(f"engine {self._config.spec.engine} {how}, pid {engine.pid}")
+        if self._remote_members:
+            await self._remote_members.start(launch.members, launch.port)
+            await self._remote_members.unless_failed(engine.ready(self._config.start_timeout))
+        else:
+            await engine.ready(self._config.start_timeout)
+        self._write_line(f"engine ready after {time.monotonic() - started:.1f} s, port {engine.port}")
+
+    async def _fail_start(self, cause: str) -> None:
+        """Report to control, until control receives it, that the start failed; stop the engine."""
+        self._failed = cause
+        self._write_line(f"failed to start: {cause}")
+        while not await self._call_control("failed", self._make_report(), cause):
+            await asyncio.sleep(REPORT_S)
+        await self._end_engine()
+
+    async def _warm_node(self) -> None:
+        """Have the node agent prepare for the next replica on this node and count a cache hit of this one."""
+        with contextlib.suppress(ray.exceptions.RayError, ValueError):  # this replica works without it
+            agent = await asyncio.to_thread(agent_on, self._provisioner.node)
+            agent.warm.remote(self._config.spec.engine)
+            if self._provisioner.weights_were_cached:
+                agent.count_cache_hit.remote()
 
     async def _end_engine(self) -> None:
-        """End its process, and those of its other members."""
+        """Stop the engine's process and its remote members."""
         if self._engine:
             await self._engine.end()
-        if self._others:
-            await self._others.end()
+        if self._remote_members:
+            await self._remote_members.end()
 
-    async def _report_always(self) -> None:
-        """Report every REPORT_S, from the start to the end; notice when the engine dies."""
+    async def _report_periodically(self) -> None:
+        """Report every REPORT_S until the engine has failed."""
         while not self._failed:
-            engine = self._engine
-            if self._state == "ready" and engine and not (await self._count() and not self._trouble()):
-                if engine.ended() or self._trouble():
-                    self._failed = f"the engine died: {self._trouble() or engine.cause()}"
-                elif time.monotonic() - self._answered > SILENT_S:
-                    self._failed = f"the engine has not answered for {SILENT_S:g} s"
-                if self._failed:  # Serve replaces this replica at its next look (check_health)
-                    self._say(self._failed)
-                    await self._tell_control("gone", self._registration(), self._failed)
-                    await self._end_engine()
-                    return
+            if self._state == "ready" and (cause := await self._check_engine()):
+                self._failed = cause  # Serve replaces this replica at its next health check
+                self._write_line(cause)
+                await self._call_control("stopped", self._make_report(), cause)
+                await self._end_engine()
+                return
             await self._report()
             await asyncio.sleep(REPORT_S)
 
-    def _trouble(self) -> str:
-        """Why a member of an engine that spans nodes has ended; "" if none has."""
-        return self._others.trouble if self._others else ""
+    async def _check_engine(self) -> str:
+        """Read the engine's counts; return why the engine has failed, "" if it has not."""
+        engine = self._engine
+        if not engine:
+            return ""
+        responds = await self._read_counts()
+        member_failure = self._remote_members.failure if self._remote_members else ""
+        if responds and not member_failure:
+            return ""
+        if member_failure or engine.ended():
+            return f"the engine died: {member_failure or engine.cause()}"
+        if time.monotonic() - self._counted_at > UNRESPONSIVE_S:
+            return f"the engine has not responded for {UNRESPONSIVE_S:g} s"
+        return ""
 
-    async def _count(self, *, leave: bool = False) -> bool:
-        """Read the shim's counts (`leave`: which takes no more, if nothing is in flight); False without an answer."""
+    async def _read_counts(self, *, leave: bool = False) -> bool:
+        """Read the shim's counts; False if the engine does not respond.
+
+        `leave`: the engine accepts no more requests if nothing is in flight.
+        """
         try:
             if self._engine:
                 self._counts = await (self._engine.leave() if leave else self._engine.state())
         except EngineError as error:
-            self._say(str(error))
+            self._write_line(str(error))
             return False
-        self._answered = time.monotonic()
+        self._counted_at = time.monotonic()
         return True
 
     async def _report(self) -> None:
-        report = self._registration()
-        if await self._tell_control("report", report):
-            self._told |= {(row[0], row[1]): row for row in report.usage}
-            self._told_paces |= {row[0]: row for row, _ in report.paces}
+        report = self._make_report()
+        if await self._call_control("report", report):
+            self._acked_usage |= {(row[0], row[1]): row for row in report.usage}
+            self._acked_paces |= {row[0]: row for row, _ in report.paces}
 
-    async def _tell_control(self, method: str, *args: Any) -> bool:
-        """Call control; False while it is away (its table comes back with the next report)."""
+    async def _call_control(self, method: str, *args: Any) -> bool:
+        """Call control; False while it is unavailable (the next report restores its table)."""
         try:
             await asyncio.wait_for(getattr(self._control, method).remote(*args), CONTROL_TIMEOUT_S)
         except (ray.exceptions.RayError, TimeoutError) as error:
-            log.warning("control is away: %s", type(error).__name__)
+            log.warning("control is unavailable: %s", type(error).__name__)
             return False
         return True
 
-    def _registration(self) -> ReplicaReport:
-        engine = self._engine
-        paces = [(row, self._told_paces.get(row[0])) for row in map(tuple, self._counts.get("paces", ()))]
+    def _make_report(self) -> ReplicaReport:
+        engine, counts = self._engine, self._counts
+        usage = map(tuple, counts.get("usage", ()))
+        paces = [(row, self._acked_paces.get(row[0])) for row in map(tuple, counts.get("paces", ()))]
         return ReplicaReport(
-            id=self._bringer.actor,
+            id=self._provisioner.actor,
             model=self._config.spec.name,
             version=self._config.version,
-            node=self._bringer.node,
-            host=self._bringer.host,
+            node=self._provisioner.node,
+            host=self._provisioner.host,
             port=engine.port if engine else 0,
             link=engine.link if engine else 0,
             token=engine.token if engine else "",
             state=self._state,
-            in_flight=self._counts.get("in_flight", 0),
-            idle_s=self._counts.get("idle_s", 0),
+            in_flight=counts.get("in_flight", 0),
+            idle_s=counts.get("idle_s", 0),
             forked=engine.forked if engine else False,
             moments=self._moments,
-            paths=frozenset(self._counts.get("paths", ())),
+            paths=frozenset(counts.get("paths", ())),
             max_model_len=self._max_model_len,
-            adapters=frozenset(self._counts.get("adapters", ())),
-            usage=tuple(row for row in map(tuple, self._counts.get("usage", ())) if self._told.get(row[:2]) != row),
-            paces=tuple((row, told) for row, told in paces if row != told),
+            adapters=frozenset(counts.get("adapters", ())),
+            usage=tuple(row for row in usage if self._acked_usage.get(row[:2]) != row),
+            paces=tuple((row, acked) for row, acked in paces if row != acked),
         )
 
-    def _passed(self, part: str) -> None:
+    def _mark(self, part: str) -> None:
+        """Record the time at which a part of the start is complete."""
         self._moments[part] = time.time()
 
-    def _say(self, text: str) -> None:
+    def _write_line(self, text: str) -> None:
         try:
             write_log(self._log, text)
-        except OSError as error:  # a full disk must not end the replica
-            log.warning("%s (its log cannot be written: %s)", text, error)
+        except OSError as error:  # a full disk must not stop the replica
+            log.warning("%s (cannot write its log: %s)", text, error)

@@ -1,4 +1,7 @@
-"""When an engine may be ended: once nothing has been in flight for a while and it takes no more. Knows no engine."""
+"""Decides when an engine may be stopped: nothing has been in flight for a while and it accepts no more requests.
+
+Does not depend on a particular engine.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +9,36 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
-# The ingress hears of a deregistration through its long poll; for so long a request may still come by the old table.
+# The ingress learns of a deregistration through its long poll; until then it may route requests by the old table.
 LINGER_S = 1.0
-# An engine that answers nothing for so long is taken for dead.
-SILENT_S = 120.0
+# An engine that has not responded for this long counts as dead.
+UNRESPONSIVE_S = 120.0
 POLL_S = 0.1
 
 
-async def drained(ask: Callable[[bool], Awaitable[int | None]], timeout: float, linger: float = LINGER_S) -> str:
-    """Return "" once the engine may be ended, or, before `timeout` seconds are over, why it is waited for no longer.
+async def wait_until_drained(
+    in_flight: Callable[[bool], Awaitable[int | None]], timeout: float, linger: float = LINGER_S
+) -> str:
+    """Return "" when the engine may be stopped, or the reason for giving up, within `timeout` seconds.
 
-    `ask(leave)` gives its requests in flight, None if it does not answer; with `leave` it takes no request from then on
-    if that is 0. What counts is that last answer and no clock: this process may itself have been held up.
+    `in_flight(leave)` returns the engine's requests in flight, None if it does not respond. With `leave`, the engine
+    accepts no more requests if that number is 0. Only this last response counts, not the elapsed time: this process may
+    itself have been delayed.
     """
-    begun = answered = time.monotonic()
-    quiet_since: float | None = None
-    while (now := time.monotonic()) - begun < timeout:
-        lingered = quiet_since is not None and now - quiet_since >= linger
-        in_flight = await ask(lingered)
-        if in_flight is not None:
-            answered = time.monotonic()
-        elif now - answered > SILENT_S:
-            return f"the engine has not answered for {SILENT_S:g} s"
-        if in_flight == 0 and lingered:
+    started = responded = time.monotonic()
+    idle_since: float | None = None
+    while (now := time.monotonic()) - started < timeout:
+        lingered = idle_since is not None and now - idle_since >= linger
+        count = await in_flight(lingered)
+        if count is not None:
+            responded = time.monotonic()
+        elif now - responded > UNRESPONSIVE_S:
+            return f"the engine has not responded for {UNRESPONSIVE_S:g} s"
+        if count == 0 and lingered:
             return ""
-        if in_flight != 0:  # no answer: busy
-            quiet_since = None
-        elif quiet_since is None:
-            quiet_since = time.monotonic()
+        if count != 0:  # no response counts as busy
+            idle_since = None
+        elif idle_since is None:
+            idle_since = time.monotonic()
         await asyncio.sleep(POLL_S)
-    return f"requests are in flight after {timeout:g} s (LLMRUN_DRAIN_TIMEOUT)"
+    return f"requests are still in flight after {timeout:g} s (LLMRUN_DRAIN_TIMEOUT)"

@@ -1,1 +1,1 @@
-"""Weights on a node: sources, what a name means at a moment (a pin), transfer, and the cache."""
+"""Weights on a node: sources, pins, transfers and the node's cache."""

@@ -1,4 +1,4 @@
-"""Adapters at a source, with the ranks that their configurations say: each is read once, for what is new."""
+"""List the adapters at a source with their LoRA ranks; each configuration is read once per version."""
 
 from __future__ import annotations
 
@@ -6,53 +6,53 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 
 from llmrun.errors import WeightsError
-from llmrun.lora import ADAPTER_CONFIG, MAX_CONFIG_BYTES, read_rank
+from llmrun.lora import ADAPTER_CONFIG, MAX_CONFIG_BYTES, read_lora_rank
 from llmrun_runtime.weights.adapters import Adapter, find_adapters
 from llmrun_runtime.weights.pin import File
 from llmrun_runtime.weights.stores.base import Store
 from llmrun_runtime.weights.stores.ranges import TransferError
 
-# What is not read by then is read at the next listing: a deploy need not wait for thousands of small files.
-READ_S = 20
-AT_ONCE = 16
+# The next listing reads the rest, so that a deploy never waits for thousands of small files.
+READ_TIMEOUT_S = 20
+CONCURRENT_READS = 16
 
 
-def list_adapters(store: Store, known: Mapping[str, int] | None) -> list[Adapter]:
-    """All adapters there, in the order of their names. Raises WeightsError.
+def list_adapters(store: Store, known_ranks: Mapping[str, int] | None) -> list[Adapter]:
+    """Return all adapters at the source, sorted by name. Raises WeightsError.
 
-    `known`: ranks by the configurations' ids, the others are read; None: nobody wants to know them.
+    `known_ranks`: ranks by configuration id; other configurations are read. None reads no ranks at all.
     """
-    listed = store.listed()
-    store.use(listed)
-    files = {file.name: file for file in listed.files}
-    found = [adapter for _, adapter in sorted(find_adapters(listed).items())]
-    if known is None:
-        return found
-    ranks = dict(known)
-    pool = ThreadPoolExecutor(AT_ONCE)
-    reading = {
-        pool.submit(_read, store, files[_config_of(adapter, files)]): adapter.config_id
-        for adapter in found
+    listing = store.list_files()
+    store.use_pin(listing)
+    files = {file.name: file for file in listing.files}
+    adapters = [adapter for _, adapter in sorted(find_adapters(listing).items())]
+    if known_ranks is None:
+        return adapters
+    ranks = dict(known_ranks)
+    pool = ThreadPoolExecutor(CONCURRENT_READS)
+    reads = {
+        pool.submit(_read_rank, store, files[_config_name(adapter, files)]): adapter.config_id
+        for adapter in adapters
         if not ranks.get(adapter.config_id)
     }
-    done, _ = wait(reading, READ_S)
+    done, _ = wait(reads, READ_TIMEOUT_S)
     pool.shutdown(wait=False, cancel_futures=True)
-    ranks |= {reading[task]: task.result() for task in done}
-    return [adapter.model_copy(update={"rank": ranks.get(adapter.config_id, 0)}) for adapter in found]
+    ranks |= {reads[read]: read.result() for read in done}
+    return [adapter.model_copy(update={"rank": ranks.get(adapter.config_id, 0)}) for adapter in adapters]
 
 
-def _config_of(adapter: Adapter, files: Mapping[str, File]) -> str:
-    """What the listing calls its configuration: a source that is one adapter has it at the top."""
+def _config_name(adapter: Adapter, files: Mapping[str, File]) -> str:
+    """The configuration's name in the listing: at the top if the source itself is the adapter."""
     name = f"{adapter.folder or adapter.name}/{ADAPTER_CONFIG}"
     return name if name in files else ADAPTER_CONFIG
 
 
-def _read(store: Store, config: File) -> int:
-    """The rank; 0 if it cannot be read: whoever asks for that adapter hears why."""
+def _read_rank(store: Store, config: File) -> int:
+    """Return the LoRA rank; 0 if it cannot be read: a request for that adapter then reports the reason."""
     try:
         if config.size > MAX_CONFIG_BYTES:
             return 0
-        place = store.local(config)
-        return read_rank(place.read_bytes() if place else b"".join(store.reader.read(config, 0, config.size)))
+        path = store.local_copy(config)
+        return read_lora_rank(path.read_bytes() if path else b"".join(store.reader.read(config, 0, config.size)))
     except (TransferError, WeightsError, OSError, ValueError):
         return 0

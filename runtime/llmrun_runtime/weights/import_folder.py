@@ -1,27 +1,26 @@
-"""Takes a folder of this node into its cache, under the name of a source."""
+"""Import a folder of this node into its cache, under the name of a source."""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from pathlib import Path
 
 from llmrun.errors import WeightsError
 from llmrun.weights import Weights
 from llmrun_runtime.weights.cache.cache import Cache, Manifest, ManifestEntry
-from llmrun_runtime.weights.cache.digests import digests_of
+from llmrun_runtime.weights.cache.digests import hash_file
 from llmrun_runtime.weights.cache.local_files import LocalFiles
 from llmrun_runtime.weights.cache.locks import locked
-from llmrun_runtime.weights.pin import File, Pin, choose
+from llmrun_runtime.weights.fetch import Progress
+from llmrun_runtime.weights.pin import File, Pin, select_files
 
 
-def take_folder(
-    cache: Cache, folder: Path, weights: Weights, keep: Collection[str], report: Callable[[int, int], None]
-) -> Manifest:
-    """Copy a folder's files into the cache under the name of `weights`; what had that name before goes, if it can.
+def import_folder(cache: Cache, folder: Path, weights: Weights, keep: Collection[str], progress: Progress) -> Manifest:
+    """Copy a folder's files into the cache as `weights`.
 
-    `report` is told bytes here, and bytes in all. Raises WeightsError.
+    An earlier import of that name is removed, unless it is in `keep`. Raises WeightsError.
     """
     try:
         found = [
@@ -30,42 +29,42 @@ def take_folder(
             if path.is_file()
         ]
     except OSError as error:
-        raise WeightsError(f"{folder}: it cannot be read: {error.strerror}") from None
-    files = choose(found, weights)
+        raise WeightsError(f"cannot read {folder}: {error.strerror}") from None
+    files = select_files(found, weights)
     total = sum(file.size for file in files)
-    cache.choose_evictions(total, keep, f"{folder} ({total:,} bytes)")
+    cache.evict_for(total, keep, f"{folder} ({total:,} bytes)")
     entries: dict[str, ManifestEntry] = {}
     try:
-        known, here = LocalFiles(cache), 0
+        local_files, complete_bytes = LocalFiles(cache), 0
         for file in files:
-            entries[file.name] = _take(cache, known, folder, file)
-            here += entries[file.name].size
-            report(here, total)
+            entries[file.name] = _copy_file(cache, local_files, folder, file)
+            complete_bytes += entries[file.name].size
+            progress(complete_bytes, total)
         hashed = [
             file.model_copy(update={"digests": {"sha256": entries[file.name].digests["sha256"]}}) for file in files
         ]
         pin = Pin(weights=weights, files=tuple(hashed), imported=True)
-        with locked(cache.lock(pin.id)):
-            before = cache.find(pin.id)
-            manifest = cache.made_again(before) if before else cache.publish(pin, entries)
+        with locked(cache.lock_path(pin.id)):
+            existing = cache.find(pin.id)
+            manifest = cache.mark_imported(existing) if existing else cache.publish(pin, entries)
     except OSError as error:
-        cache.drop(entries.values())
-        what = "there is no room" if error.errno == errno.ENOSPC else error.strerror
-        raise WeightsError(f"{folder} cannot be copied to {cache.root}: {what}; what was copied is removed") from None
+        cache.remove_unreferenced(entries.values())
+        reason = "not enough disk space" if error.errno == errno.ENOSPC else error.strerror
+        raise WeightsError(f"cannot copy {folder} to {cache.root}: {reason}. The partial copy was removed") from None
     if manifest is None:
-        raise WeightsError(f"{folder}: its files vanish from {cache.root}: import it again")
+        raise WeightsError(f"{folder}: another process removed its files from {cache.root}: import it again")
     for old, _ in list(cache.manifests()):
-        same = old.pin.imported and old.pin.weights.canonical == weights.canonical
-        if same and old.pin.id not in {pin.id, *keep}:
+        same_name = old.pin.imported and old.pin.weights.canonical == weights.canonical
+        if same_name and old.pin.id not in {pin.id, *keep}:
             cache.remove(old)
     return manifest
 
 
-def _take(cache: Cache, known: LocalFiles, folder: Path, file: File) -> ManifestEntry:
-    """Copy one file; only its checksum, if its bytes are here already. Raises OSError."""
+def _copy_file(cache: Cache, local_files: LocalFiles, folder: Path, file: File) -> ManifestEntry:
+    """Copy one file; if the cache has its bytes, only hash it. Raises OSError."""
     source = folder / file.name
-    named = file.model_copy(update={"digests": digests_of(source, {})})
-    entry = known.find(named)
+    hashed = file.model_copy(update={"digests": hash_file(source, {})})
+    entry = local_files.find(hashed)
     if entry:
         return entry
     data = cache.partial / f"import-{os.getpid()}.data"
@@ -75,7 +74,7 @@ def _take(cache: Cache, known: LocalFiles, folder: Path, file: File) -> Manifest
             while os.sendfile(write.fileno(), read.fileno(), None, 2**30):
                 pass
         size = data.stat().st_size
-        copied = named.model_copy(update={"size": size, "digests": digests_of(data, {})})
+        copied = hashed.model_copy(update={"size": size, "digests": hash_file(data, {})})
         return cache.adopt(data, copied, {})
     finally:
         data.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A node's weights, as its agent sees them: sends errands to workers, one per pin at a time, and serves other nodes."""
+"""The weights on one node, for its agent: runs tasks in workers, one per pin at a time, and serves other nodes."""
 
 from __future__ import annotations
 
@@ -23,30 +23,39 @@ from llmrun_runtime.weights.adapters import Adapter
 from llmrun_runtime.weights.cache.cache import Manifest, open_cache
 from llmrun_runtime.weights.fetch import Peer
 from llmrun_runtime.weights.pin import Pin
-from llmrun_runtime.weights.worker import WorkerTask
+from llmrun_runtime.weights.tasks import (
+    FetchTask,
+    ImportTask,
+    ListAdaptersTask,
+    MirrorTask,
+    PinTask,
+    PushAdapterTask,
+    Task,
+    VerifyTask,
+)
 from llmrun_runtime.weights.worker_pool import WorkerPool
 
-# Asking a store takes seconds, or minutes where it must be asked again and again.
+# Listing a source takes seconds, or minutes with retries.
 PIN_TIMEOUT_S = 300
-# Another process may change the cache too (`LLMRUN_WEIGHTS_DIR` of two clusters): its size is looked at so often.
-SIZE_S = 60
+# Another process may change the cache too (two clusters with one `LLMRUN_WEIGHTS_DIR`), so its size is read again.
+SIZE_REFRESH_S = 60
 
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """What lies in a node's cache, and what it was asked for since the agent's start."""
+    """The size of a node's cache, and counts of the pins requested since the agent's start."""
 
     bytes: int
     found: int
-    """Pins that were needed, and were here."""
-    brought: int
-    """Those that were not, and came."""
+    """Requested pins that were in the cache."""
+    fetched: int
+    """Requested pins that were fetched."""
     failed: int
-    """Those that did not come."""
+    """Requested pins that could not be fetched."""
 
 
 class NodeWeights:
-    """The cache of this node. `host`: its address for other nodes."""
+    """The weights on this node. `host`: its address for other nodes."""
 
     def __init__(self, settings: Settings, host: str) -> None:
         self.cache = open_cache(settings)
@@ -56,114 +65,117 @@ class NodeWeights:
         self._progress: dict[str, tuple[int, int]] = {}
         self._peer: Peer | None = None
         self._runner: web.AppRunner | None = None
-        self._given: dict[str, Manifest | None] = {}
+        self._served: dict[str, Manifest | None] = {}
         self._lock = asyncio.Lock()
-        self._needed: Counter[str] = Counter()
-        self._bytes = 0
-        self._sized: float | None = None
+        self._outcomes: Counter[str] = Counter()
+        self._cache_bytes = 0
+        self._sized_at: float | None = None
 
     async def pin(self, weights: Weights, env: Mapping[str, str]) -> Pin:
-        """What the source means now, asked with this node's credentials. Raises WeightsError."""
-        return Pin.model_validate(await self._list(WorkerTask(do="pin", weights=weights), env))
+        """Pin a source's current content, with this node's credentials. Raises WeightsError."""
+        return Pin.model_validate(await self._list(PinTask(weights=weights), env))
 
-    async def adapters(self, weights: Weights, env: Mapping[str, str], ranks: dict[str, int] | None) -> list[Adapter]:
-        """The adapters that lie at a source now; `ranks`: see `list_adapters`. Raises WeightsError."""
-        found = await self._list(WorkerTask(do="adapters", weights=weights, ranks=ranks), env)
-        return [Adapter.model_validate(item) for item in found]
+    async def list_adapters(
+        self, weights: Weights, env: Mapping[str, str], known_ranks: dict[str, int] | None
+    ) -> list[Adapter]:
+        """Return the adapters at a source. `known_ranks`: see `list_adapters`. Raises WeightsError."""
+        adapters = await self._list(ListAdaptersTask(weights=weights, known_ranks=known_ranks), env)
+        return [Adapter.model_validate(item) for item in adapters]
 
-    async def _list(self, errand: WorkerTask, env: Mapping[str, str]) -> Any:
-        """Ask a source what it has. Raises WeightsError."""
+    async def _list(self, task: PinTask | ListAdaptersTask, env: Mapping[str, str]) -> Any:
         try:
             async with asyncio.timeout(PIN_TIMEOUT_S):
-                return await self._send(errand, env)
+                return await self._run(task, env)
         except TimeoutError:
-            text = f"{errand.weights}: it was not listed within {PIN_TIMEOUT_S} s: is the store slow?"
+            text = f"{task.weights}: listing timed out after {PIN_TIMEOUT_S} s: check that the store is reachable"
             raise WeightsError(text) from None
 
-    def imported(self, weights: Weights) -> tuple[float, Pin] | None:
-        """What was imported here last under that name, and when (Unix time); None if nothing was."""
-        found = [
+    def last_import(self, weights: Weights) -> tuple[float, Pin] | None:
+        """Return the latest import of that name and its time (Unix time); None if there is none."""
+        imports = [
             (manifest.made, manifest.pin)
             for manifest, _ in self.cache.manifests()
             if manifest.pin.imported and manifest.pin.weights.canonical == weights.canonical
         ]
-        return max(found, key=lambda item: item[0], default=None)
+        return max(imports, key=lambda item: item[0], default=None)
 
-    async def bring(self, pin: Pin, env: Mapping[str, str], peers: Sequence[Peer], keep: Collection[str]) -> Path:
-        """The folder of the complete pin; brought here if need be, once for all who ask. Raises WeightsError."""
-        found = await asyncio.to_thread(self.cache.find, pin.id)
-        if found:
-            self.found()
-            self.cache.used(pin.id)
+    async def fetch(self, pin: Pin, env: Mapping[str, str], peers: Sequence[Peer], keep: Collection[str]) -> Path:
+        """Return the folder of the complete pin; fetch it if necessary, once for all callers. Raises WeightsError."""
+        manifest = await asyncio.to_thread(self.cache.find, pin.id)
+        if manifest:
+            self.count_cache_hit()
+            self.cache.touch(pin.id)
             return self.cache.folder(pin.id)
-        first = ("bring", pin.id) not in self._running
-        errand = WorkerTask(do="bring", pin=pin, peers=tuple(peers), keep=tuple(keep))
+        task = FetchTask(pin=pin, peers=tuple(peers), keep=tuple(keep))
+        first = (task.kind, pin.id) not in self._running
         try:
-            folder = await self._once(pin.id, errand, env)
+            folder = await self._run_once(pin.id, task, env)
         except WeightsError:
-            self._needed["failed"] += first
+            self._outcomes["failed"] += first
             raise
-        self._needed["brought"] += first
+        self._outcomes["brought"] += first
         return Path(folder)
 
-    def found(self) -> None:
-        """Note that a pin was needed, and was here."""
-        self._needed["found"] += 1
+    def count_cache_hit(self) -> None:
+        """Count a requested pin that was in the cache."""
+        self._outcomes["found"] += 1
 
-    async def cache_facts(self) -> CacheInfo:
-        """For metrics; disks are looked at only if something may have changed."""
+    async def cache_info(self) -> CacheInfo:
+        """Return figures for metrics; the disk is read only if the cache may have changed."""
         now = time.monotonic()
-        if self._sized is None or now - self._sized > SIZE_S:
-            self._sized = now
-            self._bytes = await asyncio.to_thread(self.cache.held)
-        return CacheInfo(self._bytes, *(self._needed[how] for how in ("found", "brought", "failed")))
+        if self._sized_at is None or now - self._sized_at > SIZE_REFRESH_S:
+            self._sized_at = now
+            self._cache_bytes = await asyncio.to_thread(self.cache.used_bytes)
+        return CacheInfo(self._cache_bytes, *(self._outcomes[outcome] for outcome in ("found", "brought", "failed")))
 
-    async def take(self, folder: str, weights: Weights, keep: Collection[str], env: Mapping[str, str]) -> Pin | None:
-        """Import a folder of this node; None if there is no such folder here. Raises WeightsError."""
+    async def import_folder(
+        self, folder: str, weights: Weights, keep: Collection[str], env: Mapping[str, str]
+    ) -> Pin | None:
+        """Import a folder of this node; None if it does not exist here. Raises WeightsError."""
         if not Path(folder).is_dir():
             return None
-        errand = WorkerTask(do="import", folder=folder, weights=weights, keep=tuple(keep))
-        return Pin.model_validate(await self._once(f"{weights.canonical} {folder}", errand, env))
+        task = ImportTask(folder=folder, weights=weights, keep=tuple(keep))
+        return Pin.model_validate(await self._run_once(f"{weights.canonical} {folder}", task, env))
 
     async def mirror(self, pin: Pin, target: Weights, env: Mapping[str, str]) -> dict[str, int]:
-        """Upload a complete pin; files sent, and files that were there. Raises WeightsError."""
-        found: dict[str, int] = await self._once(pin.id, WorkerTask(do="mirror", pin=pin, target=target), env)
-        return found
+        """Upload a complete pin. Return the numbers of files; see `mirror`. Raises WeightsError."""
+        counts: dict[str, int] = await self._run_once(pin.id, MirrorTask(pin=pin, target=target), env)
+        return counts
 
-    async def push(self, folder: str, target: Weights, env: Mapping[str, str]) -> None:
-        """Copy an adapter's files to their place. Raises WeightsError."""
-        await self._once(folder, WorkerTask(do="push", folder=folder, target=target), env)
+    async def push_adapter(self, folder: str, target: Weights, env: Mapping[str, str]) -> None:
+        """Copy an adapter's files to the target. Raises WeightsError."""
+        await self._run_once(folder, PushAdapterTask(folder=folder, target=target), env)
 
     async def verify(self, pin_ids: Collection[str], env: Mapping[str, str]) -> dict[str, list[str]]:
-        """Hash the files of those pins that are here again; what is wrong, by pin."""
+        """Hash the files of the given pins again. Return the problems by pin."""
         return {
-            manifest.pin.id: await self._once(manifest.pin.id, WorkerTask(do="verify", pin=manifest.pin), env)
-            for manifest in self._chosen(pin_ids)
+            manifest.pin.id: await self._run_once(manifest.pin.id, VerifyTask(pin=manifest.pin), env)
+            for manifest in self._manifests(pin_ids)
         }
 
     async def remove(self, pin_ids: Collection[str]) -> int:
-        """Remove those pins that are here; the bytes freed."""
-        freed = [await asyncio.to_thread(self.cache.remove, manifest) for manifest in self._chosen(pin_ids)]
-        self._sized = None
+        """Remove the given pins. Return the bytes freed."""
+        freed = [await asyncio.to_thread(self.cache.remove, manifest) for manifest in self._manifests(pin_ids)]
+        self._sized_at = None
         return sum(freed)
 
     async def prune(self, keep: Collection[str]) -> int:
-        """Remove all pins but `keep`, and what nothing uses; the bytes freed."""
-        rest = [manifest.pin.id for manifest, _ in self.cache.manifests() if manifest.pin.id not in keep]
-        freed = await self.remove(rest) + await asyncio.to_thread(self.cache.prune)
-        self._sized = None
+        """Remove all pins except `keep`, and unused files. Return the bytes freed."""
+        others = [manifest.pin.id for manifest, _ in self.cache.manifests() if manifest.pin.id not in keep]
+        freed = await self.remove(others) + await asyncio.to_thread(self.cache.prune)
+        self._sized_at = None
         return freed
 
-    def _chosen(self, pin_ids: Collection[str]) -> list[Manifest]:
+    def _manifests(self, pin_ids: Collection[str]) -> list[Manifest]:
         return [manifest for manifest, _ in self.cache.manifests() if manifest.pin.id in pin_ids]
 
-    async def has(self, pin_id: str) -> bool:
-        """Whether the pin is complete here, by sizes and times."""
+    async def has_pin(self, pin_id: str) -> bool:
+        """Whether the pin is complete here, judged by sizes and mtimes."""
         manifest = self.cache.load(pin_id)
         return manifest is not None and await asyncio.to_thread(self.cache.is_complete, manifest)
 
-    def rows(self) -> list[WeightsRow]:
-        """What lies here."""
+    def list_weights(self) -> list[WeightsRow]:
+        """Return one row per complete pin."""
         return [
             WeightsRow(
                 source=str(manifest.pin.weights),
@@ -171,39 +183,39 @@ class NodeWeights:
                 short=manifest.pin.short,
                 bytes=manifest.pin.total,
                 files=len(manifest.entries),
-                last_used=used,
+                last_used=last_used,
                 node=self._host,
             )
-            for manifest, used in self.cache.manifests()
+            for manifest, last_used in self.cache.manifests()
         ]
 
     def progress(self, key: str) -> tuple[int, int]:
-        """Bytes here, and bytes in all, of what is under way."""
+        """Return the bytes complete and in total of a running task: by pin, or `SOURCE FOLDER` of an import."""
         return self._progress.get(key, (0, 0))
 
-    async def peer(self) -> Peer:
-        """How other nodes reach what lies here; listens from the first call on."""
+    async def serve_peers(self) -> Peer:
+        """Serve this node's weights to other nodes from the first call on. Return the address and token."""
         async with self._lock:
-            return self._peer or await self._listen()
+            return self._peer or await self._start_server()
 
-    async def _listen(self) -> Peer:
+    async def _start_server(self) -> Peer:
         token = secrets.token_hex(32)
 
-        async def give(request: web.Request) -> web.StreamResponse:
-            return await self._give(request, token)
+        async def serve(request: web.Request) -> web.StreamResponse:
+            return await self._serve(request, token)
 
         app = web.Application()
-        app.router.add_get("/{pin}", give)
-        app.router.add_get("/{pin}/{name:.+}", give)
+        app.router.add_get("/{pin}", serve)
+        app.router.add_get("/{pin}/{name:.+}", serve)
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
-        listening = socket.create_server((self._host, 0))
-        await web.SockSite(self._runner, listening).start()
-        self._peer = Peer(url=f"http://{self._host}:{listening.getsockname()[1]}", token=token)
+        listener = socket.create_server((self._host, 0))
+        await web.SockSite(self._runner, listener).start()
+        self._peer = Peer(url=f"http://{self._host}:{listener.getsockname()[1]}", token=token)
         return self._peer
 
     async def close(self) -> None:
-        """Stop giving to other nodes, and end the workers."""
+        """Stop serving other nodes, and end the workers."""
         for task in self._running.values():
             task.cancel()
         await asyncio.gather(*self._running.values(), return_exceptions=True)
@@ -211,39 +223,39 @@ class NodeWeights:
         if self._runner:
             await self._runner.cleanup()
 
-    async def _give(self, request: web.Request, token: str) -> web.StreamResponse:
-        """A manifest, or one of its files (with ranges, by sendfile)."""
+    async def _serve(self, request: web.Request, token: str) -> web.StreamResponse:
+        """Respond with a manifest, or with one of its files (with ranges, by sendfile)."""
         if not hmac.compare_digest(request.headers.get("Authorization", ""), f"Bearer {token}"):
             return web.Response(status=401)
         pin_id, name = request.match_info["pin"], request.match_info.get("name")
-        if name is None:  # a peer begins with this; what it then asks for is not compared as a whole each time
-            self._given[pin_id] = await asyncio.to_thread(self.cache.find, pin_id)
-        manifest = self._given.get(pin_id)
+        if name is None:  # a peer requests the manifest first; the pin is not checked again for each file
+            self._served[pin_id] = await asyncio.to_thread(self.cache.find, pin_id)
+        manifest = self._served.get(pin_id)
         if manifest is None or (name is not None and name not in manifest.entries):
             return web.Response(status=404)
         if name is None:
             return web.Response(text=manifest.model_dump_json(), content_type="application/json")
-        place = self.cache.where(manifest.entries[name])
-        return web.FileResponse(place) if place.is_file() else web.Response(status=404)
+        path = self.cache.path_of(manifest.entries[name])
+        return web.FileResponse(path) if path.is_file() else web.Response(status=404)
 
-    async def _once(self, key: str, errand: WorkerTask, env: Mapping[str, str]) -> Any:
-        """Send an errand, or wait for the one of that key that is under way. It goes on if who asked goes away."""
-        task = self._running.get((errand.do, key))
-        if task is None:
-            task = asyncio.get_running_loop().create_task(self._send(errand, env, key))
-            self._running[errand.do, key] = task
-            task.add_done_callback(lambda done: self._forget(errand.do, key, done))
-        return await asyncio.shield(task)
+    async def _run_once(self, key: str, task: Task, env: Mapping[str, str]) -> Any:
+        """Run a task, or wait for the running one of that kind and key. It continues if its caller is cancelled."""
+        running = self._running.get((task.kind, key))
+        if running is None:
+            running = asyncio.get_running_loop().create_task(self._run(task, env, key))
+            self._running[task.kind, key] = running
+            running.add_done_callback(lambda done: self._forget(task.kind, key, done))
+        return await asyncio.shield(running)
 
-    def _forget(self, do: str, key: str, task: asyncio.Task[Any]) -> None:
-        del self._running[do, key]
+    def _forget(self, kind: str, key: str, done: asyncio.Task[Any]) -> None:
+        del self._running[kind, key]
         self._progress.pop(key, None)
-        self._sized = None
-        if not task.cancelled():
-            task.exception()  # whoever waited has it
+        self._sized_at = None
+        if not done.cancelled():
+            done.exception()  # mark it as retrieved: the callers got it from the task
 
-    async def _send(self, errand: WorkerTask, env: Mapping[str, str], key: str = "") -> Any:
-        def progress(here: int, total: int) -> None:
-            self._progress[key] = (here, total)
+    async def _run(self, task: Task, env: Mapping[str, str], key: str = "") -> Any:
+        def progress(complete: int, total: int) -> None:
+            self._progress[key] = (complete, total)
 
-        return await self._workers.send(errand, env, progress)
+        return await self._workers.run(task, env, progress)

@@ -1,6 +1,6 @@
-"""A pin: what a source's name means at one moment, file by file. And which files of a source an engine needs.
+"""A pin: the files behind a source's name at one moment. Also selects the files that an engine needs.
 
-Pure; knows no store and no disk.
+Pure: does no I/O.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from pydantic import BaseModel, ConfigDict
 from llmrun.errors import WeightsError
 from llmrun.weights import AnyWeights, Weights
 
-# What engines read: https://huggingface.co/docs/hub/models-libraries and vLLM's loaders.
-NEEDED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "*.spm", "*.vocab")
-# Weights of other formats, each only where no format before it is there.
-FALLBACKS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
-# Copies of the same weights for other programs, and what is left over from training.
-NEVER = (
+# Files that engines read: https://huggingface.co/docs/hub/models-libraries and vLLM's loaders.
+ENGINE_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py", "*.spm", "*.vocab")
+# Formats of weights in order of preference: only the first one found is fetched.
+WEIGHT_FORMATS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+# Copies of the weights in formats for other programs, and leftovers of training.
+SKIPPED = (
     *("original/*", "metal/*", "onnx/*", "openvino/*", "coreml/*", "checkpoint-*/*", "runs/*", ".git*", "*/.git*"),
     *("*.onnx", "*.onnx_data", "*.h5", "*.msgpack", "*.ot", "*.tflite", "*training_args.bin", "*optimizer.pt"),
     *("*scheduler.pt", "*scaler.pt", "*rng_state*.pth", "README*", "LICENSE*", "requirements*.txt"),
 )
-# One file that holds all, which Mistral's repositories have beside the same weights in shards.
+# All weights in one file; Mistral's repositories have it in addition to shards.
 CONSOLIDATED = "consolidated*.safetensors"
-MANIFEST = ".llmrun-weights.json"
-"""The file that `llmrun weights mirror` leaves at its destination: checksums."""
+MIRROR_MANIFEST = ".llmrun-weights.json"
+"""The file of checksums that `llmrun weights mirror` writes to its target."""
 
 
 class File(BaseModel):
@@ -38,93 +38,92 @@ class File(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
-    """Its path below the source, with `/`."""
+    """Path relative to the source, separated by `/`."""
     size: int
     """Bytes."""
     digests: dict[str, str] = {}
-    """Hexadecimal, by algorithm: `sha256`, `md5`, `git` (SHA-1 of git's blob), `crc32c`. As the store gives them."""
+    """The store's checksums, hexadecimal, by algorithm: `sha256`, `md5`, `git` (SHA-1 of the git blob), `crc32c`."""
     version: str = ""
-    """The store's own name for these bytes: an ETag, a generation. Empty where the revision says it all."""
+    """The store's version of the file: an ETag or a generation. Empty where the revision identifies it."""
 
 
 class Pin(BaseModel):
-    """What a source's name means: a revision and its files."""
+    """The content of a source at one moment: a revision and its files."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     weights: AnyWeights
     revision: str = ""
-    """The Hub's commit; empty for stores, where the files say it."""
+    """The commit on the Hub; empty for object stores, where each file has a version."""
     files: tuple[File, ...]
     imported: bool = False
-    """Put under this name by `llmrun weights import`, not fetched from it."""
+    """Whether `llmrun weights import` created it; then it is not fetched from the source."""
 
     @cached_property
     def id(self) -> str:
-        """A name for a folder: two pins of the same bytes from the same place have the same one."""
+        """A folder name, equal for two pins of the same bytes from the same source."""
         source = self.weights.repo if self.weights.kind == "hub" else self.weights.canonical
         files = [(f.name, f.size, sorted(f.digests.items()), f.version) for f in self.files]
-        said = json.dumps([self.weights.endpoint_url, source, self.revision, files, self.imported])
+        content = json.dumps([self.weights.endpoint_url, source, self.revision, files, self.imported])
         slug = re.sub(r"[^A-Za-z0-9._-]+", "-", source.rpartition("/")[2]).strip("-.")[:64] or "weights"
-        return f"{slug}-{hashlib.sha256(said.encode()).hexdigest()[:16]}"
+        return f"{slug}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
     @property
     def total(self) -> int:
-        """Bytes of all files."""
+        """Total size of the files in bytes."""
         return sum(file.size for file in self.files)
 
     @property
     def short(self) -> str:
-        """What the name was pinned to, for a person: a commit, or the hash of the manifest."""
+        """A short revision for display: the commit, or a hash of the files."""
         hashed = self.id.rpartition("-")[2][:12]
         return f"imported {hashed}" if self.imported else self.revision[:12] or hashed
 
 
-def choose(files: Iterable[File], weights: Weights) -> tuple[File, ...]:
-    """The files to take, by name; `include` and `exclude` are the source's.
+def select_files(files: Iterable[File], weights: Weights) -> tuple[File, ...]:
+    """Return the files to fetch, sorted by name, following the source's `include` and `exclude`.
 
-    Raises WeightsError for a name that would leave the folder, and if nothing that an engine could load is left.
+    Raises WeightsError for a file name outside the folder, and if no engine could load the selected files.
     """
-    found = {file.name: file for file in files}
-    for name in found:
-        check_name(name, weights)
-    if not found:
-        raise WeightsError(f"{weights}: there are no files at that address")
-    patterns = weights.include or _default(found)
-    refused = () if weights.include else NEVER
-    chosen = sorted(
+    by_name = {file.name: file for file in files}
+    for name in by_name:
+        check_file_name(name, weights)
+    if not by_name:
+        raise WeightsError(f"{weights}: no files found at that address")
+    patterns = weights.include or _default_patterns(by_name)
+    skipped = () if weights.include else SKIPPED
+    selected = sorted(
         name
-        for name in found
-        if name != MANIFEST and _matches(name, patterns) and not _matches(name, (*refused, *weights.exclude))
+        for name in by_name
+        if name != MIRROR_MANIFEST and _matches(name, patterns) and not _matches(name, (*skipped, *weights.exclude))
     )
-    sharded = any(name.endswith(".safetensors") and not fnmatchcase(name, CONSOLIDATED) for name in chosen)
+    sharded = any(name.endswith(".safetensors") and not fnmatchcase(name, CONSOLIDATED) for name in selected)
     if not weights.include and sharded:
-        chosen = [name for name in chosen if not fnmatchcase(name, CONSOLIDATED)]
-    if not chosen:
-        some = ", ".join(sorted(found)[:5])
-        raise WeightsError(f"{weights}: nothing there is taken by include={list(patterns)}: it has {some}")
-    loadable = any(name in ("config.json", "params.json") or name.endswith(".gguf") for name in chosen)
+        selected = [name for name in selected if not fnmatchcase(name, CONSOLIDATED)]
+    examples = ", ".join(sorted(by_name)[:5])
+    if not selected:
+        raise WeightsError(f"{weights}: no file matches include={list(patterns)}; available: {examples}")
+    loadable = any(name in ("config.json", "params.json") or name.endswith(".gguf") for name in selected)
     if not weights.include and not loadable:
-        some = ", ".join(sorted(found)[:5])
         raise WeightsError(
-            f"{weights}: there is no config.json, so no engine could load it: it has {some}; "
-            f"name the folder of the model, or say what to take with include="
+            f"{weights}: config.json not found, so no engine can load it; available: {examples}. "
+            f"Use the model's folder as the source, or select files with include="
         )
-    return tuple(found[name] for name in chosen)
+    return tuple(by_name[name] for name in selected)
 
 
-def check_name(name: str, weights: Weights) -> None:
-    """Raise WeightsError for a name that is no plain path below a folder."""
+def check_file_name(name: str, weights: Weights) -> None:
+    """Raise WeightsError unless the name is a plain relative path below the folder."""
     parts = name.split("/")
     if not name or any(part in ("", ".", "..") for part in parts) or "\\" in name or not name.isprintable():
-        raise WeightsError(f"{weights}: it has a file {name!r}, whose name would leave its folder: nothing was taken")
+        raise WeightsError(f"{weights}: invalid file name {name!r}: it is outside the folder. Nothing was fetched")
 
 
-def _default(names: Iterable[str]) -> tuple[str, ...]:
-    usable = [name for name in names if not _matches(name, NEVER)]
-    for pattern in FALLBACKS:
+def _default_patterns(names: Iterable[str]) -> tuple[str, ...]:
+    usable = [name for name in names if not _matches(name, SKIPPED)]
+    for pattern in WEIGHT_FORMATS:
         if any(fnmatchcase(name, pattern) for name in usable):
-            return (*NEEDED, pattern)
-    return NEEDED
+            return (*ENGINE_FILES, pattern)
+    return ENGINE_FILES
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

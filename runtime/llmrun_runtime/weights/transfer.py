@@ -1,7 +1,7 @@
-"""Brings files: large ones in parts, side by side; each resumed where it stopped, checked as it arrives.
+"""Download files: large ones in parallel parts, each part resumed where it stopped, every file checked on arrival.
 
-Threads, because all the work (receiving, writing, hashing) is done outside of Python's lock. Memory is one piece of a
-file (1 MiB) per thread, whatever the model's size.
+Uses threads: receiving, writing and hashing all release the GIL. Memory is one chunk (1 MiB) per thread, whatever the
+model's size.
 """
 
 from __future__ import annotations
@@ -20,142 +20,154 @@ from pathlib import Path
 
 from llmrun.errors import WeightsError
 from llmrun_runtime.weights.cache.boot_id import boot_id
-from llmrun_runtime.weights.cache.cache import discard
+from llmrun_runtime.weights.cache.cache import discard_partial
 from llmrun_runtime.weights.cache.digests import CHUNK_BYTES, Digester, mismatch
 from llmrun_runtime.weights.pin import File
 from llmrun_runtime.weights.stores.ranges import Reader, TransferError
 
 PART_BYTES = 16 * 2**20
 CONNECTIONS = 8
-# So long no byte comes of a part, and it is asked for again and again; then the transfer ends.
-PATIENCE_S = 120.0
-FIRST_WAIT_S = 0.2
-LONGEST_WAIT_S = 10.0
-# A file that arrives damaged is fetched once more.
+# A file that arrives damaged is downloaded once more.
 ATTEMPTS = 2
 _INDEX = struct.Struct("<I")
 
 
-class DiskFull(WeightsError):
-    """There was no room for all of it; what had come is gone."""
+@dataclass(frozen=True)
+class RetryPolicy:
+    """How a part is retried. Waits double from the first to the longest."""
+
+    first_wait_s: float = 0.2
+    longest_wait_s: float = 10.0
+    stall_timeout_s: float = 120.0
+    """The transfer fails once one of its parts has received no byte for this long."""
+
+
+DEFAULT_RETRIES = RetryPolicy()
+
+
+class DiskFullError(WeightsError):
+    """The disk is full; the partial downloads were removed."""
 
 
 @dataclass
-class Job:
-    """One file on its way. `readers`: who has it, in order of preference."""
+class FileDownload:
+    """The download of one file. `readers`: in order of preference."""
 
     file: File
     data: Path
     readers: list[Reader]
     parts: int = 0
-    handle: int = -1
+    data_fd: int = -1
     have: set[int] = field(default_factory=set)
-    journal: int = -1
+    journal_fd: int = -1
     attempt: int = 1
-    hashing: threading.Thread | None = None
+    hasher: threading.Thread | None = None
 
     @property
     def journal_path(self) -> Path:
-        """Which parts of `data` have come: the boot in which they came, a line; then their numbers, four bytes each."""
+        """The file that lists the received parts: the boot id on a line, then part numbers of four bytes each."""
         return self.data.with_suffix(".parts")
 
     def span(self, part: int) -> tuple[int, int]:
-        """The part's first byte, and the one after its last."""
+        """The part's first byte, and the byte after its last."""
         return part * PART_BYTES, min(self.file.size, (part + 1) * PART_BYTES)
 
 
 class Transfer:
-    """Brings `jobs`, in their order. `came(bytes)` counts; `done(job, digests)` takes a file that is complete.
+    """Runs `downloads` in their order.
 
-    Both are called from the transfer's threads, one at a time.
+    `on_bytes(count)` counts received bytes; `on_file(download, digests)` gets each complete, checked file.
+    Both are called from the transfer's threads, one call at a time.
     """
 
     def __init__(
         self,
-        jobs: Sequence[Job],
-        came: Callable[[int], None],
-        done: Callable[[Job, dict[str, str]], None],
-        patience: float = PATIENCE_S,
+        downloads: Sequence[FileDownload],
+        on_bytes: Callable[[int], None],
+        on_file: Callable[[FileDownload, dict[str, str]], None],
+        retries: RetryPolicy = DEFAULT_RETRIES,
     ) -> None:
-        self._jobs = list(jobs)
-        self._came = came
-        self._done = done
-        self._patience = patience
+        self._downloads = list(downloads)
+        self._on_bytes = on_bytes
+        self._on_file = on_file
+        self._retries = retries
         self._lock = threading.Condition()
-        self._queue: collections.deque[tuple[Job, int]] = collections.deque()
-        self._left = len(self._jobs)
+        self._queue: collections.deque[tuple[FileDownload, int]] = collections.deque()
+        self._unfinished = len(self._downloads)
         self._error: BaseException | None = None
 
     def run(self) -> None:
-        """Return when all files are done. Raises WeightsError; what came of large files is kept for the next time,
-        unless the disk is full."""
+        """Return when all files are complete.
+
+        Raises WeightsError; the received parts of large files are kept for the next run, unless the disk is full.
+        """
         try:
-            for job in self._jobs:
-                self._open(job)
+            for download in self._downloads:
+                self._enqueue(download)
             threads = [threading.Thread(target=self._work, daemon=True) for _ in range(CONNECTIONS)]
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
-            for job in self._jobs:
-                if job.hashing:
-                    job.hashing.join()
+            for download in self._downloads:
+                if download.hasher:
+                    download.hasher.join()
         finally:
-            for job in self._jobs:
-                self._close(job)
-                if job.parts <= 1:  # moved away, if it is complete
-                    job.data.unlink(missing_ok=True)
+            for download in self._downloads:
+                self._close(download)
+                if download.parts <= 1:  # already moved away if complete
+                    download.data.unlink(missing_ok=True)
         if isinstance(self._error, OSError):
-            said = f"writing to {self._jobs[0].data.parent} failed: {self._error.strerror}"
+            text = f"writing to {self._downloads[0].data.parent} failed: {self._error.strerror}"
             if self._error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise WeightsError(said) from None
-            for job in self._jobs:
-                discard(job.data)
-            raise DiskFull(f"{said}; what had come was removed: make room, and run it again") from None
+                raise WeightsError(text) from None
+            for download in self._downloads:
+                discard_partial(download.data)
+            raise DiskFullError(f"{text}. The partial download was removed: free disk space, and try again") from None
         if self._error:
             raise self._error
 
-    def _open(self, job: Job) -> None:
-        """Take up what an earlier transfer left of it."""
-        job.parts = -(-job.file.size // PART_BYTES)
-        job.data.parent.mkdir(parents=True, exist_ok=True)
-        if job.parts > 1 and job.data.exists():
+    def _enqueue(self, download: FileDownload) -> None:
+        """Queue the parts that are missing from an earlier transfer."""
+        download.parts = -(-download.file.size // PART_BYTES)
+        download.data.parent.mkdir(parents=True, exist_ok=True)
+        if download.parts > 1 and download.data.exists():
             with contextlib.suppress(FileNotFoundError):
-                boot, _, numbers = job.journal_path.read_bytes().partition(b"\n")
+                boot, _, numbers = download.journal_path.read_bytes().partition(b"\n")
                 whole = len(numbers) // _INDEX.size * _INDEX.size
-                if boot.decode() == boot_id():  # else what it names may never have reached the disk
-                    job.have = {n for (n,) in _INDEX.iter_unpack(numbers[:whole]) if n < job.parts}
-        for part in job.have:
-            start, end = job.span(part)
-            self._came(end - start)
-        missing = [part for part in range(job.parts) if part not in job.have]
-        # An empty file and one that only has to be hashed need a thread, too.
-        self._queue.extend((job, part) for part in missing or [-1])
+                if boot.decode() == boot_id():  # otherwise the parts may never have reached the disk
+                    download.have = {n for (n,) in _INDEX.iter_unpack(numbers[:whole]) if n < download.parts}
+        for part in download.have:
+            start, end = download.span(part)
+            self._on_bytes(end - start)
+        missing = [part for part in range(download.parts) if part not in download.have]
+        # An empty file, and one that only needs hashing, need a thread too.
+        self._queue.extend((download, part) for part in missing or [-1])
 
-    def _prepare(self, job: Job) -> None:
-        """Open its files when it is first worked on: there may be thousands. Called with the lock held."""
-        if job.handle >= 0:
+    def _prepare(self, download: FileDownload) -> None:
+        """Open its files on first use, as there may be thousands. Called with the lock held."""
+        if download.data_fd >= 0:
             return
-        job.handle = os.open(job.data, os.O_RDWR | os.O_CREAT, 0o600)
-        os.ftruncate(job.handle, job.file.size)
-        if job.parts > 1:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (0 if job.have else os.O_TRUNC)
-            job.journal = os.open(job.journal_path, flags, 0o600)
-            if not job.have:
-                os.write(job.journal, boot_id().encode() + b"\n")
-            job.hashing = threading.Thread(target=self._guarded, args=(self._hash, job), daemon=True)
-            job.hashing.start()
+        download.data_fd = os.open(download.data, os.O_RDWR | os.O_CREAT, 0o600)
+        os.ftruncate(download.data_fd, download.file.size)
+        if download.parts > 1:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (0 if download.have else os.O_TRUNC)
+            download.journal_fd = os.open(download.journal_path, flags, 0o600)
+            if not download.have:
+                os.write(download.journal_fd, boot_id().encode() + b"\n")
+            download.hasher = threading.Thread(target=self._guarded, args=(self._hash, download), daemon=True)
+            download.hasher.start()
 
-    def _close(self, job: Job) -> None:
-        for handle in (job.handle, job.journal):
-            if handle >= 0:
-                os.close(handle)
-        job.handle = job.journal = -1
+    def _close(self, download: FileDownload) -> None:
+        for fd in (download.data_fd, download.journal_fd):
+            if fd >= 0:
+                os.close(fd)
+        download.data_fd = download.journal_fd = -1
 
-    def _guarded(self, work: Callable[[Job], None], job: Job) -> None:
+    def _guarded(self, work: Callable[[FileDownload], None], download: FileDownload) -> None:
         try:
-            work(job)
-        except BaseException as error:  # noqa: BLE001 - raised again by `run`
+            work(download)
+        except BaseException as error:  # noqa: BLE001 - `run` raises it again
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
@@ -166,122 +178,122 @@ class Transfer:
     def _work(self) -> None:
         while True:
             with self._lock:
-                self._lock.wait_for(lambda: self._queue or not self._left or self._error)
-                if not self._left or self._error:
+                self._lock.wait_for(lambda: self._queue or not self._unfinished or self._error)
+                if not self._unfinished or self._error:
                     return
-                job, part = self._queue.popleft()
+                download, part = self._queue.popleft()
                 try:
-                    self._prepare(job)
+                    self._prepare(download)
                 except OSError as error:
                     self._error = error
                     self._lock.notify_all()
                     return
-            self._guarded(lambda job, part=part: self._bring(job, part), job)  # type: ignore[misc]
+            self._guarded(lambda download, part=part: self._fetch_part(download, part), download)  # type: ignore[misc]
 
-    def _bring(self, job: Job, part: int) -> None:
-        """One part; a file of one part is hashed as it comes."""
-        if job.parts <= 1:
-            digester = Digester(job.file.digests, job.file.size)
-            if not job.parts or self._receive(job, 0, digester):
-                self._finish(job, digester.digests())
-        elif part >= 0 and self._receive(job, part, None):
-            os.write(job.journal, _INDEX.pack(part))
+    def _fetch_part(self, download: FileDownload, part: int) -> None:
+        """Fetch one part; a file of one part is hashed as it arrives."""
+        if download.parts <= 1:
+            digester = Digester(download.file.digests, download.file.size)
+            if not download.parts or self._receive(download, 0, digester):
+                self._finish(download, digester.digests())
+        elif part >= 0 and self._receive(download, part, None):
+            os.write(download.journal_fd, _INDEX.pack(part))
             with self._lock:
-                job.have.add(part)
+                download.have.add(part)
                 self._lock.notify_all()
 
-    def _receive(self, job: Job, part: int, digester: Digester | None) -> bool:
-        """Write a part's bytes, asking again from where an answer broke off. Raises WeightsError.
+    def _receive(self, download: FileDownload, part: int, digester: Digester | None) -> bool:
+        """Write a part's bytes; retries continue where the last response stopped. Raises WeightsError.
 
-        False, with only some of it written, if the transfer has failed elsewhere.
+        Return False, with the part incomplete, if the transfer has failed elsewhere.
         """
-        at, end = job.span(part)
-        wait, quiet_since = FIRST_WAIT_S, time.monotonic()
+        at, end = download.span(part)
+        wait, last_byte_at = self._retries.first_wait_s, time.monotonic()
         while at < end:
-            reader = job.readers[0]
+            reader = download.readers[0]
             try:
-                for piece in reader.read(job.file, at, end):
+                for chunk in reader.read(download.file, at, end):
                     written = 0
-                    while written < len(piece):
-                        written += os.pwrite(job.handle, memoryview(piece)[written:], at + written)
+                    while written < len(chunk):
+                        written += os.pwrite(download.data_fd, memoryview(chunk)[written:], at + written)
                     if digester:
-                        digester.update(piece)
-                    at += len(piece)
-                    wait, quiet_since = FIRST_WAIT_S, time.monotonic()
+                        digester.update(chunk)
+                    at += len(chunk)
+                    wait, last_byte_at = self._retries.first_wait_s, time.monotonic()
                     with self._lock:
-                        self._came(len(piece))
+                        self._on_bytes(len(chunk))
                         if self._error:
                             return False
             except (TransferError, WeightsError) as error:
-                if self._next_reader(job, reader):
+                if self._use_next_reader(download, reader):
                     continue
                 if isinstance(error, WeightsError):
                     raise
-                if time.monotonic() - quiet_since > self._patience:
+                if time.monotonic() - last_byte_at > self._retries.stall_timeout_s:
                     raise WeightsError(
-                        f"{job.file.name} from {reader.name}: {error}, for {self._patience:g} s; "
-                        f"run it again, what has come is kept"
+                        f"{download.file.name} from {reader.name} timed out after {self._retries.stall_timeout_s:g} s "
+                        f"without data: {error}. Try again; the received parts are kept"
                     ) from None
-                pause = max(wait * random.uniform(0.5, 1), error.after)
-                wait = min(2 * wait, LONGEST_WAIT_S)
+                pause = max(wait * random.uniform(0.5, 1), error.retry_after)
+                wait = min(2 * wait, self._retries.longest_wait_s)
                 with self._lock:
                     self._lock.wait_for(lambda: self._error, pause)
                     if self._error:
                         return False
         return True
 
-    def _next_reader(self, job: Job, failed: Reader) -> bool:
-        """Go on with the next that has it; False if there is none."""
+    def _use_next_reader(self, download: FileDownload, failed: Reader) -> bool:
+        """Switch to the next reader that has the file; False if there is none."""
         with self._lock:
-            if job.readers[0] is failed and len(job.readers) > 1:
-                del job.readers[0]
+            if download.readers[0] is failed and len(download.readers) > 1:
+                del download.readers[0]
                 return True
-            return job.readers[0] is not failed
+            return download.readers[0] is not failed
 
-    def _hash(self, job: Job) -> None:
-        """Follow the parts of a large file from its beginning, out of the page cache; then judge it."""
-        digester = Digester(job.file.digests, job.file.size)
+    def _hash(self, download: FileDownload) -> None:
+        """Hash a large file's parts in order as they arrive, from the page cache; then check the digests."""
+        digester = Digester(download.file.digests, download.file.size)
         buffer = memoryview(bytearray(CHUNK_BYTES))
-        for part in range(job.parts):
+        for part in range(download.parts):
             with self._lock:
-                self._lock.wait_for(lambda part=part: part in job.have or self._error)  # type: ignore[misc]
+                self._lock.wait_for(lambda part=part: part in download.have or self._error)  # type: ignore[misc]
                 if self._error:
                     return
-            at, end = job.span(part)
+            at, end = download.span(part)
             while at < end:
-                count = os.preadv(job.handle, [buffer[: min(CHUNK_BYTES, end - at)]], at)
+                count = os.preadv(download.data_fd, [buffer[: min(CHUNK_BYTES, end - at)]], at)
                 digester.update(buffer[:count])
                 at += count
-        self._finish(job, digester.digests())
+        self._finish(download, digester.digests())
 
-    def _finish(self, job: Job, digests: dict[str, str]) -> None:
+    def _finish(self, download: FileDownload, digests: dict[str, str]) -> None:
         with self._lock:
             if self._error:
                 return
-            unnamed = any(job.file.name in reader.unnamed for reader in job.readers)
-            known = {k: v for k, v in job.file.digests.items() if not (unnamed and k == "md5")}
-            difference = mismatch(digests, known)
+            not_md5 = any(download.file.name in reader.not_md5 for reader in download.readers)
+            expected = {k: v for k, v in download.file.digests.items() if not (not_md5 and k == "md5")}
+            difference = mismatch(digests, expected)
             if not difference:
-                self._close(job)
-                job.journal_path.unlink(missing_ok=True)
-                self._done(job, digests)
-                self._left -= 1
+                self._close(download)
+                download.journal_path.unlink(missing_ok=True)
+                self._on_file(download, digests)
+                self._unfinished -= 1
                 self._lock.notify_all()
                 return
-        if job.attempt == ATTEMPTS and len(job.readers) == 1:
-            discard(job.data)
+        if download.attempt == ATTEMPTS and len(download.readers) == 1:
+            discard_partial(download.data)
             raise WeightsError(
-                f"{job.file.name} from {job.readers[0].name} arrived damaged {ATTEMPTS} times: its {difference}; "
-                f"nothing of it is used: upload it again"
+                f"{download.file.name} from {download.readers[0].name} arrived damaged {ATTEMPTS} times: "
+                f"its {difference}. Upload the file again"
             )
         with self._lock:
-            self._close(job)
-            discard(job.data)
-            self._came(-job.file.size)
-            job.have = set()
-            if len(job.readers) > 1:  # another node's copy may be the damaged one
-                del job.readers[0]
+            self._close(download)
+            discard_partial(download.data)
+            self._on_bytes(-download.file.size)
+            download.have = set()
+            if len(download.readers) > 1:  # another node's copy may be the damaged one
+                del download.readers[0]
             else:
-                job.attempt += 1
-            self._queue.extend((job, part) for part in (range(job.parts) or [-1]))
+                download.attempt += 1
+            self._queue.extend((download, part) for part in (range(download.parts) or [-1]))
             self._lock.notify_all()

@@ -1,128 +1,161 @@
-"""`python -m llmrun_runtime.weights.worker`: errands for weights, in a process of its own.
+"""`python -m llmrun_runtime.weights.worker`: run weights tasks in a separate process.
 
-So credentials are plain environment variables, each model has its own, a crash or `kill -9` takes nothing along, and
-what the stores' packages need of memory goes back. Reads Errands from standard input, a line of JSON each; writes
-`{"here": …, "total": …}` lines while it works, one with `result` or `error` (`missing`: it is a NotThere), and
-`{"free": true}` when it can take the next. Ends when standard input closes, in the middle of
-an errand too: with the node agent.
+Each model's credentials are then plain environment variables, a crash or `kill -9` harms nothing else, and the memory
+that the stores' packages use is freed.
+
+Reads one Task as JSON per line from standard input. Writes JSON lines to standard output: during the task
+`{"complete": …, "total": …}` (bytes), then one with `result` or `error` (`not_found`: it is a NotFound), then
+`{"idle": true}` when it can run the next task. Exits when standard input closes, even during a task: it ends with the
+node agent.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
 import sys
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel
-
-from llmrun.errors import LLMRunError, NotFound, WeightsError
+from llmrun.errors import LLMRunError, NotFound
 from llmrun.settings import Settings
-from llmrun.weights import AnyWeights
 from llmrun_runtime.weights.adapter_listing import list_adapters
-from llmrun_runtime.weights.cache.cache import open_cache
-from llmrun_runtime.weights.fetch import Fetcher, Peer
-from llmrun_runtime.weights.import_folder import take_folder
-from llmrun_runtime.weights.pin import Pin
+from llmrun_runtime.weights.cache.cache import Cache, Manifest, open_cache
+from llmrun_runtime.weights.fetch import Fetcher, Progress
+from llmrun_runtime.weights.import_folder import import_folder
 from llmrun_runtime.weights.stores.base import open_store
+from llmrun_runtime.weights.tasks import (
+    FetchTask,
+    ImportTask,
+    ListAdaptersTask,
+    MirrorTask,
+    PinTask,
+    PushAdapterTask,
+    Task,
+    VerifyTask,
+    task_adapter,
+)
 
-REPORT_S = 0.25
-
-
-class WorkerTask(BaseModel):
-    """What to do."""
-
-    do: Literal["pin", "adapters", "bring", "import", "verify", "mirror", "push"]
-    weights: AnyWeights | None = None
-    pin: Pin | None = None
-    peers: tuple[Peer, ...] = ()
-    keep: tuple[str, ...] = ()
-    folder: str = ""
-    """For `import` and `push`: where the files lie."""
-    target: AnyWeights | None = None
-    """For `mirror` and `push`: where they go."""
-    ranks: dict[str, int] | None = {}
-    """For `adapters`: those known already, by pin; None: they are not wanted."""
+REPORT_INTERVAL_S = 0.25
 
 
-class Progress:
-    """Says how far it is, four times a second at most."""
+@dataclass
+class Outcome:
+    """A task's result, and work to do after it was sent."""
+
+    result: Any
+    finish: Callable[[], None] = lambda: None
+
+
+def run(task: Task, cache: Cache, progress: Progress) -> Outcome:
+    """Run a task. Raises LLMRunError or OSError."""
+    match task:
+        case PinTask():
+            return _pin(task)
+        case ListAdaptersTask():
+            return _list_adapters(task)
+        case FetchTask():
+            return _fetch(task, cache, progress)
+        case ImportTask():
+            return _import(task, cache, progress)
+        case VerifyTask():
+            return _verify(task, cache)
+        case MirrorTask():
+            return _mirror(task, cache, progress)
+        case PushAdapterTask():
+            return _push_adapter(task)
+
+
+def _pin(task: PinTask) -> Outcome:
+    return Outcome(open_store(task.weights).pin().model_dump(mode="json"))
+
+
+def _list_adapters(task: ListAdaptersTask) -> Outcome:
+    adapters = list_adapters(open_store(task.weights), task.known_ranks)
+    return Outcome([adapter.model_dump(mode="json") for adapter in adapters])
+
+
+def _fetch(task: FetchTask, cache: Cache, progress: Progress) -> Outcome:
+    manifest = Fetcher(cache, task.pin, task.keep, task.peers, progress).run()
+    return Outcome(str(cache.folder(task.pin.id)), lambda: _sync(cache, manifest))
+
+
+def _import(task: ImportTask, cache: Cache, progress: Progress) -> Outcome:
+    manifest = import_folder(cache, Path(task.folder), task.weights, task.keep, progress)
+    return Outcome(manifest.pin.model_dump(mode="json"), lambda: _sync(cache, manifest))
+
+
+def _sync(cache: Cache, manifest: Manifest) -> None:
+    # If it fails (the pin was evicted, the disk fails), the files are hashed again after a reboot.
+    with contextlib.suppress(OSError):
+        cache.sync_to_disk(manifest)
+
+
+def _verify(task: VerifyTask, cache: Cache) -> Outcome:
+    manifest = cache.load(task.pin.id)
+    return Outcome(cache.verify(manifest) if manifest else [])
+
+
+def _mirror(task: MirrorTask, cache: Cache, progress: Progress) -> Outcome:
+    from llmrun_runtime.weights.mirror import mirror  # noqa: PLC0415 - few tasks write to stores
+
+    return Outcome(mirror(cache, task.pin, task.target, progress))
+
+
+def _push_adapter(task: PushAdapterTask) -> Outcome:
+    from llmrun_runtime.weights.mirror import push_adapter  # noqa: PLC0415 - few tasks write to stores
+
+    push_adapter(Path(task.folder), task.target)
+    return Outcome(None)
+
+
+class _ProgressReports:
+    """Sends progress to the node agent, at most four times per second."""
 
     def __init__(self) -> None:
-        self._said = 0.0
+        self._sent_at = 0.0
 
-    def __call__(self, here: int, total: int) -> None:
+    def __call__(self, complete: int, total: int) -> None:
         now = time.monotonic()
-        if now - self._said >= REPORT_S:
-            self._said = now
-            say({"here": here, "total": total})
+        if now - self._sent_at >= REPORT_INTERVAL_S:
+            self._sent_at = now
+            send({"complete": complete, "total": total})
 
 
-def say(message: dict[str, Any]) -> None:
-    """One line for the node agent."""
+def send(message: dict[str, Any]) -> None:
+    """Send one message to the node agent."""
     sys.stdout.write(json.dumps(message) + "\n")
     sys.stdout.flush()
 
 
-def run(errand: WorkerTask) -> object:
-    """Do it; the result. Raises WeightsError."""
-    cache, progress = open_cache(Settings()), Progress()
-    if errand.do == "pin" and errand.weights:
-        return open_store(errand.weights).pin().model_dump(mode="json")
-    if errand.do == "adapters" and errand.weights:
-        adapters = list_adapters(open_store(errand.weights), errand.ranks)
-        return [adapter.model_dump(mode="json") for adapter in adapters]
-    if errand.do == "bring" and errand.pin:
-        manifest = Fetcher(cache, errand.pin, errand.keep, errand.peers, progress).run()
-        say({"result": str(cache.folder(errand.pin.id))})
-        cache.settle(manifest)
-        return None
-    if errand.do == "import" and errand.weights:
-        manifest = take_folder(cache, Path(errand.folder), errand.weights, errand.keep, progress)
-        say({"result": manifest.pin.model_dump(mode="json")})
-        cache.settle(manifest)
-        return None
-    if errand.do == "verify" and errand.pin:
-        found = cache.load(errand.pin.id)
-        return cache.verify(found) if found else []
-    if errand.do == "mirror" and errand.pin and errand.target:
-        from llmrun_runtime.weights.mirror import mirror  # noqa: PLC0415 - few errands write to stores
-
-        return mirror(cache, errand.pin, errand.target, progress)
-    if errand.do == "push" and errand.target:
-        from llmrun_runtime.weights.mirror import push  # noqa: PLC0415
-
-        push(Path(errand.folder), errand.target)
-        return True
-    raise WeightsError(f"the weights worker cannot {errand.do} that: is this llmrun as old as the cluster's?")
-
-
 def main() -> None:
-    """Do what standard input says, until it closes."""
-    threading.Thread(target=_end_with_the_agent, daemon=True).start()
+    """Run the tasks from standard input until it closes."""
+    threading.Thread(target=_exit_with_agent, daemon=True).start()
     while line := sys.stdin.readline():
         try:
-            result = run(WorkerTask.model_validate_json(line))
+            outcome = run(task_adapter.validate_json(line), open_cache(Settings()), _ProgressReports())
         except LLMRunError as error:
-            say({"error": str(error), "missing": isinstance(error, NotFound)})
+            send({"error": str(error), "not_found": isinstance(error, NotFound)})
         except OSError as error:
-            say({"error": f"{type(error).__name__}: {error}"})
+            send({"error": f"{type(error).__name__}: {error}"})
         else:
-            if result is not None:
-                say({"result": result})
-        say({"free": True})
-    os._exit(0)  # the stores' packages leave threads and loops that need no farewell
+            send({"result": outcome.result})
+            outcome.finish()
+        send({"idle": True})
+    os._exit(0)  # do not wait for the threads and event loops of the stores' packages
 
 
-def _end_with_the_agent() -> None:
-    """Exit when the other end of standard input is gone, though nobody reads it."""
+def _exit_with_agent() -> None:
+    """Exit when the other end of standard input closes, even while no task reads it."""
     poll = select.poll()
     poll.register(sys.stdin, select.POLLHUP | select.POLLRDHUP)
-    while not any(what & (select.POLLHUP | select.POLLRDHUP) for _, what in poll.poll()):
+    while not any(event & (select.POLLHUP | select.POLLRDHUP) for _, event in poll.poll()):
         pass
     os._exit(1)
 

@@ -1,4 +1,4 @@
-"""A node agent's workers: starts them, sends them errands, keeps one for a while that may be needed again."""
+"""A node agent's weights workers: start them, send them tasks, and keep idle ones for a while."""
 
 from __future__ import annotations
 
@@ -6,48 +6,48 @@ import asyncio
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from llmrun.errors import NotFound, WeightsError
-from llmrun_runtime.weights.worker import WorkerTask
+from llmrun_runtime.weights.tasks import Task
 
-# A pin's worker is there for the transfer that follows a person's yes, and one that lists adapters, once a minute, for
-# those that are asked for: half a second of imports less.
+# Saves half a second of imports: the worker that pinned a source can fetch it once the user confirms, and the worker
+# that lists adapters once per minute serves their downloads.
 IDLE_S = 75
-LINE_BYTES = 2**26
+MAX_LINE_BYTES = 2**26
 
 
 class WorkerPool:
-    """Worker processes, by their environments. `where` names the node in errors."""
+    """Worker processes, one environment each. `where`: the node's name in errors."""
 
     def __init__(self, where: str) -> None:
         self._where = where
         self._idle: dict[asyncio.subprocess.Process, tuple[dict[str, str], asyncio.TimerHandle]] = {}
-        self._ending: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[None]] = set()
 
-    async def send(self, errand: WorkerTask, env: Mapping[str, str], progress: Callable[[int, int], None]) -> Any:
-        """Have a worker with that environment do it; its result as soon as it is said. Raises WeightsError."""
-        process = await self._take(dict(env))
+    async def run(self, task: Task, env: Mapping[str, str], progress: Callable[[int, int], None]) -> Any:
+        """Run a task in a worker with that environment; return its result. Raises WeightsError."""
+        process = await self._acquire(dict(env))
         try:
-            result = await self._hear(process, errand, progress)
+            result = await self._exchange(process, task, progress)
         except BaseException:
-            self._end(process)
+            self._kill(process)
             raise
-        # What it still does, waiting for the disk, nobody waits for.
-        self._later(self._keep(process, dict(env)))
+        # The worker may still sync to disk; the caller does not wait for that.
+        self._spawn(self._release(process, dict(env)))
         return result
 
     async def close(self) -> None:
-        """Let those that work end what they do, and end all."""
-        await asyncio.gather(*self._ending, return_exceptions=True)
+        """Let busy workers finish, and end all workers."""
+        await asyncio.gather(*self._background, return_exceptions=True)
         for process in list(self._idle):
-            self._end(process)
-        await asyncio.gather(*self._ending, return_exceptions=True)
+            self._kill(process)
+        await asyncio.gather(*self._background, return_exceptions=True)
 
-    async def _take(self, env: dict[str, str]) -> asyncio.subprocess.Process:
-        for process, (theirs, timer) in self._idle.items():
-            if theirs == env and process.returncode is None:
+    async def _acquire(self, env: dict[str, str]) -> asyncio.subprocess.Process:
+        for process, (process_env, timer) in self._idle.items():
+            if process_env == env and process.returncode is None:
                 timer.cancel()
                 del self._idle[process]
                 return process
@@ -57,47 +57,48 @@ class WorkerPool:
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
             env=env or None,
-            limit=LINE_BYTES,
+            limit=MAX_LINE_BYTES,
         )
 
-    async def _hear(
-        self, process: asyncio.subprocess.Process, errand: WorkerTask, progress: Callable[[int, int], None]
+    async def _exchange(
+        self, process: asyncio.subprocess.Process, task: Task, progress: Callable[[int, int], None]
     ) -> Any:
+        """Send a task and return its result. Raises WeightsError."""
         assert process.stdin and process.stdout
-        with contextlib.suppress(ConnectionError):  # it has died: that it says nothing tells
-            process.stdin.write(errand.model_dump_json().encode() + b"\n")
+        with contextlib.suppress(ConnectionError):  # the worker has died: its output ends below
+            process.stdin.write(task.model_dump_json().encode() + b"\n")
             await process.stdin.drain()
         async for line in process.stdout:
             message = json.loads(line)
             if "error" in message:
-                kind = NotFound if message.get("missing") else WeightsError
+                kind = NotFound if message.get("not_found") else WeightsError
                 raise kind(f"{message['error']} (on {self._where})")
             if "result" in message:
                 return message["result"]
-            progress(message["here"], message["total"])
+            progress(message["complete"], message["total"])
         code = await process.wait()
-        raise WeightsError(f"the work on weights ended with exit code {code} on {self._where}: run it again")
+        raise WeightsError(f"the weights worker on {self._where} ended with exit code {code}: try again")
 
-    async def _keep(self, process: asyncio.subprocess.Process, env: dict[str, str]) -> None:
-        """When it is free, keep it for IDLE_S."""
+    async def _release(self, process: asyncio.subprocess.Process, env: dict[str, str]) -> None:
+        """Wait until the worker is idle, and keep it for IDLE_S."""
         assert process.stdout
         if not await process.stdout.readline():
-            self._end(process)
+            self._kill(process)
             return
-        self._idle[process] = env, asyncio.get_running_loop().call_later(IDLE_S, self._end, process)
+        self._idle[process] = env, asyncio.get_running_loop().call_later(IDLE_S, self._kill, process)
 
-    def _end(self, process: asyncio.subprocess.Process) -> None:
+    def _kill(self, process: asyncio.subprocess.Process) -> None:
         if process in self._idle:
             self._idle.pop(process)[1].cancel()
         with contextlib.suppress(ProcessLookupError):
             process.kill()
-        self._later(_reap(process))
+        self._spawn(_reap(process))
 
-    def _later(self, work: Any) -> None:
-        """Do it in a task, and keep a reference, as asyncio does not."""
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Start a task and keep a reference, as asyncio does not."""
         task = asyncio.get_running_loop().create_task(work)
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
 
 async def _reap(process: asyncio.subprocess.Process) -> None:

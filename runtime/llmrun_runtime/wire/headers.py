@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 TOKEN_HEADER = "x-llmrun-token"
-# Beside the token: whose request it is, by the name of its API key; and that it must not keep the model warm.
+# Sent with the token: the name of the request's API key, and a mark for requests that must not keep the model warm.
 KEY_HEADER = "x-llmrun-key"
 PROBE_HEADER = "x-llmrun-probe"
-# And the adapter that it is for: its name and its pin, with a space between.
+# The adapter to use: its name and its pin, separated by a space.
 ADAPTER_HEADER = "x-llmrun-adapter"
 STATE_PATH = "/_llmrun/state"
-# The replica asks here whether the engine may end: the answer is its state, and if nothing is in flight it takes no
-# request from then on. Who asks it all the same gets 503 with this header, and may ask another replica.
+# The replica asks the engine for permission to stop. The response is the engine's state. If nothing is in flight, the
+# engine then rejects all requests with 503 and GONE_HEADER, which tells the ingress to try another replica.
 LEAVE_PATH = "/_llmrun/leave"
 GONE_HEADER = "x-llmrun-gone"

@@ -1,4 +1,4 @@
-"""What control tells a replica: the version that it serves."""
+"""The version of a model that a replica serves, as control sends it."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from llmrun_runtime.weights.pin import Pin
 
 
 class ReplicaConfig(BaseModel):
-    """A version as control tells it to its replicas."""
+    """One version of a model, with the settings that its replicas need."""
 
     model_config = ConfigDict(frozen=True)
     spec: ModelSpec
     version: int
     pin: Pin | None
+    """The revision of the weights; None for a path on the node."""
     start_timeout: float
     drain_timeout: float
     hook_timeout: float
 
     @property
     def key(self) -> str:
-        """Names the version."""
+        """The name of the version."""
         return f"{self.spec.name} v{self.version}"
 
     def to_dict(self) -> dict[str, Any]:
-        """For the application's arguments."""
+        """Serialize for the arguments of the Serve application."""
         return self.model_dump(mode="json")

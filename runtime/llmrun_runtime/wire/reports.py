@@ -1,4 +1,4 @@
-"""What replicas and ingresses tell control, twice a second, and what they ask of it."""
+"""What replicas and ingresses report to control twice per second, and what control returns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from llmrun.wire import ReplicaState
 from llmrun_runtime.wire.usage import PaceRow, Row
 
 REPORT_S = 0.5
-# Who is silent for so long is taken to be gone.
+# Control drops a replica or an ingress that has not reported for this long.
 LEASE_S = 5.0
 
 
@@ -22,69 +22,69 @@ class ReplicaReport:
     node: str
     host: str
     port: int
-    """Where its engine speaks HTTP."""
+    """The engine's HTTP port."""
     link: int
-    """Where its engine listens for ingresses."""
+    """The engine's port for links from ingresses."""
     token: str
     state: ReplicaState
     in_flight: int = 0
     idle_s: float = 0
     forked: bool = False
-    """Whether its engine came from a warm parent."""
+    """Whether the fork server created its engine."""
     moments: dict[str, float] = field(default_factory=dict)
-    """Unix times of what it has passed through: those of `llmrun.wire.START_PARTS` that a replica sees."""
+    """When it reached each part of its start (Unix times): those of `llmrun.wire.START_PARTS` that a replica sees."""
 
     paths: frozenset[str] = frozenset()
-    """The inference paths that its engine has; none before it has said them."""
+    """The inference paths that its engine serves; empty until the engine has reported them."""
     max_model_len: int = 0
     adapters: frozenset[str] = frozenset()
     """The pins of the adapters that its engine has loaded."""
     usage: tuple[Row, ...] = ()
-    """What was used since the engine's start: the rows that changed since the last report that arrived."""
+    """Usage since the engine's start: the rows that changed since the last report that arrived."""
     paces: tuple[tuple[PaceRow, PaceRow | None], ...] = ()
-    """Likewise `meter.paces`, each row beside what it was in the last report that arrived; None if it was in none."""
+    """Changed rows of times per output token, each with its value in the last report that arrived (None: not in it)."""
 
-    def __repr__(self) -> str:  # the token stays out of logs
-        return f"Registration({self.id[:12]} {self.model} v{self.version} {self.state} {self.host}:{self.port})"
+    def __repr__(self) -> str:  # without the token, for logs
+        return f"ReplicaReport({self.id[:12]} {self.model} v{self.version} {self.state} {self.host}:{self.port})"
 
 
 @dataclass(frozen=True)
 class AdapterRevision:
-    """What control answers an ingress that asks for an adapter's revision: a pin, or what is the trouble."""
+    """Control's reply to an ingress that resolves an adapter's revision: a pin, or an error."""
 
     pin: str = ""
-    trouble: str = ""
+    error: str = ""
     missing: bool = False
-    """There is none: asking again would not help."""
+    """Whether the revision does not exist, so that a retry would not help."""
 
 
 @dataclass
 class Traffic:
-    """What one ingress counts for one model."""
+    """One ingress's counts of one model's requests."""
 
     waiting: int = 0
     in_flight: int = 0
     since: float = 0
-    """Since when (unix time) somebody has been waiting; 0 if nobody waits."""
+    """Since when (Unix time) requests have been waiting; 0 if none waits."""
 
 
-# Who a limit is for: a key (`key:NAME`) or a model (`model:NAME`).
+# What a limit applies to: a key (`key:NAME`) or a model (`model:NAME`).
 Subject = str
 
 
 def key_subject(name: str) -> Subject:
-    """Of a key."""
+    """Return the subject of a key."""
     return f"key:{name}"
 
 
 def model_subject(name: str) -> Subject:
-    """Of a model."""
+    """Return the subject of a model."""
     return f"model:{name}"
 
 
 @dataclass(frozen=True)
 class LocalUsage:
-    """What one subject with limits has asked of one ingress."""
+    """The usage of one subject with limits at one ingress."""
 
     requests: int = 0
     """In the last minute."""
@@ -93,7 +93,7 @@ class LocalUsage:
 
 @dataclass(frozen=True)
 class RemoteUsage:
-    """What an ingress that enforces a subject's limits cannot see itself."""
+    """The usage of one subject with limits that one ingress cannot count itself."""
 
     requests: int = 0
     """In the last minute, at other ingresses."""
@@ -102,4 +102,4 @@ class RemoteUsage:
     tokens: int = 0
     """In the last minute, at all replicas."""
     tokens_wait: float = 0
-    """Seconds until its tokens are below its limit again."""
+    """Seconds until its tokens are below its limit."""

@@ -1,4 +1,4 @@
-"""The routing table: what control tells every ingress, whole, whenever it changes."""
+"""The routing table, which control sends to every ingress as a whole whenever it changes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llmrun.wire import KeyInfo, State
 
 @dataclass(frozen=True)
 class ReplicaRoute:
-    """Where one replica's engine listens for ingresses, and the token that it asks for."""
+    """The address of one replica's engine for links from ingresses, and the token that it requires."""
 
     id: str
     host: str
@@ -22,7 +22,7 @@ class ReplicaRoute:
 
 @dataclass(frozen=True)
 class ModelRoute:
-    """One model: the replicas of its version in force, and what to tell callers while it has none."""
+    """One model: the replicas of its active version, its limits, and why it has no replica."""
 
     name: str
     app: str
@@ -34,54 +34,54 @@ class ModelRoute:
     max_ongoing: int
     replicas: tuple[ReplicaRoute, ...] = ()
     failures: int = 0
-    """Failed starts of this version so far; grows by one with each."""
+    """This version's failed starts in a row."""
     paused: bool = False
-    """No start is tried now; whoever asks hears `cause` at once."""
+    """Whether no start is tried now: requests fail at once with `cause`."""
     cause: str = ""
     """Why the last start failed, or why there is no replica yet."""
     phase: str = ""
-    """While it wakes: what it is at, in a few words."""
+    """While it wakes: the current phase, in a few words."""
     usual_start: float = 0
-    """Seconds that its last cold starts took, their median; 0 where there were none."""
+    """The median of its last cold starts in seconds; 0 if there are none."""
     max_queued: int = 1000
-    """Requests that may wait for it."""
+    """How many requests may wait for it."""
     rpm: int = 0
-    """Requests a minute; 0 is no limit, as of `tpm` and `max_in_flight`."""
+    """Requests per minute. 0 is no limit, also in `tpm` and `max_in_flight`."""
     tpm: int = 0
-    """Tokens a minute."""
+    """Tokens per minute."""
     max_in_flight: int = 0
-    """Requests that wait or are answered."""
+    """Requests that wait or are being served."""
     max_model_len: int = 0
-    """Tokens of a prompt and its answer together; 0 before an engine has said it."""
+    """Tokens of a prompt and its completion together; 0 until an engine has reported it."""
     log_engine_metrics: bool = True
-    """Whether its engines' own metrics are shown."""
+    """Whether the engines' own metrics are exported."""
     lora: bool = False
-    """Whether it has adapters at all."""
+    """Whether the model has the option `lora=`."""
     adapters: dict[str, str] | None = None
-    """Their pins by name; None while nobody knows them."""
-    adapters_trouble: str = ""
-    """Why nobody knows them."""
+    """Pins of adapters by name; None until they have been listed."""
+    adapters_error: str = ""
+    """Why they could not be listed."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """All models by name. `epoch` names one life of control; `number` grows within it."""
+    """All models by name. `epoch` identifies one run of control; `number` increases within it."""
 
     epoch: str = ""
     number: int = 0
     models: dict[str, ModelRoute] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
-    """Every name that clients may ask for → the model's name."""
+    """Every name and alias that clients may use → the model's name."""
     control: tuple[str, int] = ("", 0)
-    """Where control's HTTP API listens."""
+    """The address of control's HTTP API."""
     keys: dict[str, KeyInfo] = field(default_factory=dict)
-    """API keys by `digest_of` them."""
+    """API keys by digest."""
     admin: str = ""
     """The digest of the admin key."""
 
 
 def share_of(table: Table, ingresses: int) -> Table:
-    """The table of one of several ingresses: each lets in its share, rounded up, of what may be asked at once."""
+    """Return the table for one of several ingresses: its share, rounded up, of each model's concurrency limits."""
 
     def share(limit: int) -> int:
         return -(-limit // ingresses)
@@ -94,13 +94,13 @@ def share_of(table: Table, ingresses: int) -> Table:
 
 
 def digest_of(key: str) -> str:
-    """What is known of a key (hex, sha256: a key has 256 random bits, so that a slow hash would add nothing).
+    """Return a key's sha256 in hex. A key has 256 random bits, so a slow hash would not add security.
 
-    Who looks a digest up learns from the time it takes nothing that leads to a key.
+    A lookup by digest needs no constant-time comparison: its duration reveals nothing that leads to a key.
     """
     return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
 
 
 def by_names(models: dict[str, ModelRoute]) -> dict[str, str]:
-    """The index of all names and aliases."""
+    """Return the index of all names and aliases."""
     return {served: model.name for model in models.values() for served in model.names}

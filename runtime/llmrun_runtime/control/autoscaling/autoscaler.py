@@ -1,6 +1,6 @@
-"""Keeps what runs in step with what is asked: the scaler's inputs and effects, failures, and the routing table.
+"""The autoscaling loop: applies the policy to each model, evicts idle replicas, publishes the routing table.
 
-The rule itself is `scaler.decide`; deploys hold a model here while they steer it themselves.
+The decision itself is `policy.decide`. A model that a deploy has locked keeps its target.
 """
 
 from __future__ import annotations
@@ -19,275 +19,305 @@ from llmrun.errors import Refused
 from llmrun.wire import ModelStatus, State
 from llmrun_runtime.control.autoscaling.cold_starts import ColdStarts
 from llmrun_runtime.control.autoscaling.eviction import EvictionCandidate, choose_evictions
-from llmrun_runtime.control.autoscaling.model_view import ModelState, ModelView
+from llmrun_runtime.control.autoscaling.model_state import EvictionState, ModelState
+from llmrun_runtime.control.autoscaling.model_view import ModelView
 from llmrun_runtime.control.autoscaling.policy import Demand, Failure, ScalingLimits, decide
 from llmrun_runtime.control.autoscaling.serve_apps import ServeApps
 from llmrun_runtime.control.keys import Keys
-from llmrun_runtime.control.state.models import Candidate, Deployed
+from llmrun_runtime.control.state.models import Deployed, Models
 from llmrun_runtime.control.state.registry import Registry
 from llmrun_runtime.engines.registry import get_engine
-from llmrun_runtime.placement import Node, has_room, shortage
+from llmrun_runtime.placement import Node, has_capacity, shortage
 from llmrun_runtime.ray_nodes import cluster_nodes
-from llmrun_runtime.wire.reports import ReplicaReport
+from llmrun_runtime.wire.reports import LEASE_S, ReplicaReport
 from llmrun_runtime.wire.routing_table import Table, by_names
 
 log = logging.getLogger("llmrun.control")
 TICK_S = 0.25
-# A replica that Serve could not place reports nothing; for so long that may be a worker's start.
+# A replica reports once its worker has started. One that has not reported after this time counts as not placed.
 PLACING_S = 4.0
-# Serve acts on a target within a second; replicas that go on serving for so long beyond it have not heard.
+# Serve acts on a target within a second. If surplus replicas stay for this long, Serve did not receive the target.
 SURPLUS_S = 10.0
-# `llmrun warm` asks for a model without room for so long.
-BY_HAND_S = 600.0
+# `llmrun warm` requests a replica for this long if there is not enough capacity.
+WARM_S = 600.0
 
 
 class Autoscaler:
-    """All models in force, what they should run, and the table made of that."""
+    """Sets the targets of all active versions, and builds the routing table."""
 
     def __init__(
         self,
-        serving: ServeApps,
+        *,
+        models: Models,
+        serve_apps: ServeApps,
         registry: Registry,
-        starts: ColdStarts,
+        cold_starts: ColdStarts,
         keys: Keys,
         control: tuple[str, int],
         admin: str = "",
     ) -> None:
-        self.deployed: dict[str, Deployed] = {}
-        self.held: set[str] = set()
-        """Models that a deploy steers."""
-        self.candidates: dict[str, Candidate] = {}
-        """Versions that are being proven, and those of new models that could not be."""
         self.table = Table(epoch=uuid.uuid4().hex, control=control, admin=admin)
         self.on_proven: Callable[[Deployed], None] = lambda row: None
+        """Called when an unproven version's first replica is ready."""
         self.on_wake: Callable[[Deployed], None] = lambda row: None
-        """Called when the target of a model leaves zero because somebody waits."""
-        self._serving = serving
+        """Called when a request raises a model's target from zero."""
+        self._models = models
+        self._serve_apps = serve_apps
         self._registry = registry
-        self._starts = starts
+        self._cold_starts = cold_starts
         self._keys = keys
-        keys.on_change = self.kick
-        self._facts: dict[str, ModelState] = {}
-        self._kick = asyncio.Event()
-        self._changed = asyncio.Condition()
+        self._states: dict[str, ModelState] = {}
+        self._kicked = asyncio.Event()
+        self._table_changed = asyncio.Condition()
 
     def kick(self) -> None:
-        """Look again now, not at the next tick."""
-        self._kick.set()
+        """Run the next tick now."""
+        self._kicked.set()
 
-    def put(self, row: Deployed) -> None:
-        """Put a version in force; with a new engine, earlier failures are forgotten."""
-        before = self.deployed.get(row.name)
-        if not before or before.engine_version != row.engine_version:
-            if before:
-                self._starts.over(row.name, before.engine_version, "withdrawn")
-            self._facts[row.name] = ModelState()
-        self.deployed[row.name] = row
-        self.candidates.pop(row.name, None)
-        self._registry.used(row.name, time.monotonic())
+    def activate(self, row: Deployed) -> None:
+        """Make a version the active one. A new engine version starts with a clean state, without earlier failures."""
+        previous = self._models.put(row)
+        if not previous or previous.engine_version != row.engine_version:
+            if previous:
+                self._cold_starts.end(row.name, previous.engine_version, "withdrawn")
+            self._states[row.name] = ModelState()
+        self._registry.mark_used(row.name, time.monotonic())
         self.kick()
 
-    def drop(self, model: str) -> None:
-        """Take a model out of force."""
-        self.deployed.pop(model, None)
-        self._facts.pop(model, None)
+    def remove(self, model: str) -> None:
+        """Remove a model's active version."""
+        self._models.remove(model)
+        self._states.pop(model, None)
         self._registry.last_used.pop(model, None)
-        self._starts.forget(model)
+        self._cold_starts.forget(model)
         self.kick()
 
-    def set_adapters(self, model: str, adapters: dict[str, str] | None, trouble: str = "") -> None:
-        """What adapters a model has: their pins by name; None if nobody knows, because of `trouble`."""
-        facts = self._facts.get(model)
-        if facts and (facts.adapters, facts.adapters_trouble) != (adapters, trouble):
-            facts.adapters, facts.adapters_trouble = adapters, trouble
+    def set_adapters(self, model: str, adapters: dict[str, str] | None, error: str = "") -> None:
+        """Set a model's adapters: their pins by name; None if they could not be listed, because of `error`."""
+        state = self._states.get(model)
+        if state and (state.adapters, state.adapters_error) != (adapters, error):
+            state.adapters, state.adapters_error = adapters, error
             self.kick()
 
-    def failed(self, report: ReplicaReport, cause: str) -> None:
-        """A replica of what is in force did not start: its waiters hear why, and it is scaled back."""
-        row = self.deployed.get(report.model)
+    def replica_failed(self, report: ReplicaReport, cause: str) -> None:
+        """Count a failed start of the active version: waiting requests fail with `cause`, the model backs off."""
+        row = self._models.get(report.model)
         if not row or row.engine_version != report.version:
             return
-        facts = self._facts[row.name]
-        self._starts.over(row.name, row.engine_version, "failed")
-        count = facts.failure.count + 1 if facts.failure else 1
-        facts.failure, facts.by_hand_until = Failure(count, cause, time.monotonic()), 0
-        log.warning("%s v%d did not start (%d in a row): %s", row.name, row.version, count, cause)
+        state = self._states[row.name]
+        self._cold_starts.end(row.name, row.engine_version, "failed")
+        count = state.failure.count + 1 if state.failure else 1
+        state.failure, state.warm_until = Failure(count, cause, time.monotonic()), 0
+        log.warning("%s v%d failed to start (%d in a row): %s", row.name, row.version, count, cause)
         self.kick()
 
-    def started(self, report: ReplicaReport) -> None:
-        """A replica has become ready: earlier failures of its version are over."""
-        row = self.deployed.get(report.model)
+    def replica_ready(self, report: ReplicaReport) -> None:
+        """Clear the failures of the replica's version."""
+        row = self._models.get(report.model)
         if row and row.engine_version == report.version:
-            facts = self._facts[row.name]
-            facts.failure, facts.death, facts.yielded, facts.by_hand_until = None, "", "", 0
+            state = self._states[row.name]
+            state.failure, state.death, state.evicted_for, state.warm_until = None, "", "", 0
 
-    def died(self, report: ReplicaReport, cause: str) -> None:
-        """The engine of a replica has died after it was ready; Serve starts another one."""
-        row = self.deployed.get(report.model)
+    def engine_died(self, report: ReplicaReport, cause: str) -> None:
+        """Record that a replica's engine died after it was ready. Serve starts another replica."""
+        row = self._models.get(report.model)
         log.warning("%s v%d: %s", report.model, report.version, cause)
         if row and row.engine_version == report.version:
-            self._facts[row.name].death = cause
+            self._states[row.name].death = cause
 
-    def warm(self, model: str) -> None:
-        """Wake a model as if somebody asked. Raises Refused while its start has failed too often."""
-        facts = self._facts[model]
-        if facts.failure and facts.failure.refuses(time.monotonic()):
-            raise Refused(f"{model} did not start: {facts.failure.cause}", 503)
-        facts.unloaded = False
-        now = time.monotonic()
-        ready = self._registry.ready(model, self.deployed[model].engine_version)
-        facts.by_hand_until = 0 if ready else now + BY_HAND_S
-        self._registry.used(model, now)
+    def warm(self, name: str) -> str:
+        """Wake the model with that name or alias, as a request would. Return the model's name.
+
+        Raises Refused if the model is not found or locked, or refuses requests after failed starts.
+        """
+        row = self._models.resolve_unlocked(name)
+        state, now = self._states[row.name], time.monotonic()
+        if state.failure and state.failure.refuses(now):
+            raise Refused(f"{row.name} failed to start: {state.failure.cause}", 503)
+        state.unloaded = False
+        state.warm_until = 0 if self._registry.ready(row.name, row.engine_version) else now + WARM_S
+        self._registry.mark_used(row.name, now)
         self.kick()
+        return row.name
 
-    def unload(self, model: str) -> None:
-        """Send a model to zero, until somebody asks or `warm`. Raises Refused while somebody waits for it."""
+    def unload(self, name: str) -> str:
+        """Scale the model with that name or alias to zero, until a request or `warm`. Return the model's name.
+
+        Raises Refused if the model is not found or locked, or requests wait for it.
+        """
+        model = self._models.resolve_unlocked(name).name
         waiting = self._registry.waiting(model)
         if waiting:
-            raise Refused(f"{model}: {waiting} requests wait for it", 409)
-        facts = self._facts[model]
-        facts.unloaded, facts.by_hand_until = True, 0
+            raise Refused(f"cannot unload {model}: {waiting} requests are waiting for it", 409)
+        state = self._states[model]
+        state.unloaded, state.warm_until = True, 0
         self.kick()
+        return model
 
     async def watch(self, epoch: str, number: int, timeout: float) -> Table:
-        """The table, as soon as it differs from the one named, or after `timeout` as it is."""
-        async with self._changed:
+        """Return the table as soon as it differs from the one given, or unchanged after `timeout` seconds."""
+        async with self._table_changed:
             if (self.table.epoch, self.table.number) == (epoch, number):
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(timeout):
-                        await self._changed.wait()
+                        await self._table_changed.wait()
             return self.table
 
     async def run(self) -> None:
-        """Tick for ever, and at once when kicked."""
+        """Tick every TICK_S, and at once after `kick`. Never returns."""
         while True:
-            self._kick.clear()
+            self._kicked.clear()
             try:
                 await self.tick()
             except Exception:
-                log.exception("a tick of the scaler failed; the next one tries again")
+                log.exception("autoscaler tick failed, retrying")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TICK_S):
-                    await self._kick.wait()
+                    await self._kicked.wait()
 
     async def tick(self) -> None:
-        """Forget who is silent, decide every model's target, set those that changed, publish the table."""
+        """Remove replicas that no longer report, decide each model's target, then publish the table."""
         now = time.monotonic()
         for report in self._registry.expire(now):
-            log.warning("no report from %r for a while: taken out of the table", report)
-        for row in list(self.deployed.values()):
-            if row.name not in self.held:
+            log.warning("%r has not reported for %g s: removed from the routing table", report, LEASE_S)
+        for row in list(self._models.deployed.values()):
+            if not self._models.is_locked(row.name):
                 self._decide(row, now)
-        models = {row.name: self._view(row).route(now, self._starts.usual(row.name)) for row in self.deployed.values()}
+        await self._publish(now)
+
+    async def _publish(self, now: float) -> None:
+        """Replace the table if it changed."""
+        rows = self._models.deployed.values()
+        models = {row.name: self._view(row).route(now, self._cold_starts.usual(row.name)) for row in rows}
         if models != self.table.models or self._keys.routes != self.table.keys:
-            async with self._changed:
+            async with self._table_changed:
                 number, keys = self.table.number + 1, self._keys.routes
                 self.table = replace(self.table, number=number, models=models, names=by_names(models), keys=keys)
-                self._changed.notify_all()
+                self._table_changed.notify_all()
 
     def _decide(self, row: Deployed, now: float) -> None:
-        spec, facts, registry = row.spec, self._facts[row.name], self._registry
-        target = self._serving.target(row.name, row.engine_version)
-        reports = registry.ready(row.name, row.engine_version)
-        ready = len(reports)
+        """Decide one model's target, and set it in Serve if it changed."""
+        state = self._states[row.name]
+        row = self._read_reports(row, state)
+        limits, demand = self._measure(row, state, now)
+        target, desired = demand.target, decide(limits, demand).target
+        self._find_capacity(row, state, limits, demand, desired)
+        if desired > target:
+            state.pending = True
+            if not target and demand.waiting:
+                requested = self._registry.waiting_since(row.name) or time.time()
+                self._cold_starts.begin(row.name, row.engine_version, requested)
+        elif desired < target and not demand.placed:
+            self._cold_starts.end(row.name, row.engine_version, "withdrawn")
+        confirmed = self._serve_apps.is_confirmed(row.name, row.engine_version)
+        if (desired != target or not confirmed) and not state.setting_target:
+            state.task = asyncio.get_running_loop().create_task(self._set_target(row, desired))
+            if not target and demand.waiting and not state.eviction.shortage:
+                self.on_wake(row)
+
+    def _read_reports(self, row: Deployed, state: ModelState) -> Deployed:
+        """Take over what ready replicas report. Return the row, now proven if a replica is ready."""
+        reports = self._registry.ready(row.name, row.engine_version)
         for report in reports:
-            facts.paths = report.paths & get_engine(spec.engine).paths
-            facts.max_model_len = report.max_model_len
-        if ready and not row.proven:
-            self.deployed[row.name] = row = replace(row, proven=True)
+            state.paths = report.paths & get_engine(row.spec.engine).paths
+            state.max_model_len = report.max_model_len
+        if reports and not row.proven:
+            row = self._models.mark_proven(row.name)
             self.on_proven(row)
-        facts.by_hand_until = facts.by_hand_until if facts.by_hand_until > now else 0
-        waiting, in_flight = registry.waiting(row.name) + bool(facts.by_hand_until), registry.in_flight(row.name)
-        placed = len(registry.of(row.name, row.engine_version))
-        facts.surplus_since = (facts.surplus_since or now) if ready > target else 0
-        if ready > target and now - facts.surplus_since > SURPLUS_S:
-            log.warning("%s: %d replicas serve though the target is %d: it is set again", row.name, ready, target)
-            self._serving.doubt(row.name, row.engine_version)
-            facts.surplus_since = now
-        facts.unloaded = facts.unloaded and not waiting
-        facts.pending = facts.pending and placed < target
-        least = self._least(row)
-        limits = ScalingLimits(least, spec.max_replicas, spec.target_ongoing_requests, spec.idle_timeout)
-        if limits.needed(waiting + in_flight) >= target:
-            facts.low_since = now
-        demand = Demand(
+        return row
+
+    def _measure(self, row: Deployed, state: ModelState, now: float) -> tuple[ScalingLimits, Demand]:
+        """Return the policy's inputs, and update the timers and flags of `state`."""
+        spec, registry = row.spec, self._registry
+        target = self._serve_apps.target(row.name, row.engine_version)
+        ready = len(registry.ready(row.name, row.engine_version))
+        placed = len(registry.replicas_of(row.name, row.engine_version))
+        if state.warm_until <= now:
+            state.warm_until = 0
+        waiting, in_flight = registry.waiting(row.name) + bool(state.warm_until), registry.in_flight(row.name)
+        self._check_surplus(row, state, ready - target, now)
+        state.unloaded = state.unloaded and not waiting
+        state.pending = state.pending and placed < target
+        min_replicas = self._min_replicas(row)
+        limits = ScalingLimits(min_replicas, spec.max_replicas, spec.target_ongoing_requests, spec.idle_timeout)
+        if limits.required(waiting + in_flight) >= target:
+            state.low_since = now
+        return limits, Demand(
             now=now,
             target=target,
             ready=ready,
             waiting=waiting,
             in_flight=in_flight,
             last_used=registry.last_used.setdefault(row.name, now),
-            low_since=facts.low_since,
+            low_since=state.low_since,
             placed=placed,
-            pending=facts.pending,
-            unloaded=facts.unloaded,
-            failure=facts.failure,
+            pending=state.pending,
+            unloaded=state.unloaded,
+            failure=state.failure,
         )
-        wanted = decide(limits, demand).target
-        asked = bool(waiting or in_flight or wanted <= least)
-        self._see_to_room(row, facts, now, asked=asked, grows=wanted > target, unplaced=wanted > placed)
-        if wanted > target:
-            facts.pending = True
-            if not target and waiting:
-                self._starts.decided(row.name, row.engine_version, registry.waiting_since(row.name) or time.time())
-        elif wanted < target and not placed:
-            self._starts.over(row.name, row.engine_version, "withdrawn")
-        sure = self._serving.is_sure(row.name, row.engine_version)
-        if (wanted != target or not sure) and (facts.task is None or facts.task.done()):
-            facts.task = asyncio.get_running_loop().create_task(self._set(row, wanted))
-            if not target and waiting and not facts.shortage:
-                self.on_wake(row)
 
-    async def _set(self, row: Deployed, replicas: int) -> None:
+    def _check_surplus(self, row: Deployed, state: ModelState, surplus: int, now: float) -> None:
+        """Have the target set again if more replicas than that have been ready for SURPLUS_S."""
+        state.surplus_since = (state.surplus_since or now) if surplus > 0 else 0
+        if surplus > 0 and now - state.surplus_since > SURPLUS_S:
+            log.warning("%s: %d replicas more than the target are ready: setting it again", row.name, surplus)
+            self._serve_apps.mark_unconfirmed(row.name, row.engine_version)
+            state.surplus_since = now
+
+    async def _set_target(self, row: Deployed, replicas: int) -> None:
         log.info("%s v%d: target %d", row.name, row.engine_version, replicas)
         try:
-            await self._serving.set_target(row, replicas)
+            await self._serve_apps.set_target(row, replicas)
         except (ray.exceptions.RayError, TimeoutError) as error:
-            log.warning("Serve did not take the target of %s; tried again: %r", row.name, error)
+            log.warning("could not set the target of %s in Serve, retrying: %r", row.name, error)
 
-    def _least(self, row: Deployed) -> int:
-        """Replicas that stay though nobody asks."""
-        if self._facts[row.name].unloaded:
+    def _min_replicas(self, row: Deployed) -> int:
+        """Return the replicas to keep without requests."""
+        if self._states[row.name].unloaded:
             return 0
         return max(row.spec.min_replicas, int(row.spec.scheduled(time.time())))
 
-    def _see_to_room(
-        self, row: Deployed, facts: ModelState, now: float, *, asked: bool, grows: bool, unplaced: bool
+    def _find_capacity(
+        self, row: Deployed, state: ModelState, limits: ScalingLimits, demand: Demand, desired: int
     ) -> None:
-        """Have others make room for a replica that has none: at once for one that is wanted now, else after PLACING_S.
+        """Evict idle replicas of other models if a required replica does not fit.
 
-        Nobody makes room for one that is only tried again after failures (not `asked`).
-        Ray's account of what is free is some tenths of a second old, and a worker's start takes some; hence the wait.
+        When the target rises, this happens at once; otherwise after PLACING_S, because Ray's numbers of free resources
+        are some tenths of a second old and a worker takes time to start. A replica that is only a retry after failures
+        evicts none.
         """
-        if not unplaced:
-            facts.unplaced_since, facts.shortage, facts.going = 0, "", {}
+        now, eviction = demand.now, state.eviction
+        if desired <= demand.placed:
+            state.eviction = EvictionState()
             return
-        facts.unplaced_since = facts.unplaced_since or now
-        if facts.going:
-            late = now - facts.going_since > PLACING_S  # one that does not even drain by then: Serve was not told
-            going = {i: m for i, m in facts.going.items() if self._registry.lives(i, draining=late)}
-            if going:
-                facts.shortage = f"waiting for {', '.join(going.values())} to make room"
+        eviction.unplaced_since = eviction.unplaced_since or now
+        if eviction.victims:
+            # A victim that does not even drain by then: Serve did not receive the target.
+            late = now - eviction.started > PLACING_S
+            running = {i: m for i, m in eviction.victims.items() if self._registry.is_registered(i, draining=late)}
+            if running:
+                eviction.shortage = f"waiting for the eviction of {', '.join(dict.fromkeys(running.values()))}"
                 return
-            facts.going, facts.unplaced_since, facts.shortage = {}, now, ""
-        if not grows and now - facts.unplaced_since <= PLACING_S:
+            state.eviction = eviction = EvictionState(unplaced_since=now)
+        if desired <= demand.target and now - eviction.unplaced_since <= PLACING_S:
             return
         nodes = cluster_nodes()
-        facts.shortage = self.shortage(row, nodes)
-        if facts.shortage and asked:
-            holders = choose_evictions(row.placement, nodes, self._holders(row, now))
-            for model in {holder.model for holder in holders}:
-                ids = [holder.id for holder in holders if holder.model == model]
-                if self._give_way(self.deployed[model], len(ids), row):
-                    facts.going |= dict.fromkeys(ids, model)
-            facts.going_since = now
+        eviction.shortage = self.shortage(row, nodes)
+        requested = demand.waiting or demand.in_flight or desired <= limits.min_replicas
+        if eviction.shortage and requested:
+            victims = choose_evictions(row.placement, nodes, self._eviction_candidates(row, now))
+            for model in {victim.model for victim in victims}:
+                ids = [victim.id for victim in victims if victim.model == model]
+                if self._evict(self._models.deployed[model], len(ids), row):
+                    eviction.victims |= dict.fromkeys(ids, model)
+            eviction.started = now
 
-    def _holders(self, row: Deployed, now: float) -> list[EvictionCandidate]:
-        """The replicas of other models that could end."""
-        found = []
-        for other in self.deployed.values():
-            name, registry = other.name, self._registry
-            if name == row.name or not other.spec.evictable or name in self.held:
+    def _eviction_candidates(self, row: Deployed, now: float) -> list[EvictionCandidate]:
+        """Return the replicas of other models that may be evicted."""
+        registry, candidates = self._registry, []
+        for other in self._models.deployed.values():
+            name = other.name
+            if name == row.name or not other.spec.evictable or self._models.is_locked(name):
                 continue
             if registry.waiting(name) or registry.in_flight(name):
                 continue
@@ -296,46 +326,45 @@ class Autoscaler:
                 for report in registry.ready(name, other.engine_version)
                 if now - registry.ready_since.get(report.id, now) >= other.spec.min_uptime
             ]
-            spare = max(0, self._serving.target(name, other.engine_version) - self._least(other))
-            for report in old[:spare]:
-                found.append(
-                    EvictionCandidate(report.id, name, report.node, other.placement, registry.last_used.get(name, 0))
-                )
-        return found
+            spare = max(0, self._serve_apps.target(name, other.engine_version) - self._min_replicas(other))
+            idle_since = registry.last_used.get(name, 0)
+            candidates += [EvictionCandidate(r.id, name, r.node, other.placement, idle_since) for r in old[:spare]]
+        return candidates
 
-    def _give_way(self, row: Deployed, replicas: int, to: Deployed) -> bool:
-        """End so many replicas of a model; False while its target is being set. (Serve chooses which of them.)"""
-        facts = self._facts[row.name]
-        if facts.task and not facts.task.done():
+    def _evict(self, row: Deployed, replicas: int, for_row: Deployed) -> bool:
+        """Lower a model's target by `replicas`; Serve chooses which. False while its target is being set."""
+        state = self._states[row.name]
+        if state.setting_target:
             return False
-        log.info("%s makes room for %s", row.name, to.name)
-        facts.yielded = to.name
-        target = self._serving.target(row.name, row.engine_version)
-        facts.task = asyncio.get_running_loop().create_task(self._set(row, max(0, target - replicas)))
+        log.info("evicting %d replicas of %s for %s", replicas, row.name, for_row.name)
+        state.evicted_for = for_row.name
+        target = self._serve_apps.target(row.name, row.engine_version)
+        state.task = asyncio.get_running_loop().create_task(self._set_target(row, max(0, target - replicas)))
         return True
 
     def shortage(self, row: Deployed, nodes: list[Node] | None = None) -> str:
-        """Why there is no room for a replica of it now, and who holds it; "" if there is room."""
+        """Say why a replica of the version cannot be placed now, and which models use resources; "" if it can."""
         nodes = cluster_nodes() if nodes is None else nodes
-        if has_room(row.placement, nodes):
+        if has_capacity(row.placement, nodes):
             return ""
-        holders = sorted({report.model for report, _ in self._registry.replicas.values()})
-        return shortage(row.placement, nodes, holders)
+        users = sorted({report.model for report, _ in self._registry.replicas.values()})
+        return shortage(row.placement, nodes, users)
 
     def _view(self, row: Deployed) -> ModelView:
-        target = self._serving.target(row.name, row.engine_version)
-        return ModelView(row, self._facts.get(row.name, ModelState()), self._registry, target, row.name in self.held)
+        target = self._serve_apps.target(row.name, row.engine_version)
+        state = self._states.get(row.name, ModelState())
+        return ModelView(row, state, self._registry, target, self._models.is_locked(row.name))
 
     def targets(self) -> dict[str, int]:
-        """The target of every model, also of new ones that are being proven."""
-        rows = {name: candidate.row for name, candidate in self.candidates.items()} | self.deployed
-        return {name: self._serving.target(name, row.engine_version) for name, row in rows.items()}
+        """Return the target of every model, including new ones whose proof is running."""
+        rows = {name: candidate.row for name, candidate in self._models.candidates.items()} | self._models.deployed
+        return {name: self._serve_apps.target(name, row.engine_version) for name, row in rows.items()}
 
     def statuses(self) -> tuple[ModelStatus, ...]:
-        """All models as a person sees them: those in force, then new ones that are being proven."""
-        found = [self._view(row).status() for row in self.deployed.values()]
-        for name, candidate in self.candidates.items():
-            if name not in self.deployed:
+        """Return the status of every model: the active versions, then new models without an active version."""
+        statuses = [self._view(row).status() for row in self._models.deployed.values()]
+        for name, candidate in self._models.candidates.items():
+            if name not in self._models.deployed:
                 state: State = "failed" if candidate.cause else "waking"
-                found.append(self._view(candidate.row).status(state, candidate.cause))
-        return tuple(found)
+                statuses.append(self._view(candidate.row).status(state, candidate.cause))
+        return tuple(statuses)

@@ -1,9 +1,9 @@
-"""Cold starts, with their parts: from the request that found nothing to its first token.
+"""Measures cold starts in parts, from the request that found no replica to its first token.
 
-They are stored, and counted for Prometheus.
+Cold starts are stored in the database and counted for Prometheus.
 
-The ingress knows when it was asked and when the first token came, the replica what happened on its node; all clocks
-are of unix time, so between machines a part is as exact as their clocks.
+The ingress reports when the request arrived and when its first token came, the replica what happened on its node. All
+times are Unix times, so between machines a part is as exact as their clocks.
 """
 
 from __future__ import annotations
@@ -22,118 +22,124 @@ from llmrun_runtime.control.state.database import Database
 from llmrun_runtime.wire.reports import ReplicaReport
 
 log = logging.getLogger("llmrun.control")
+# A first token later than this after the start belongs to a request that did not wait for it.
 FIRST_TOKEN_S = 60.0
-# Seconds; to 30 minutes, which a large model's first start on a node may take.
+# Seconds. A large model's first start on a node may take 30 minutes.
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200, 1800)
 Outcome = Literal["ready", "failed", "withdrawn"]
 OUTCOMES: tuple[Outcome, ...] = ("ready", "failed", "withdrawn")
 
 
 class ColdStarts:
-    """The wakes that are under way, and where they are noted when they have ended well."""
+    """The wakes in progress, and the record of the successful ones."""
 
     def __init__(self, database: Database, metrics: CollectorRegistry) -> None:
         self._database = database
         self._wakes: dict[tuple[str, int], tuple[float, float]] = {}
-        self._open: dict[str, ColdStart] = {}
+        """By model and version, when the wake was requested and decided."""
+        self._unfinished: dict[str, ColdStart] = {}
+        """By replica, the cold starts whose first token has not come yet."""
         self._usual: dict[str, float] = {}
-        self._ended = Counter("llmrun_wakes", "Wakes that have ended, and how.", ("model", "outcome"), registry=metrics)
+        self._ended = Counter("llmrun_wakes", "Wakes that ended, by outcome.", ("model", "outcome"), registry=metrics)
         self._parts = Histogram(
             "llmrun_cold_start_part_seconds",
-            "How long each part of a cold start took.",
+            "Duration of each part of a cold start.",
             ("model", "part"),
             registry=metrics,
             buckets=BUCKETS,
         )
-        self._whole = Histogram(
+        self._total = Histogram(
             "llmrun_cold_start_seconds",
-            "From the request that found no replica to its first token.",
+            "Time from the request that found no replica to its first token.",
             ("model",),
             registry=metrics,
             buckets=BUCKETS,
         )
 
-    def decided(self, model: str, version: int, asked: float) -> None:
-        """A model at zero gets a target, because somebody has been waiting since `asked` (unix time)."""
-        self._wakes.setdefault((model, version), (asked, time.time()))
+    def begin(self, model: str, version: int, requested: float) -> None:
+        """Start a wake, for a request that has waited since `requested` (Unix time). A wake in progress continues."""
+        self._wakes.setdefault((model, version), (requested, time.time()))
 
-    def over(self, model: str, version: int, outcome: Outcome) -> tuple[float, float] | None:
-        """The wake that has ended so: when it was asked for, and decided; None if there was none."""
+    def end(self, model: str, version: int, outcome: Outcome) -> tuple[float, float] | None:
+        """End a wake. Return when it was requested and decided (Unix times); None if there was none."""
         wake = self._wakes.pop((model, version), None)
         if wake:
             self._ended.labels(model, outcome).inc()
         return wake
 
-    def known(self, models: Iterable[str]) -> None:
-        """There are these: what has not happened to one of them is 0, or its first time would be no increase."""
+    def create_series(self, models: Iterable[str]) -> None:
+        """Create the metrics of these models at 0: Prometheus sees no increase in a series that begins at 1."""
         for model in models:
             for outcome in OUTCOMES:
                 self._ended.labels(model, outcome)
             for part in START_PARTS:
                 self._parts.labels(model, part)
-            self._whole.labels(model)
+            self._total.labels(model)
 
-    def ready(self, report: ReplicaReport) -> None:
-        """A replica answers; the first one since a wake has ended it."""
-        wake = self.over(report.model, report.version, "ready")
+    def replica_ready(self, report: ReplicaReport) -> None:
+        """End the wake of the replica's version, if one is in progress."""
+        wake = self.end(report.model, report.version, "ready")
         if not wake:
             return
-        moments = {**report.moments, "decided": wake[1], "registered": time.time()}
+        requested, decided = wake
+        moments = {**report.moments, "decided": decided, "registered": time.time()}
         start = ColdStart(
             model=report.model,
             version=report.version,
             node=report.host,
             forked=report.forked,
-            asked=wake[0],
-            parts={part: max(0.0, round(moments[part] - wake[0], 3)) for part in START_PARTS if part in moments},
+            asked=requested,
+            parts={part: max(0.0, round(moments[part] - requested, 3)) for part in START_PARTS if part in moments},
         )
-        # Those of this model whose first token nobody waited for are not noted.
-        self._open = {replica: other for replica, other in self._open.items() if other.model != report.model}
-        self._open[report.id] = start
+        # Earlier ones of this model never get a first token: their requests left.
+        self._forget_unfinished(report.model)
+        self._unfinished[report.id] = start
 
     def first_tokens(self, moments: Mapping[str, float]) -> None:
-        """Requests that had waited have got their first bytes: replica's id → unix time."""
+        """Complete cold starts with the first bytes of requests that waited: replica id → Unix time."""
         for replica, moment in moments.items():
-            start = self._open.pop(replica, None)
-            # Who comes much later has not waited for this start.
+            start = self._unfinished.pop(replica, None)
             if start and moment - start.asked - start.parts["registered"] < FIRST_TOKEN_S:
                 parts = {**start.parts, "first_token": max(0.0, round(moment - start.asked, 3))}
-                self._note(start.model_copy(update={"parts": parts}))
+                self._record(start.model_copy(update={"parts": parts}))
 
     def usual(self, model: str) -> float:
-        """The median of the last ones, in seconds; 0 where there were none."""
+        """Return the median of the model's last cold starts in seconds; 0 if there are none."""
         if model not in self._usual:
-            self._look_up(model)
+            self._update_usual(model)
         return self._usual.get(model, 0.0)
 
-    def _look_up(self, model: str) -> None:
+    def _update_usual(self, model: str) -> None:
         try:
-            times = [start.parts["first_token"] for start in self.of(model)]
-        except SQLAlchemyError:  # models are served without it
-            log.exception("the cold starts of %s cannot be read", model)
+            times = [start.parts["first_token"] for start in self.history(model)]
+        except SQLAlchemyError:  # requests are served without it
+            log.exception("could not read the cold starts of %s", model)
             times = []
         self._usual[model] = round(statistics.median(times), 1) if times else self._usual.get(model, 0.0)
 
     def forget(self, model: str) -> None:
-        """The model is gone."""
+        """Withdraw the wakes of a model that was removed."""
         self._usual.pop(model, None)
         for key in [key for key in self._wakes if key[0] == model]:
-            self.over(*key, "withdrawn")
-        self._open = {replica: start for replica, start in self._open.items() if start.model != model}
+            self.end(*key, "withdrawn")
+        self._forget_unfinished(model)
 
-    def of(self, model: str) -> list[ColdStart]:
-        """The last ones, the newest first."""
-        return self._database.starts(model)
+    def _forget_unfinished(self, model: str) -> None:
+        self._unfinished = {replica: start for replica, start in self._unfinished.items() if start.model != model}
 
-    def _note(self, start: ColdStart) -> None:
+    def history(self, model: str) -> list[ColdStart]:
+        """Return the model's last cold starts, newest first."""
+        return self._database.cold_starts(model)
+
+    def _record(self, start: ColdStart) -> None:
         try:
-            self._database.put_start(start)
+            self._database.put_cold_start(start)
         except SQLAlchemyError:
-            log.exception("a cold start of %s cannot be stored", start.model)
-        self._look_up(start.model)
-        before = 0.0
-        # In the order of time: an engine may be ahead of its replica.
-        for part, when in sorted(start.parts.items(), key=lambda item: item[1]):
-            self._parts.labels(start.model, part).observe(when - before)
-            before = when
-        self._whole.labels(start.model).observe(start.parts["first_token"])
+            log.exception("could not store a cold start of %s", start.model)
+        self._update_usual(start.model)
+        previous = 0.0
+        # Sorted by time: an engine's moment may precede its replica's.
+        for part, moment in sorted(start.parts.items(), key=lambda item: item[1]):
+            self._parts.labels(start.model, part).observe(moment - previous)
+            previous = moment
+        self._total.labels(start.model).observe(start.parts["first_token"])

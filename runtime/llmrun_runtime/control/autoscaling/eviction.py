@@ -1,16 +1,19 @@
-"""Who makes room for a model that wakes: idle replicas of others. Pure."""
+"""Chooses the idle replicas to evict for another model's replica. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from llmrun_runtime.placement import Node, Placement, could_run, has_room
+from llmrun_runtime.placement import Node, Placement, could_run, has_capacity
 
 
 @dataclass(frozen=True)
 class EvictionCandidate:
-    """A replica that nobody asks, above `min_replicas`, up for `min_uptime`, of a model that is `evictable`."""
+    """A replica that may be evicted.
+
+    Its model is `evictable` and has no requests; it is above `min_replicas` and has been up for `min_uptime`.
+    """
 
     id: str
     model: str
@@ -20,44 +23,44 @@ class EvictionCandidate:
 
 
 def choose_evictions(
-    placement: Placement, nodes: Sequence[Node], holders: Sequence[EvictionCandidate]
+    placement: Placement, nodes: Sequence[Node], candidates: Sequence[EvictionCandidate]
 ) -> list[EvictionCandidate]:
-    """The replicas that have to end so that one of `placement` fits; [] if even all of them would not do.
+    """Return the replicas to evict so that a replica of `placement` fits; [] if evicting all would not be enough.
 
-    1. On each node that could hold it (or its share), those idle for longest go first, until it fits.
-    2. Those of them that turn out not to be needed stay.
-    3. Of the nodes, the one (or as many as it spans) where nobody has to go, or the last has been idle for longest.
+    1. On each node that can hold it (or its share), take those idle for longest until it fits.
+    2. Keep the ones that turn out not to be necessary.
+    3. Choose the node (or as many as it spans) that needs no eviction, or whose last victim was idle for longest.
 
-    A replica that spans nodes counts as on its first one.
+    A candidate that spans nodes counts on its first node only.
     """
-    found: list[list[EvictionCandidate]] = []
+    options: list[list[EvictionCandidate]] = []
     share = replace(placement, nodes=1)
     for node in nodes:
         if not node.id or not could_run(placement, node):
             continue
-        going: list[EvictionCandidate] = []
+        victims: list[EvictionCandidate] = []
         # 1.
-        for holder in sorted((h for h in holders if h.node == node.id), key=lambda h: h.idle_since):
-            if _fits(share, node, going):
+        for candidate in sorted((c for c in candidates if c.node == node.id), key=lambda c: c.idle_since):
+            if _fits_without(victims, share, node):
                 break
-            going.append(holder)
-        if not _fits(share, node, going):
+            victims.append(candidate)
+        if not _fits_without(victims, share, node):
             continue
         # 2.
-        for holder in list(going):
-            others = [h for h in going if h is not holder]
-            if _fits(share, node, others):
-                going = others
-        found.append(going)
+        for candidate in list(victims):
+            others = [victim for victim in victims if victim is not candidate]
+            if _fits_without(others, share, node):
+                victims = others
+        options.append(victims)
     # 3.
-    found.sort(key=lambda going: max((h.idle_since for h in going), default=0))
-    chosen = found[: placement.nodes]
-    return [holder for going in chosen for holder in going] if len(chosen) == placement.nodes else []
+    options.sort(key=lambda victims: max((victim.idle_since for victim in victims), default=0))
+    chosen = options[: placement.nodes]
+    return [victim for victims in chosen for victim in victims] if len(chosen) == placement.nodes else []
 
 
-def _fits(placement: Placement, node: Node, going: Sequence[EvictionCandidate]) -> bool:
+def _fits_without(victims: Sequence[EvictionCandidate], placement: Placement, node: Node) -> bool:
     available = dict(node.available)
-    for holder in going:
-        for key, amount in holder.placement.resources().items():
+    for victim in victims:
+        for key, amount in victim.placement.resources().items():
             available[key] = available.get(key, 0) + amount
-    return has_room(placement, [Node(node.id, node.host, node.total, available)])
+    return has_capacity(placement, [Node(node.id, node.host, node.total, available)])

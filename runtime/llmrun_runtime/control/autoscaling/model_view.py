@@ -1,94 +1,65 @@
-"""How a model looks: to ingresses as a route, to people as a status. Pure."""
+"""Presents a model: as a route to ingresses, as a status to people. Pure."""
 
 from __future__ import annotations
 
-import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from llmrun.wire import ModelStatus, ReplicaStatus, State
-from llmrun_runtime.control.autoscaling.policy import Failure
+from llmrun_runtime.control.autoscaling.model_state import ModelState
 from llmrun_runtime.control.state.models import Deployed
 from llmrun_runtime.control.state.registry import Registry
 from llmrun_runtime.engines.registry import get_engine
 from llmrun_runtime.wire.routing_table import ModelRoute, ReplicaRoute
 
-# What comes after each moment that a replica reports, the last one first.
-PHASES = {"forked": "loading weights", "weights": "starting the engine", "placed": "bringing weights"}
-
-
-@dataclass
-class ModelState:
-    """What is remembered of one model in force beside its row."""
-
-    failure: Failure | None = None
-    death: str = ""
-    low_since: float = 0
-    surplus_since: float = 0
-    """Since when more replicas have been serving than Serve was told to keep; 0 if there are no such."""
-    unplaced_since: float = 0
-    shortage: str = ""
-    pending: bool = False
-    """The target was raised, and not all of that has been placed yet."""
-    by_hand_until: float = 0
-    """`llmrun warm` waits for it, until then at most; 0 if it does not."""
-    unloaded: bool = False
-    """`llmrun unload`: zero until somebody asks."""
-    going: dict[str, str] = field(default_factory=dict)
-    """Replicas that make room for this one, and their models."""
-    going_since: float = 0
-    yielded: str = ""
-    """The model that this one made room for."""
-    task: asyncio.Task[None] | None = field(default=None, repr=False)
-    paths: frozenset[str] = frozenset()
-    """The inference paths that its engines have; none before one has run."""
-    max_model_len: int = 0
-    adapters: dict[str, str] | None = None
-    """Pins of adapters by name; None while nobody knows."""
-    adapters_trouble: str = ""
+# The phase that follows each moment that a replica reports, the last one first.
+PHASES = {"forked": "loading weights", "weights": "starting the engine", "placed": "fetching weights"}
 
 
 @dataclass(frozen=True)
 class ModelView:
-    """One model: its row, what is remembered of it, what runs, what should."""
+    """One model: its row, the autoscaler's state of it, its replicas and its target."""
 
     row: Deployed
-    facts: ModelState
+    model_state: ModelState
     registry: Registry
     target: int
-    held: bool
-    """Whether a deploy steers it."""
+    locked: bool
+    """Whether a deploy has locked the model."""
 
     def state(self) -> State:
-        """One of the five."""
+        """Return one of the five states."""
         row = self.row
         if self.registry.ready(row.name, row.engine_version):
             return "hot"
-        if self.facts.by_hand_until or self.target or self.held:
+        if self.model_state.warm_until or self.target or self.locked:
             return "waking"
-        if self.registry.of(row.name):
+        if self.registry.replicas_of(row.name):
             return "draining"
-        return "failed" if self.facts.failure else "cold"
+        return "failed" if self.model_state.failure else "cold"
 
     def cause(self) -> str:
-        """Why it is not as one would like, in one line; "" if all is well."""
-        facts = self.facts
-        gave = f"made room for {facts.yielded}" if facts.yielded else ""
-        return facts.failure.cause if facts.failure else facts.death or facts.shortage or gave
+        """Return the reason for a failure, a shortage or an eviction, in one line; "" if there is none."""
+        state = self.model_state
+        if state.failure:
+            return state.failure.cause
+        evicted = f"evicted to free resources for {state.evicted_for}" if state.evicted_for else ""
+        return state.death or state.eviction.shortage or evicted
 
     def phase(self) -> str:
-        """What a model that wakes is at; "" once it answers."""
+        """Return the current phase of the model's start; "" once a replica is ready."""
         row = self.row
         if self.registry.ready(row.name, row.engine_version):
             return ""
-        passed = {part for report in self.registry.of(row.name, row.engine_version) for part in report.moments}
-        for part, phase in PHASES.items():
-            if part in passed:
+        reports = self.registry.replicas_of(row.name, row.engine_version)
+        reached = {moment for report in reports for moment in report.moments}
+        for moment, phase in PHASES.items():
+            if moment in reached:
                 return phase
-        return self.facts.shortage or "placing a replica"
+        return self.model_state.eviction.shortage or "placing a replica"
 
     def route(self, now: float, usual_start: float) -> ModelRoute:
-        """For the routing table; `now` is of the monotonic clock."""
-        row, failure = self.row, self.facts.failure
+        """Return the model's entry of the routing table; `now` is monotonic."""
+        row, state, failure = self.row, self.model_state, self.model_state.failure
         ready = self.registry.ready(row.name, row.engine_version)
         return ModelRoute(
             name=row.name,
@@ -97,7 +68,7 @@ class ModelView:
             state=self.state(),
             created=int(row.created),
             names=row.spec.served_names,
-            paths=self.facts.paths or get_engine(row.spec.engine).paths,
+            paths=state.paths or get_engine(row.spec.engine).paths,
             max_ongoing=row.spec.max_ongoing_requests,
             replicas=tuple(ReplicaRoute(r.id, r.host, r.link, r.token, r.adapters) for r in ready),
             failures=failure.count if failure else 0,
@@ -109,15 +80,15 @@ class ModelView:
             rpm=row.spec.rpm,
             tpm=row.spec.tpm,
             max_in_flight=row.spec.max_in_flight,
-            max_model_len=self.facts.max_model_len,
+            max_model_len=state.max_model_len,
             log_engine_metrics=row.spec.log_engine_metrics,
             lora=row.spec.lora is not None,
-            adapters=self.facts.adapters,
-            adapters_trouble=self.facts.adapters_trouble,
+            adapters=state.adapters,
+            adapters_error=state.adapters_error,
         )
 
     def status(self, state: State | None = None, cause: str | None = None) -> ModelStatus:
-        """For people; `state` and `cause` for a version that is not in force."""
+        """Return the model's status for people; `state` and `cause` are for a version that is not active."""
         row = self.row
         return ModelStatus(
             name=row.name,
@@ -142,6 +113,6 @@ class ModelView:
                     address=f"{r.host}:{r.port}" if r.port else "",
                     in_flight=r.in_flight,
                 )
-                for r in self.registry.of(row.name)
+                for r in self.registry.replicas_of(row.name)
             ),
         )

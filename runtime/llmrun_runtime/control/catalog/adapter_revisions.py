@@ -1,4 +1,4 @@
-"""Adapters at revisions that callers name, `model:adapter@revision`: asked of their sources when first wanted."""
+"""Adapters at a revision that a client names, `model:adapter@revision`: resolved at their source on first use."""
 
 from __future__ import annotations
 
@@ -16,117 +16,115 @@ from llmrun_runtime.wire.reports import AdapterRevision
 
 log = logging.getLogger("llmrun.control")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-# Callers choose them, so what is kept is bounded, and so is what is asked for at once.
-KEPT, AT_ONCE, MOST_ASKED = 1000, 4, 64
-WRONG_S = 10.0
-# A source that is slower than this does not keep callers from what their revision meant when it was last asked.
-PATIENCE_S = 2.0
-Ask = Callable[[str, str, str], Awaitable[Adapter]]
-"""Model, adapter, revision. Raises LLMRunError; NotThere if there is none."""
+# Clients choose revisions, so the caches and the number of requests to sources are bounded.
+MAX_CACHED, MAX_PARALLEL, MAX_PENDING = 1000, 4, 64
+MISSING_TTL_S = 10.0
+# If a source is slower than this, clients get the revision's last resolution.
+WAIT_LIMIT_S = 2.0
+Resolve = Callable[[str, str, str], Awaitable[Adapter]]
+"""From model, adapter and revision. Raises LLMRunError; NotFound if the source has no such revision."""
 
 
 @dataclass
 class RevisionEntry:
-    """What is known of one; `asked` is of the monotonic clock, `before` what it meant until it moved."""
+    """One resolved revision, or why it could not be resolved."""
 
     adapter: Adapter | None
-    said: AdapterRevision
-    before: Adapter | None = None
-    asked: float = field(default_factory=time.monotonic)
+    reply: AdapterRevision
+    previous: Adapter | None = None
+    """The adapter before the revision last moved."""
+    resolved_at: float = field(default_factory=time.monotonic)
 
 
 class AdapterRevisions:
-    """Those of all models. A commit is asked for once; a branch or tag again when it is older than `refresh`."""
+    """The revisions of all models. A commit is resolved once; a branch or tag again after `refresh` seconds."""
 
-    def __init__(self, ask: Ask) -> None:
-        self._ask = ask
-        self._known: dict[tuple[str, str], RevisionEntry] = {}
-        """By model and `adapter@revision`, the one asked for last at the end."""
-        self._wrong: dict[tuple[str, str], RevisionEntry] = {}
-        """Those that there are not, in the same way: they push none of the others out."""
-        self._asking: dict[tuple[str, str], asyncio.Task[RevisionEntry]] = {}
-        self._changes: dict[str, int] = {}
-        """By model, how often its sources have changed."""
-        self._gate = asyncio.Semaphore(AT_ONCE)
+    def __init__(self, resolve: Resolve) -> None:
+        self._resolve = resolve
+        self._cached: dict[tuple[str, str], RevisionEntry] = {}
+        """By model and `adapter@revision`, the most recently resolved last."""
+        self._failed: dict[tuple[str, str], RevisionEntry] = {}
+        """Unresolved revisions, in the same order. Separate, so that they evict no resolved ones."""
+        self._pending: dict[tuple[str, str], asyncio.Task[RevisionEntry]] = {}
+        self._generations: dict[str, int] = {}
+        """How often each model's sources have changed."""
+        self._semaphore = asyncio.Semaphore(MAX_PARALLEL)
 
-    async def find(self, model: str, called: str, refresh: float) -> AdapterRevision:
-        """What `adapter@revision` means now; `refresh`: seconds for which that is so."""
-        key, now = (model, called), time.monotonic()
-        if not REVISION.fullmatch(split_revision(called)[1]):
-            return AdapterRevision(trouble="a revision is a branch, a tag or a commit", missing=True)
-        entry, wrong = self._known.get(key), self._wrong.get(key)
-        if entry and _fresh(entry, called, refresh, now):
-            return entry.said
-        if wrong and now - wrong.asked < WRONG_S:
-            return wrong.said
-        task = self._asking.get(key)
+    async def find(self, model: str, revised: str, refresh: float) -> AdapterRevision:
+        """Return what `revised`, an `adapter@revision`, refers to now, at most `refresh` seconds old."""
+        key, now = (model, revised), time.monotonic()
+        if not REVISION.fullmatch(split_revision(revised)[1]):
+            return AdapterRevision(error="invalid revision: it must be a branch, a tag or a commit", missing=True)
+        entry, failed = self._cached.get(key), self._failed.get(key)
+        if entry and _fresh(entry, revised, refresh, now):
+            return entry.reply
+        if failed and now - failed.resolved_at < MISSING_TTL_S:
+            return failed.reply
+        task = self._pending.get(key)
         if task is None:
-            if len(self._asking) >= MOST_ASKED:
-                return (
-                    entry.said
-                    if entry
-                    else AdapterRevision(trouble=f"{MOST_ASKED} other revisions are being asked for")
-                )
-            task = self._asking[key] = asyncio.get_running_loop().create_task(self._look(key))
-            task.add_done_callback(lambda _: self._asking.pop(key))
-        await asyncio.wait({task}, timeout=PATIENCE_S if entry else None)
-        return entry.said if entry and not task.done() else task.result().said
+            if len(self._pending) >= MAX_PENDING:
+                busy = AdapterRevision(error=f"too many revisions are being resolved (limit: {MAX_PENDING})")
+                return entry.reply if entry else busy
+            task = self._pending[key] = asyncio.get_running_loop().create_task(self._refresh(key))
+            task.add_done_callback(lambda _: self._pending.pop(key))
+        await asyncio.wait({task}, timeout=WAIT_LIMIT_S if entry else None)
+        return entry.reply if entry and not task.done() else task.result().reply
 
-    def adapters(self, model: str, called: str) -> list[Adapter]:
-        """What it means, and what it meant before that, for requests under way."""
-        entry = self._known.get((model, called))
-        return [adapter for adapter in (entry.adapter, entry.before) if adapter] if entry else []
+    def adapters(self, model: str, revised: str) -> list[Adapter]:
+        """Return the current adapter, then the previous one, which requests in progress may use."""
+        entry = self._cached.get((model, revised))
+        return [adapter for adapter in (entry.adapter, entry.previous) if adapter] if entry else []
 
     def keep(self, model: str, names: Collection[str]) -> None:
-        """Forget those of adapters that the model has no more."""
-        self._known = {
-            (theirs, called): entry
-            for (theirs, called), entry in self._known.items()
-            if theirs != model or split_revision(called)[0] in names
+        """Forget the revisions of adapters that are not in `names`."""
+        self._cached = {
+            (owner, revised): entry
+            for (owner, revised), entry in self._cached.items()
+            if owner != model or split_revision(revised)[0] in names
         }
 
     def pins(self, model: str, refresh: float) -> dict[str, str]:
-        """Those of a model that need not be asked for now, by `adapter@revision`."""
+        """Return the model's pins that are still fresh, by `adapter@revision`."""
         now = time.monotonic()
         return {
-            called: entry.said.pin
-            for (theirs, called), entry in self._known.items()
-            if theirs == model and entry.adapter and _fresh(entry, called, refresh, now)
+            revised: entry.reply.pin
+            for (owner, revised), entry in self._cached.items()
+            if owner == model and entry.adapter and _fresh(entry, revised, refresh, now)
         }
 
     def forget(self, model: str) -> None:
-        """Its sources have changed, or it is gone; what is being asked for now is not kept."""
-        self._changes[model] = self._changes.get(model, 0) + 1
-        self._known = {key: entry for key, entry in self._known.items() if key[0] != model}
+        """Forget a model's revisions, also those being resolved: its sources have changed, or it was removed."""
+        self._generations[model] = self._generations.get(model, 0) + 1
+        self._cached = {key: entry for key, entry in self._cached.items() if key[0] != model}
 
-    async def _look(self, key: tuple[str, str]) -> RevisionEntry:
-        """While its source is away, a revision goes on to mean what it did."""
-        model, called = key
-        name, revision = split_revision(called)
-        before, changes = self._known.get(key), self._changes.get(model, 0)
+    async def _refresh(self, key: tuple[str, str]) -> RevisionEntry:
+        """Resolve a revision. If its source is not reachable, the last resolution stays valid."""
+        model, revised = key
+        name, revision = split_revision(revised)
+        old, generation = self._cached.get(key), self._generations.get(model, 0)
         try:
-            async with self._gate:
-                adapter = await self._ask(model, name, revision)
-            moved = before and before.adapter and before.adapter.pin.id != adapter.pin.id
-            last = (before.adapter if moved else before.before) if before else None
-            entry = RevisionEntry(adapter, AdapterRevision(adapter.pin.id), last)
+            async with self._semaphore:
+                adapter = await self._resolve(model, name, revision)
+            moved = old and old.adapter and old.adapter.pin.id != adapter.pin.id
+            previous = (old.adapter if moved else old.previous) if old else None
+            entry = RevisionEntry(adapter, AdapterRevision(adapter.pin.id), previous)
         except LLMRunError as error:
-            if before and before.adapter and not isinstance(error, NotFound):
-                log.warning("%s:%s: %s; it goes on to mean %s", model, called, error, before.said.pin)
-                entry = RevisionEntry(before.adapter, before.said, before.before)
+            if old and old.adapter and not isinstance(error, NotFound):
+                log.warning("%s:%s: %s; keeping its last pin %s", model, revised, error, old.reply.pin)
+                entry = RevisionEntry(old.adapter, old.reply, old.previous)
             else:
-                entry = RevisionEntry(None, AdapterRevision(trouble=str(error), missing=isinstance(error, NotFound)))
-        if self._changes.get(model, 0) != changes:
-            return RevisionEntry(None, AdapterRevision(trouble=f"{model} has been deployed anew meanwhile"))
-        self._known.pop(key, None)
-        self._wrong.pop(key, None)
-        kept = self._known if entry.adapter else self._wrong
-        while len(kept) >= KEPT:
-            del kept[next(iter(kept))]
-        kept[key] = entry
+                entry = RevisionEntry(None, AdapterRevision(error=str(error), missing=isinstance(error, NotFound)))
+        if self._generations.get(model, 0) != generation:
+            return RevisionEntry(None, AdapterRevision(error=f"{model} was redeployed during the request"))
+        self._cached.pop(key, None)
+        self._failed.pop(key, None)
+        cache = self._cached if entry.adapter else self._failed
+        while len(cache) >= MAX_CACHED:
+            del cache[next(iter(cache))]
+        cache[key] = entry
         return entry
 
 
-def _fresh(entry: RevisionEntry, called: str, refresh: float, now: float) -> bool:
-    commit = COMMIT.fullmatch(split_revision(called)[1]) is not None
-    return entry.adapter is not None and (commit or now - entry.asked < refresh)
+def _fresh(entry: RevisionEntry, revised: str, refresh: float, now: float) -> bool:
+    commit = COMMIT.fullmatch(split_revision(revised)[1]) is not None
+    return entry.adapter is not None and (commit or now - entry.resolved_at < refresh)

@@ -1,6 +1,6 @@
-"""Which adapters there are, by model: asked of their sources at the deploy, and again every `refresh` seconds.
+"""Each model's adapters: listed at their sources on a deploy, and again every `refresh` seconds.
 
-What was last heard is stored, so that a control that comes back knows it while a store is away.
+The last listing is stored, so that control has it after a restart even if a source is unavailable.
 """
 
 from __future__ import annotations
@@ -9,21 +9,19 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from pydantic import TypeAdapter
 
 from llmrun.errors import LLMRunError, NotFound, Refused, WeightsError
 from llmrun.lora import LoRA
-from llmrun.spec import ModelSpec, Secret
-from llmrun.weights import Weights
+from llmrun.spec import ModelSpec
 from llmrun.wire import AdapterRow
-from llmrun_runtime.control.autoscaling.autoscaler import Autoscaler
 from llmrun_runtime.control.catalog.adapter_revisions import AdapterRevisions
+from llmrun_runtime.control.catalog.adapter_sources import ModelAdapters, list_sources, unless_empty
 from llmrun_runtime.control.catalog.weights import WeightsCatalog
 from llmrun_runtime.control.state.database import Database
-from llmrun_runtime.control.state.models import Deployed
+from llmrun_runtime.control.state.models import Deployed, Models
 from llmrun_runtime.control.state.registry import Registry
 from llmrun_runtime.control.state.tables import AdaptersRow
 from llmrun_runtime.placement import Placement
@@ -32,131 +30,131 @@ from llmrun_runtime.wire.reports import AdapterRevision, ReplicaReport
 
 log = logging.getLogger("llmrun.control")
 TICK_S = 0.5
-FORGET_S = 3600
-MANY = TypeAdapter(dict[str, Adapter])
-
-
-@dataclass
-class ModelAdapters:
-    """One model's adapters by name; `before`: what they meant until the last change, for requests under way."""
-
-    lora: LoRA
-    """Whose `sources` they are of."""
-    adapters: dict[str, Adapter]
-    before: dict[str, Adapter] = field(default_factory=dict)
-    looked: float = 0
-    """Of the monotonic clock."""
-
-    def is_of(self, lora: LoRA | None) -> bool:
-        """Whether these are the adapters that `lora` names."""
-        return lora is not None and self.lora.sources == lora.sources
-
-    @property
-    def ranks(self) -> dict[str, int]:
-        """By the configurations' ids."""
-        return {adapter.config_id: adapter.rank for adapter in self.adapters.values()}
+KEEP_PLANNED_S = 3600
+ADAPTERS_JSON = TypeAdapter(dict[str, Adapter])
+Publish = Callable[[str, dict[str, str] | None, str], None]
+"""Called with a model, its adapters' pins by name (None if they could not be listed), and the error."""
 
 
 class AdaptersCatalog:
-    """The adapters of all models in force."""
+    """The adapters of all active models."""
 
-    def __init__(self, scaling: Autoscaler, stock: WeightsCatalog, database: Database) -> None:
+    def __init__(self, models: Models, weights: WeightsCatalog, database: Database, publish: Publish) -> None:
         self._database = database
-        self._scaling = scaling
-        self._stock = stock
-        self._known: dict[str, ModelAdapters] = {}
+        self._models = models
+        self._publish = publish
+        self._weights = weights
+        self._listings: dict[str, ModelAdapters] = {}
         self._planned: dict[str, ModelAdapters] = {}
-        """Of models that are to be deployed."""
-        self._revisions = AdapterRevisions(self._at)
-        self._looking: dict[str, asyncio.Task[bool]] = {}
-        self._again: dict[str, float] = {}
-        """Until when models are left alone whose adapters could never be listed; of the monotonic clock."""
-        self._used: dict[str, dict[str, float]] = {}
-        """By model and name, when (Unix time)."""
+        """The listings of models that are being deployed."""
+        self._revisions = AdapterRevisions(self._resolve_revision)
+        self._refreshes: dict[str, asyncio.Task[bool]] = {}
+        self._retry_after: dict[str, float] = {}
+        """When to retry the models that were never listed successfully; in seconds of the monotonic clock."""
+        self._last_used: dict[str, dict[str, float]] = {}
+        """Unix times, by model and adapter name."""
 
     def load(self) -> None:
-        """Take up what is stored of the models in force; all of them are asked for again at once."""
+        """Load the stored listings of the active models. All of them are refreshed at once."""
         with self._database.session() as session:
-            for model in self._scaling.deployed:
-                row = session.get(AdaptersRow, model)
-                lora = self._scaling.deployed[model].spec.lora
-                if row and lora and LoRA.model_validate_json(row.lora).sources == lora.sources:
-                    self._known[model] = ModelAdapters(lora, MANY.validate_json(row.adapters), looked=-lora.refresh)
-                    self._tell(model)
+            for model, active in self._models.deployed.items():
+                row, lora = session.get(AdaptersRow, model), active.spec.lora
+                if not row or not lora:
+                    continue
+                adapters = ADAPTERS_JSON.validate_json(row.adapters)
+                stored = ModelAdapters(LoRA.model_validate_json(row.lora), adapters, listed_at=-lora.refresh)
+                if stored.is_of(lora):
+                    self._listings[model] = stored
+                    self._publish_pins(model)
 
     def report(self, report: ReplicaReport, now: float) -> None:
-        """Note which adapters a replica has served since its last report."""
+        """Record which adapters a replica has served since its last report."""
         for _, adapter, *_ in report.usage:
             if name := adapter.partition(":")[2]:
-                self._used.setdefault(report.model, {})[name] = now
+                self._last_used.setdefault(report.model, {})[name] = now
 
     def has(self, model: str, name: str) -> bool:
         """Whether the model has an adapter of that name."""
-        known = self._known.get(model)
-        return known is not None and name in known.adapters
+        listing = self._listings.get(model)
+        return listing is not None and name in listing.adapters
 
-    async def settle(self, spec: ModelSpec, placement: Placement, *, ask: bool) -> ModelSpec:
-        """A model that is to be deployed, with the rank that its adapters need.
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raise Refused (404) for a name that is neither a served name of a model nor its `name:adapter`."""
+        models = {name: row.name for row in self._models.deployed.values() for name in row.spec.served_names}
+        for name in names:
+            base, _, adapter = name.partition(":")
+            if name in models or (adapter and base in models and self.has(models[base], adapter)):
+                continue
+            if adapter and base in models:
+                raise Refused(f"adapter {name!r} not found: see `llmrun adapter list {base}`", 404)
+            raise Refused(f"model {name!r} not found; available: {', '.join(sorted(models)) or 'none'}", 404)
 
-        `ask`: their sources are asked; else what they said at the last plan goes on. Raises LLMRunError.
+    async def with_max_rank(self, spec: ModelSpec, placement: Placement, *, fresh: bool) -> ModelSpec:
+        """Return the spec of a model to be deployed, with the maximum rank that its adapters need.
+
+        `fresh`: list the sources now, instead of using the last listing. Raises LLMRunError.
         """
         name, lora = spec.name, spec.lora
         if not lora:
             return spec
-        known = next((c for c in (self._planned.get(name), self._known.get(name)) if c and c.is_of(lora)), None)
-        if ask or not known:
-            found = _or_before(name, lora, await self._ask(lora, spec.env, placement, known, strict=True), known)
-            known = self._planned[name] = ModelAdapters(lora, found, looked=time.monotonic())
-        row = self._scaling.deployed.get(name)
-        settled = lora.settled(known.ranks.values(), row.spec.lora if row else None)
-        return spec.model_copy(update={"lora": settled})
+        candidates = (self._planned.get(name), self._listings.get(name))
+        listing = next((candidate for candidate in candidates if candidate and candidate.is_of(lora)), None)
+        if fresh or not listing:
+            adapters = await list_sources(self._weights, lora, spec.env, placement, listing, strict=True)
+            adapters = unless_empty(name, lora, adapters, listing)
+            listing = self._planned[name] = ModelAdapters(lora, adapters, listed_at=time.monotonic())
+        active = self._models.deployed.get(name)
+        lora = lora.with_max_rank(listing.ranks.values(), active.spec.lora if active else None)
+        return spec.model_copy(update={"lora": lora})
 
-    async def revision(self, model: str, called: str) -> AdapterRevision:
-        """What `adapter@revision` of a model means; ingresses know it from now on."""
-        row, known = self._scaling.deployed.get(model), self._known.get(model)
-        if not row or not row.spec.lora or not known:
-            return AdapterRevision(trouble=f"{model} has no adapters", missing=True)
-        found = await self._revisions.find(model, called, row.spec.lora.refresh)
-        if found.pin and model in self._scaling.deployed:
-            self._tell(model)
-        return found
+    async def revision(self, model: str, revised: str) -> AdapterRevision:
+        """Resolve `revised`, an `adapter@revision` of a model, and publish it to the ingresses."""
+        active, listing = self._models.deployed.get(model), self._listings.get(model)
+        if not active or not active.spec.lora or not listing:
+            return AdapterRevision(error=f"{model} has no adapters", missing=True)
+        reply = await self._revisions.find(model, revised, active.spec.lora.refresh)
+        if reply.pin and model in self._models.deployed:
+            self._publish_pins(model)
+        return reply
 
-    async def _at(self, model: str, name: str, revision: str) -> Adapter:
-        """An adapter as it was. Raises LLMRunError; NotThere if it was not."""
-        row, known = self._scaling.deployed.get(model), self._known.get(model)
-        lora = row.spec.lora if row else None
-        if not row or not lora or not known or not known.is_of(lora) or name not in known.adapters:
-            raise NotFound(f"{model} has no adapter {name!r}")
+    async def _resolve_revision(self, model: str, name: str, revision: str) -> Adapter:
+        """Return an adapter at a revision. Raises LLMRunError; NotFound if it does not exist."""
+        active = self._models.deployed.get(model)
+        lora = active.spec.lora if active else None
+        listing = self._listing_of(model, lora)
+        if not active or not lora or not listing or name not in listing.adapters:
+            raise NotFound(f"adapter {name!r} of {model} not found")
         source = lora.path or lora.adapters[name]
         if source.kind != "hub":
-            raise NotFound(f"{source} keeps no revisions: only the Hub's repositories do")
+            raise NotFound(
+                f"revisions of {source} are not supported: only repositories of the Hugging Face Hub have them"
+            )
         if "@" in source.address and source.revision != revision:
-            raise NotFound(f"lora= of {model} names the revision {source.revision} of {source.repo}, and no other")
+            raise NotFound(f"lora= of {model} allows only revision {source.revision} of {source.repo}")
         source = source.model_copy(update={"source": f"{source.repo}@{revision}"})
-        found = await self._stock.adapters(source, row.spec.env, row.placement, None)
-        called = known.adapters[name].folder
-        for adapter in found:
-            if adapter.folder == called:
+        folder = listing.adapters[name].folder
+        for adapter in await self._weights.list_adapters(source, active.spec.env, active.placement, None):
+            if adapter.folder == folder:
                 return adapter.model_copy(update={"name": name})
-        raise NotFound(f"{source} has no adapter {name!r}")
+        raise NotFound(f"adapter {name!r} not found in {source}")
 
     def find(self, model: str, name: str, pin_id: str) -> Adapter:
-        """An adapter, as a request knows it. Raises WeightsError if it is not there any more."""
-        known = self._known.get(model)
-        for adapters in (known.adapters, known.before) if known else ():
+        """Return the adapter that a request was admitted for. Raises WeightsError if it is no longer available."""
+        listing = self._listings.get(model)
+        for adapters in (listing.adapters, listing.previous) if listing else ():
             if name in adapters and adapters[name].pin.id == pin_id:
                 return adapters[name]
         for revised in self._revisions.adapters(model, name):
             if revised.pin.id == pin_id:
                 return revised
-        raise WeightsError(f"the adapter {name} of {model} has just been changed or removed: ask again")
+        raise WeightsError(f"adapter {name} of {model} was changed or removed during the request. Try again")
 
     def rows(self, model: str, registry: Registry) -> list[AdapterRow]:
-        """A model's adapters, by name. Raises Refused if it is not made for any."""
-        row, known = self._scaling.deployed.get(model), self._known.get(model)
-        if not row or not row.spec.lora:
-            raise Refused(f"{model} has no adapters: lora= of its @llm says where they lie", 409)
-        found = sorted(known.adapters.items()) if known and known.is_of(row.spec.lora) else []
+        """Return a model's adapters, sorted by name. Raises Refused if it was deployed without `lora=`."""
+        active = self._models.deployed.get(model)
+        if not active or not active.spec.lora:
+            raise Refused(f"{model} has no adapters: set lora= in its @llm", 409)
+        listing = self._listing_of(model, active.spec.lora)
         return [
             AdapterRow(
                 name=name,
@@ -164,164 +162,126 @@ class AdaptersCatalog:
                 short=adapter.pin.short,
                 bytes=adapter.pin.total,
                 rank=adapter.rank,
-                loaded_on=tuple(r.id[:12] for r in registry.of(model) if adapter.pin.id in r.adapters),
-                last_used=self._used.get(model, {}).get(name, 0),
+                loaded_on=tuple(r.id[:12] for r in registry.replicas_of(model) if adapter.pin.id in r.adapters),
+                last_used=self._last_used.get(model, {}).get(name, 0),
             )
-            for name, adapter in found
+            for name, adapter in sorted(listing.adapters.items() if listing else ())
         ]
 
     async def run(self) -> None:
-        """Look again, for ever."""
+        """Refresh the listings as they fall due, indefinitely."""
         while True:
-            for row in self._due():
-                self._begin(row)
+            for active in self._due():
+                self._start_refresh(active)
             await asyncio.sleep(TICK_S)
 
-    async def look(self, model: str) -> bool:
-        """Look again now, and return when what the sources have from here on is known; False if it could not be."""
-        while under_way := self._looking.get(model):
-            await asyncio.wait([under_way])
-        if row := self._scaling.deployed.get(model):
-            task = self._begin(row)
+    async def refresh(self, model: str) -> bool:
+        """List a model's adapters now. Return whether that succeeded.
+
+        A refresh in progress may have read the sources before the call, so another one follows it.
+        """
+        while task := self._refreshes.get(model):
+            await asyncio.wait([task])
+        if active := self._models.deployed.get(model):
+            task = self._start_refresh(active)
             await asyncio.wait([task])
             return not task.cancelled() and not task.exception() and task.result()
         return False
 
-    def _begin(self, row: Deployed) -> asyncio.Task[bool]:
-        task = self._looking[row.name] = asyncio.get_running_loop().create_task(self._look(row))
-        task.add_done_callback(functools.partial(self._looked, row.name))
+    def _start_refresh(self, active: Deployed) -> asyncio.Task[bool]:
+        task = self._refreshes[active.name] = asyncio.get_running_loop().create_task(self._refresh_model(active))
+        task.add_done_callback(functools.partial(self._refresh_done, active.name))
         return task
 
-    def _looked(self, model: str, task: asyncio.Task[bool]) -> None:
-        del self._looking[model]
+    def _refresh_done(self, model: str, task: asyncio.Task[bool]) -> None:
+        del self._refreshes[model]
         if not task.cancelled() and (error := task.exception()):
-            log.error("the adapters of %s could not be listed", model, exc_info=error)
+            log.error("listing the adapters of %s failed", model, exc_info=error)
 
     def _due(self) -> Iterator[Deployed]:
-        now, deployed = time.monotonic(), self._scaling.deployed
-        self._used = {model: used for model, used in self._used.items() if model in deployed}
-        self._known = {name: known for name, known in self._known.items() if name in deployed}
-        self._again = {model: when for model, when in self._again.items() if when > now}
-        self._planned = {name: plan for name, plan in self._planned.items() if now - plan.looked < FORGET_S}
-        for row in self._scaling.deployed.values():
-            lora, known = row.spec.lora, self._known.get(row.name)
-            if lora is None or row.name in self._looking:
+        """Forget models that are no longer deployed; yield those whose listing is older than `refresh`."""
+        now, deployed = time.monotonic(), self._models.deployed
+        self._last_used = {model: used for model, used in self._last_used.items() if model in deployed}
+        self._listings = {model: listing for model, listing in self._listings.items() if model in deployed}
+        self._retry_after = {model: when for model, when in self._retry_after.items() if when > now}
+        self._planned = {
+            model: planned for model, planned in self._planned.items() if now - planned.listed_at < KEEP_PLANNED_S
+        }
+        for active in deployed.values():
+            lora = active.spec.lora
+            if lora is None or active.name in self._refreshes:
                 continue
-            if known is None or not known.is_of(lora):
-                if now >= self._again.get(row.name, 0):
-                    yield row
-            elif now - known.looked >= lora.refresh:
-                yield row
+            if listing := self._listing_of(active.name, lora):
+                if now - listing.listed_at >= lora.refresh:
+                    yield active
+            elif now >= self._retry_after.get(active.name, 0):
+                yield active
 
-    async def _look(self, row: Deployed) -> bool:
-        """Whether they could be listed. A listing that fails, or that has become empty, removes nothing."""
-        lora, known = row.spec.lora, self._known.get(row.name)
+    async def _refresh_model(self, row: Deployed) -> bool:
+        """Return whether the listing succeeded. A failed listing, or one that is empty now, removes no adapters."""
+        lora = row.spec.lora
         assert lora
         try:
-            found = await self._ask(lora, row.spec.env, row.placement, known)
+            last = self._listings.get(row.name)
+            adapters = await list_sources(self._weights, lora, row.spec.env, row.placement, last)
         except LLMRunError as error:
-            log.warning("the adapters of %s: %s", row.name, error)
-            known = self._known.get(row.name)
-            if known and known.is_of(lora):
-                known.looked = time.monotonic()
+            log.warning("adapters of %s: %s", row.name, error)
+            if listing := self._listing_of(row.name, lora):
+                listing.listed_at = time.monotonic()
                 return False
-            self._scaling.set_adapters(row.name, None, str(error))
-            self._again[row.name] = time.monotonic() + lora.refresh / 4
+            self._publish(row.name, None, str(error))
+            self._retry_after[row.name] = time.monotonic() + lora.refresh / 4
             return False
-        now = self._scaling.deployed.get(row.name)
-        if not now or not now.spec.lora or now.spec.lora.sources != lora.sources:
-            return False  # another deploy came in between, and has said what there is
-        known = self._known.get(row.name)
-        found = _or_before(row.name, lora, found, known if known and known.is_of(lora) else None)
-        if self._take(row.name, lora, found) and row.name in self._scaling.deployed:
-            await asyncio.to_thread(self._store, row.name, self._known[row.name])
-        self._tell(row.name)
+        active = self._models.deployed.get(row.name)
+        if not active or not ModelAdapters(lora, adapters).is_of(active.spec.lora):
+            return False  # another deploy has changed the sources, and published its own listing
+        adapters = unless_empty(row.name, lora, adapters, self._listing_of(row.name, lora))
+        if self._update(row.name, lora, adapters):
+            await asyncio.to_thread(self._store, row.name, self._listings[row.name])
+        if row.name in self._models.deployed:
+            self._publish_pins(row.name)
         return True
 
-    def _take(self, model: str, lora: LoRA, found: dict[str, Adapter]) -> bool:
-        """Know them from now on; whether that is something new."""
-        known = self._known.get(model)
-        if known and known.is_of(lora) and known.adapters == found:
-            known.looked = time.monotonic()  # the same objects stay, whose pins have their ids
+    def _listing_of(self, model: str, lora: LoRA | None) -> ModelAdapters | None:
+        """Return the model's listing, if it is of these sources."""
+        listing = self._listings.get(model)
+        return listing if listing and listing.is_of(lora) else None
+
+    def _update(self, model: str, lora: LoRA, adapters: dict[str, Adapter]) -> bool:
+        """Replace the model's listing. Return whether it has changed."""
+        listing = self._listings.get(model)
+        if listing and listing.is_of(lora) and listing.adapters == adapters:
+            listing.listed_at = time.monotonic()  # keep these objects: their pins have cached their IDs
             return False
-        before = {} if known is None else known.before if _pins(known.adapters) == _pins(found) else known.adapters
-        self._known[model] = ModelAdapters(lora, found, before, time.monotonic())
+        previous: dict[str, Adapter] = {}
+        if listing:
+            previous = listing.previous if _pins(listing.adapters) == _pins(adapters) else listing.adapters
+        self._listings[model] = ModelAdapters(lora, adapters, previous, time.monotonic())
         return True
 
-    def _store(self, model: str, known: ModelAdapters) -> None:
-        lora, adapters = known.lora.model_dump_json(), MANY.dump_json(known.adapters).decode()
+    def _store(self, model: str, listing: ModelAdapters) -> None:
+        lora, adapters = listing.lora.model_dump_json(), ADAPTERS_JSON.dump_json(listing.adapters).decode()
         with self._database.session() as session, session.begin():
             session.merge(AdaptersRow(model=model, lora=lora, adapters=adapters))
 
-    def tell(self, model: str) -> None:
-        """Say which adapters a model that has just been put in force has, as far as that is known."""
-        lora, known = self._scaling.deployed[model].spec.lora, self._known.get(model)
-        planned = self._planned.pop(model, None)
-        if not known or not known.is_of(lora):
-            known = None
+    def activate(self, model: str) -> None:
+        """Publish the adapters of a version that has just become active, from its plan's listing or the last one."""
+        lora = self._models.deployed[model].spec.lora
+        listing, planned = self._listing_of(model, lora), self._planned.pop(model, None)
+        if not listing:
             self._revisions.forget(model)
-        if lora and planned and planned.is_of(lora) and (known is None or planned.looked > known.looked):
-            self._take(model, lora, planned.adapters)
-        if (known := self._known.get(model)) and known.is_of(lora):
-            self._store(model, known)
-            self._tell(model)
+        if lora and planned and planned.is_of(lora) and (listing is None or planned.listed_at > listing.listed_at):
+            self._update(model, lora, planned.adapters)
+        if listing := self._listing_of(model, lora):
+            self._store(model, listing)
+            self._publish_pins(model)
 
-    def _tell(self, model: str) -> None:
-        known, lora = self._known[model], self._scaling.deployed[model].spec.lora
+    def _publish_pins(self, model: str) -> None:
+        listing, lora = self._listings[model], self._models.deployed[model].spec.lora
         assert lora
-        self._revisions.keep(model, known.adapters)
-        found = dict(sorted(_pins(known.adapters).items()))
-        self._scaling.set_adapters(model, found | self._revisions.pins(model, lora.refresh))
-
-    async def _ask(
-        self,
-        lora: LoRA,
-        env: Mapping[str, Secret | str],
-        placement: Placement,
-        known: ModelAdapters | None,
-        *,
-        strict: bool = False,
-    ) -> dict[str, Adapter]:
-        """All adapters there are now; the ranks of those that are `known` are not read. Raises LLMRunError.
-
-        Of those that are named one by one, each whose source cannot be listed stays as it is known, unless `strict`.
-        """
-        if lora.path:
-            found = await self._stock.adapters(lora.path, env, placement, known.ranks if known else {})
-            return {adapter.name: adapter for adapter in found}
-        before = known.adapters if known else {}
-        one = [self._one(name, where, env, placement, before.get(name)) for name, where in lora.adapters.items()]
-        there: dict[str, Adapter] = {}
-        errors: list[LLMRunError] = []
-        for name, said in zip(lora.adapters, await asyncio.gather(*one, return_exceptions=True), strict=True):
-            if isinstance(said, LLMRunError) and not strict:
-                log.warning("the adapter %s: %s", name, said)
-                errors.append(said)
-                there |= {name: before[name]} if name in before else {}
-            elif isinstance(said, BaseException):
-                raise said
-            else:
-                there[name] = said
-        if len(errors) == len(lora.adapters):
-            raise errors[0]
-        return there
-
-    async def _one(
-        self, name: str, where: Weights, env: Mapping[str, Secret | str], placement: Placement, known: Adapter | None
-    ) -> Adapter:
-        found = await self._stock.adapters(where, env, placement, {known.config_id: known.rank} if known else {})
-        if len(found) != 1:
-            what = f"has {len(found)} adapters" if found else "has no adapter (adapter_config.json and its weights)"
-            raise WeightsError(f"lora={name!r}: {where} {what}: name the folder of one")
-        return found[0].model_copy(update={"name": name})
-
-
-def _or_before(model: str, lora: LoRA, found: dict[str, Adapter], known: ModelAdapters | None) -> dict[str, Adapter]:
-    """What was found; where that has become nothing, those that are `known` stay."""
-    if found or not known or not known.adapters:
-        return found
-    log.warning("the adapters of %s: %s is empty now; those that were there stay", model, lora.places)
-    return known.adapters
+        self._revisions.keep(model, listing.adapters)
+        pins = dict(sorted(_pins(listing.adapters).items()))
+        self._publish(model, pins | self._revisions.pins(model, lora.refresh), "")
 
 
 def _pins(adapters: Mapping[str, Adapter]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Asking several node agents at once."""
+"""Calls to the agents of several nodes at once."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from llmrun_runtime.placement import Node
 
 T = TypeVar("T")
 log = logging.getLogger("llmrun.control")
-ANSWER_S = 15
+CALL_TIMEOUT_S = 15
 
 
 class AgentUnreachable(EngineError):
-    """A node's agent does not answer."""
+    """A node's agent does not respond."""
 
 
-async def alive(nodes: Sequence[Node]) -> list[Node]:
-    """Those whose agents answer: Ray takes some time to notice that a node is gone."""
-    said = await answers(nodes, lambda node: agent_on(node.id).has.remote(""), None)
-    return [node for node, answer in zip(nodes, said, strict=True) if answer is not None]
+async def reachable(nodes: Sequence[Node]) -> list[Node]:
+    """Return the nodes whose agents respond: Ray takes some time to notice that a node is down."""
+    replies = await call_each(nodes, lambda node: agent_on(node.id).has_pin.remote(""), None)
+    return [node for node, reply in zip(nodes, replies, strict=True) if reply is not None]
 
 
-async def answers(
-    nodes: Sequence[Node], call: Callable[[Node], Awaitable[T]], none: T, timeout: float = ANSWER_S
+async def call_each(
+    nodes: Sequence[Node], call: Callable[[Node], Awaitable[T]], default: T, timeout: float = CALL_TIMEOUT_S
 ) -> list[T]:
-    """The answers of the nodes' agents, in their order; `none` for one that does not answer: it may have just died.
+    """Return the agents' replies in the order of `nodes`; `default` for an unreachable one, which may have just died.
 
-    Raises the LLMRunError of one.
+    Raises the LLMRunError of any agent.
     """
 
-    async def answer(node: Node) -> T:
+    async def call_one(node: Node) -> T:
         try:
-            return (await gather_from([node], call, timeout))[0]
+            return (await call_all([node], call, timeout))[0]
         except AgentUnreachable as error:
             log.warning("%s", error)
-            return none
+            return default
 
-    return list(await asyncio.gather(*map(answer, nodes)))
+    return list(await asyncio.gather(*map(call_one, nodes)))
 
 
-async def gather_from(
-    nodes: Sequence[Node], call: Callable[[Node], Awaitable[T]], timeout: float = ANSWER_S
+async def call_all(
+    nodes: Sequence[Node], call: Callable[[Node], Awaitable[T]], timeout: float = CALL_TIMEOUT_S
 ) -> list[T]:
-    """The answers of the nodes' agents, in their order. Raises the LLMRunError of one, or Silent."""
+    """Return the agents' replies in the order of `nodes`. Raises the LLMRunError of any agent, or AgentUnreachable."""
     try:
         async with asyncio.timeout(timeout):
             return list(await asyncio.gather(*(call(node) for node in nodes)))
@@ -59,4 +59,4 @@ async def gather_from(
         raise
     except (ray.exceptions.RayError, TimeoutError) as error:
         hosts = ", ".join(node.host for node in nodes)
-        raise AgentUnreachable(f"one of the nodes {hosts} does not answer: {type(error).__name__}") from error
+        raise AgentUnreachable(f"no response from the agent on {hosts}: {type(error).__name__}") from error

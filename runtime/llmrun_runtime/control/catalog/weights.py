@@ -1,6 +1,6 @@
-"""The weights on all nodes, as control sees them: what names mean, who has what, what must stay, how they get there.
+"""The weights on all nodes: what source names mean, which nodes have a pin, what must be kept, and distribution.
 
-Asks node agents; moves no bytes itself.
+Calls node agents; transfers no bytes itself.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from llmrun.errors import EngineError
 from llmrun.spec import ModelSpec, Secret
 from llmrun.weights import Weights
 from llmrun.wire import WeightsRow
-from llmrun_runtime.control.autoscaling.autoscaler import Autoscaler
-from llmrun_runtime.control.catalog.node_agents import ANSWER_S, alive, answers, gather_from
-from llmrun_runtime.control.state.models import Deployed
+from llmrun_runtime.control.catalog.node_agents import CALL_TIMEOUT_S, call_all, call_each, reachable
+from llmrun_runtime.control.state.models import Deployed, Models
 from llmrun_runtime.control.state.operation import Operation
 from llmrun_runtime.node.agent import agent_on
 from llmrun_runtime.placement import Node, Placement, could_run
@@ -26,8 +25,8 @@ from llmrun_runtime.weights.fetch import Peer
 from llmrun_runtime.weights.node_weights import PIN_TIMEOUT_S
 from llmrun_runtime.weights.pin import Pin
 
-# Hashing and uploading have no deadline of their own but this one; a transfer has its own patience.
-ERRAND_TIMEOUT_S = 24 * 3600
+# The only limit on hashing and uploading; a download also has a limit of its own in the worker.
+TASK_TIMEOUT_S = 24 * 3600
 PROGRESS_S = 0.5
 KEEP_PINS = 64
 T = TypeVar("T")
@@ -35,147 +34,155 @@ COMMIT_LENGTH = 40
 
 
 class WeightsCatalog:
-    """What control knows of weights."""
+    """Resolve sources to pins, and track and distribute pins across the nodes."""
 
-    def __init__(self, scaling: Autoscaler) -> None:
-        self._scaling = scaling
+    def __init__(self, models: Models) -> None:
+        self._models = models
         self._pins: dict[str, Pin] = {}
-        self._wanted: list[str] = []
+        """Recently resolved pins, by source and environment."""
+        self._protected: list[str] = []
 
-    async def pin(self, spec: ModelSpec, placement: Placement, old: Deployed | None, *, ask: bool) -> Pin | None:
-        """What the model's weights mean; None for a path. Raises LLMRunError.
+    async def pin(self, spec: ModelSpec, placement: Placement, old: Deployed | None, *, fresh: bool) -> Pin | None:
+        """Resolve a model's weights to a pin; None for a path. Raises LLMRunError.
 
-        1. What was imported under that name.
-        2. A commit of the Hub that is deployed already: it cannot mean anything else.
-        3. What the source says, asked by a node that could run the model, with its credentials.
+        Without `fresh`, the result of the last resolution is used, if there is one. Otherwise the first of:
+
+        1. Weights imported under that name.
+        2. The deployed pin, if the source names its exact commit: it cannot have changed.
+        3. The source's reply, requested by a node that could run the model, with that node's credentials.
         """
         weights = spec.model
         if weights.kind == "path":
             return None
         key = weights.model_dump_json() + spec.model_dump_json(include={"env"})
-        if not ask and key in self._pins:
+        if not fresh and key in self._pins:
             return self._pins[key]
-        nodes = await alive(real_nodes())
+        nodes = await reachable(real_nodes())
         pin = await self._imported(weights, nodes)
         if pin is None and old and old.pin and _same_commit(old.pin, weights):
             pin = old.pin
         if pin is None:
-            able = _able(placement, nodes)
-            asked: Pin = await _first_answer(
-                weights, able, lambda node: agent_on(node.id).pin.remote(weights, spec.env)
+            resolved: Pin = await _first_reply(
+                weights, _able(placement, nodes), lambda node: agent_on(node.id).pin.remote(weights, spec.env)
             )
-            pin = asked
+            pin = resolved
         while len(self._pins) >= KEEP_PINS:
             del self._pins[next(iter(self._pins))]
         self._pins[key] = pin
         return pin
 
     async def _imported(self, weights: Weights, nodes: Sequence[Node]) -> Pin | None:
-        found: list[tuple[float, Pin] | None] = await answers(
-            nodes, lambda node: agent_on(node.id).imported.remote(weights), None
+        """Return the newest pin that was imported under that name."""
+        replies: list[tuple[float, Pin] | None] = await call_each(
+            nodes, lambda node: agent_on(node.id).last_import.remote(weights), None
         )
-        newest = max((item for item in found if item), key=lambda item: item[0], default=None)
+        newest = max((reply for reply in replies if reply), key=lambda reply: reply[0], default=None)
         return newest[1] if newest else None
 
-    async def adapters(
+    async def list_adapters(
         self, weights: Weights, env: Mapping[str, Secret | str], placement: Placement, ranks: dict[str, int] | None
     ) -> list[Adapter]:
-        """The adapters at a source now, asked as `pin` does; see `NodeWeights.adapters`. Raises LLMRunError."""
-        nodes = await alive(real_nodes())
-        return await _first_answer(
-            weights, _able(placement, nodes), lambda node: agent_on(node.id).adapters.remote(weights, env, ranks)
+        """List the adapters at a source now, from a node that could run the model. Raises LLMRunError.
+
+        `ranks`: see `NodeWeights.list_adapters`.
+        """
+        nodes = await reachable(real_nodes())
+        return await _first_reply(
+            weights, _able(placement, nodes), lambda node: agent_on(node.id).list_adapters.remote(weights, env, ranks)
         )
 
     @contextlib.contextmanager
-    def wanted(self, pin: Pin | None) -> Iterator[None]:
-        """While a pin is being deployed, no node removes it."""
+    def protect(self, pin: Pin | None) -> Iterator[None]:
+        """Keep a pin from removal on every node, while it is being deployed."""
         if pin is None:
             yield
             return
-        self._wanted.append(pin.id)
+        self._protected.append(pin.id)
         try:
             yield
         finally:
-            self._wanted.remove(pin.id)
+            self._protected.remove(pin.id)
 
     def pinned(self) -> dict[str, set[str]]:
-        """The pins that must stay, and the models that want them."""
-        found: dict[str, set[str]] = {pin: set() for pin in self._wanted}
-        for row in self._scaling.deployed.values():
+        """Return the IDs of the pins that must be kept, each with the models that use it."""
+        users: dict[str, set[str]] = {pin: set() for pin in self._protected}
+        for row in self._models.deployed.values():
             if row.pin:
-                found.setdefault(row.pin.id, set()).add(row.name)
-        return found
+                users.setdefault(row.pin.id, set()).add(row.name)
+        return users
 
     async def elsewhere(self, pin_id: str, node: str) -> tuple[list[Peer], list[str]]:
-        """How to reach the other nodes that have a pin; and the pins that must stay."""
+        """Return the peers, other than `node`, that have a pin; and the IDs of the pins that must be kept."""
         others = [other for other in real_nodes() if other.id != node]
-        has = await answers(others, lambda other: agent_on(other.id).has.remote(pin_id), False)
-        holders = [other for other, here in zip(others, has, strict=True) if here]
-        peers: list[Peer | None] = await answers(holders, lambda other: agent_on(other.id).peer.remote(), None)
+        complete = await call_each(others, lambda other: agent_on(other.id).has_pin.remote(pin_id), False)
+        holders = [other for other, has_pin in zip(others, complete, strict=True) if has_pin]
+        peers: list[Peer | None] = await call_each(holders, lambda other: agent_on(other.id).serve_peers.remote(), None)
         return [peer for peer in peers if peer], list(self.pinned())
 
-    async def spread(
-        self, pin: Pin, env: Mapping[str, Secret | str], nodes: Sequence[Node], job: Operation, model: str = ""
+    async def distribute(
+        self, pin: Pin, env: Mapping[str, Secret | str], nodes: Sequence[Node], operation: Operation, model: str = ""
     ) -> None:
-        """Bring a pin to all `nodes`: to one from the store, if no node has it, and from there to the others."""
-        has = await answers(nodes, lambda node: agent_on(node.id).has.remote(pin.id), None)
-        # A node that has just died gets them, should it come back, when a model first wakes there.
-        missing = [node for node, here in zip(nodes, has, strict=True) if here is False]
+        """Download a pin to `nodes`. If no node has it, one downloads it from the store, the others from that one."""
+        complete = await call_each(nodes, lambda node: agent_on(node.id).has_pin.remote(pin.id), None)
+        # An unreachable node (None) is skipped: if it returns, it downloads the pin at the model's next start there.
+        missing = [node for node, has_pin in zip(nodes, complete, strict=True) if has_pin is False]
         if not missing:
             return
-        elsewhere, _ = await self.elsewhere(pin.id, "")
-        groups = [missing] if elsewhere else [missing[:1], missing[1:]]
+        peers, _ = await self.elsewhere(pin.id, "")
+        groups = [missing] if peers else [missing[:1], missing[1:]]
         for group in groups:
             if group:
                 hosts = ", ".join(node.host for node in group)
-                await job.say("step", model, f"weights {pin.weights} ({pin.short}) to {hosts}")
-                await self.watched(group, lambda node: agent_on(node.id).bring.remote(pin, env), pin.id, job, model)
+                await operation.emit("step", model, f"downloading weights {pin.weights} ({pin.short}) to {hosts}")
+                await self.call_with_progress(
+                    group, lambda node: agent_on(node.id).fetch.remote(pin, env), pin.id, operation, model
+                )
 
-    async def watched(
-        self, nodes: Sequence[Node], call: Callable[[Node], Any], key: str, job: Operation, model: str = ""
+    async def call_with_progress(
+        self, nodes: Sequence[Node], call: Callable[[Node], Any], key: str, operation: Operation, model: str = ""
     ) -> list[Any]:
-        """The nodes' answers; meanwhile their progress is said."""
-        work = asyncio.ensure_future(gather_from(nodes, call, ERRAND_TIMEOUT_S))
+        """Return the nodes' replies. Until then, emit the progress that the agents report for `key`."""
+        calls = asyncio.ensure_future(call_all(nodes, call, TASK_TIMEOUT_S))
         try:
             while True:
-                done, _ = await asyncio.wait([work], timeout=PROGRESS_S)
+                done, _ = await asyncio.wait([calls], timeout=PROGRESS_S)
                 if done:
-                    return work.result()
-                said = await answers(nodes, lambda node: agent_on(node.id).progress.remote(key), (0, 0))
-                for node, (here, total) in zip(nodes, said, strict=True):
+                    return calls.result()
+                progress = await call_each(nodes, lambda node: agent_on(node.id).progress.remote(key), (0, 0))
+                for node, (transferred, total) in zip(nodes, progress, strict=True):
                     if total:
-                        await job.say("progress", model, node.host, here, total)
+                        await operation.emit("progress", model, node.host, transferred, total)
         finally:
-            work.cancel()
+            calls.cancel()
 
     async def rows(self) -> list[WeightsRow]:
-        """What lies on all nodes, and which models have it pinned."""
-        none: list[WeightsRow] = []
-        found = await answers(real_nodes(), lambda node: agent_on(node.id).rows.remote(), none)
-        pinned = self.pinned()
+        """Return the weights on all nodes, each with the models that use it."""
+        default: list[WeightsRow] = []
+        replies = await call_each(real_nodes(), lambda node: agent_on(node.id).list_weights.remote(), default)
+        users = self.pinned()
         return [
-            row.model_copy(update={"pinned_by": tuple(sorted(pinned.get(row.pin, ())))})
-            for rows in found
+            row.model_copy(update={"pinned_by": tuple(sorted(users.get(row.pin, ())))})
+            for rows in replies
             for row in rows
         ]
 
 
 def _same_commit(pin: Pin, weights: Weights) -> bool:
-    """Whether the pin is of the commit that the source names."""
-    named = weights.kind == "hub" and len(weights.revision) == COMMIT_LENGTH
-    return named and pin.weights == weights and pin.revision == weights.revision
+    """Whether the source names the exact commit of the pin."""
+    exact = weights.kind == "hub" and len(weights.revision) == COMMIT_LENGTH
+    return exact and pin.weights == weights and pin.revision == weights.revision
 
 
 def _able(placement: Placement, nodes: Sequence[Node]) -> Sequence[Node]:
-    """Those that could run a model, whose credentials are the right ones; all, if none could."""
+    """Return the nodes that could run a model, which have its credentials; all nodes if none could."""
     return [node for node in nodes if could_run(placement, node)] or nodes
 
 
-async def _first_answer(weights: Weights, nodes: Sequence[Node], call: Callable[[Node], Awaitable[T]]) -> T:
-    """What the first of the nodes that answers says of a source. Raises LLMRunError."""
+async def _first_reply(weights: Weights, nodes: Sequence[Node], call: Callable[[Node], Awaitable[T]]) -> T:
+    """Return the reply of the first node that responds. Raises LLMRunError."""
     for node in nodes:
-        found: list[T | None] = await answers([node], call, None, PIN_TIMEOUT_S + ANSWER_S)
-        if found[0] is not None:
-            return found[0]
+        replies: list[T | None] = await call_each([node], call, None, PIN_TIMEOUT_S + CALL_TIMEOUT_S)
+        if replies[0] is not None:
+            return replies[0]
     hosts = ", ".join(node.host for node in nodes)
-    raise EngineError(f"{weights}: no node answers that could ask for it ({hosts or 'none'}): deploy again")
+    raise EngineError(f"cannot resolve {weights}: no node responds ({hosts or 'no nodes'}). Deploy again")

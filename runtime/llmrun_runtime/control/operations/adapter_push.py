@@ -1,4 +1,4 @@
-"""`llmrun adapter push`: takes an adapter in, copies it to where a model's adapters lie, and lists it there."""
+"""`llmrun adapter push`: receives an adapter, copies it to a model's adapter source, and lists it there."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from weakref import WeakValueDictionary
 import ray
 
 from llmrun.errors import EngineError, Refused, WeightsError
-from llmrun.lora import ADAPTER_CONFIG, ADAPTER_NAME, ADAPTER_WEIGHTS, MAX_CONFIG_BYTES, read_rank
+from llmrun.lora import ADAPTER_CONFIG, ADAPTER_NAME, ADAPTER_WEIGHTS, MAX_CONFIG_BYTES, read_lora_rank
 from llmrun.weights import Weights
 from llmrun.wire import MAX_ADAPTER_BYTES
-from llmrun_runtime.control.autoscaling.autoscaler import Autoscaler
 from llmrun_runtime.control.catalog.adapters import AdaptersCatalog
-from llmrun_runtime.control.catalog.weights import ERRAND_TIMEOUT_S
-from llmrun_runtime.control.state.models import Deployed
+from llmrun_runtime.control.catalog.weights import TASK_TIMEOUT_S
+from llmrun_runtime.control.state.models import Deployed, Models
 from llmrun_runtime.control.state.operation import Operation, Operations
 from llmrun_runtime.node.agent import agent_on
 
@@ -27,115 +26,126 @@ FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG)
 
 
 class AdapterPushes:
-    """`folder`: where adapters lie between the command line and their store; what an earlier life left is removed."""
+    """Adapters on their way from the CLI to a model's source.
 
-    def __init__(self, folder: Path, scaling: Autoscaler, adapters: AdaptersCatalog, jobs: Operations) -> None:
+    `folder` holds the received files. What an earlier process left in it is removed.
+    """
+
+    def __init__(self, folder: Path, models: Models, adapters: AdaptersCatalog, operations: Operations) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         self._folder = folder
-        self._scaling = scaling
+        self._models = models
         self._adapters = adapters
-        self._jobs = jobs
-        self._writing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._operations = operations
+        self._write_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """By target: two pushes must not mix their files."""
 
     async def start(self, model: str, name: str, tar: AsyncIterator[bytes]) -> Operation:
-        """Take in the files, as a tar, and begin. Raises Refused for what can be known to fail."""
-        row = self._scaling.deployed.get(model)
-        target = _target(model, row, name)
-        assert row
+        """Receive the files as a tar, check them and start to copy them. Raises Refused if that is certain to fail."""
+        row = self._models.deployed.get(model)
+        if not row or not row.spec.lora:
+            raise Refused(f"{model} has no adapters: set lora= in its @llm", 409)
+        target = _target(row, name)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            here = Path(tempfile.mkdtemp(dir=self._folder))
+            folder = Path(tempfile.mkdtemp(dir=self._folder))
         except OSError as error:
-            raise Refused(f"the head cannot take files in ({error})", 507) from None
+            raise Refused(f"the head node cannot store the adapter ({error})", 507) from None
         try:
-            await _receive(tar, here)
-            _check(here, row, name)
+            await _receive(tar, folder)
+            _check(folder, row, name)
         except BaseException as error:
-            shutil.rmtree(here, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, OSError):
-                raise Refused(f"the head could not take the files in ({error})", 507) from None
+                raise Refused(f"the head node cannot store the adapter ({error})", 507) from None
             raise
-        return self._jobs.start("adapter push", lambda job: self._run(row, name, target, here, job))
+        return self._operations.start(
+            "adapter push", lambda operation: self._copy_and_list(row, name, target, folder, operation)
+        )
 
-    async def _run(self, row: Deployed, name: str, target: Weights, here: Path, job: Operation) -> None:
+    async def _copy_and_list(
+        self, row: Deployed, name: str, target: Weights, folder: Path, operation: Operation
+    ) -> None:
         try:
-            size = sum(file.stat().st_size for file in here.iterdir())
-            await job.say("step", text=f"copying {size:,} bytes to {target}")
-            agent = agent_on(ray.get_runtime_context().get_node_id())
-            try:
-                async with self._writing.setdefault(str(target), asyncio.Lock()):  # files of two must not mix
-                    await asyncio.wait_for(agent.push.remote(str(here), target, row.spec.env), ERRAND_TIMEOUT_S)
-            except ray.exceptions.RayTaskError as error:
-                cause = error.cause
-                raise (cause if isinstance(cause, WeightsError | EngineError) else error) from None
-            except (ray.exceptions.RayError, TimeoutError) as error:
-                raise EngineError(f"the head's node agent went away ({type(error).__name__}): push again") from None
-            await job.say("step", text=f"listing the adapters of {row.name}")
-            if not await self._adapters.look(row.name):
-                raise WeightsError(f"it was copied to {target}, which could not be listed: it is tried again later")
+            size = sum(file.stat().st_size for file in folder.iterdir())
+            await operation.emit("step", text=f"copying {size:,} bytes to {target}")
+            await self._copy(row, target, folder)
+            await operation.emit("step", text=f"listing the adapters of {row.name}")
+            if not await self._adapters.refresh(row.name):
+                raise WeightsError(f"copied to {target}, but listing it failed: control retries later")
             if not self._adapters.has(row.name, name):
-                raise WeightsError(
-                    f"it was copied to {target}, and is not listed there: `llmrun adapter list` says more"
-                )
-            await job.say("done", text=f"{row.name}:{name} is {target} now")
+                raise WeightsError(f"copied to {target}, but not listed there: see `llmrun adapter list {row.name}`")
+            await operation.emit("done", text=f"pushed {row.name}:{name} to {target}")
         finally:
-            await asyncio.to_thread(shutil.rmtree, here, ignore_errors=True)
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+    async def _copy(self, row: Deployed, target: Weights, folder: Path) -> None:
+        """Have the head's node agent copy the folder to the target. Raises WeightsError, EngineError."""
+        agent = agent_on(ray.get_runtime_context().get_node_id())
+        try:
+            async with self._write_locks.setdefault(str(target), asyncio.Lock()):
+                await asyncio.wait_for(agent.push_adapter.remote(str(folder), target, row.spec.env), TASK_TIMEOUT_S)
+        except ray.exceptions.RayTaskError as error:
+            cause = error.cause
+            raise (cause if isinstance(cause, WeightsError | EngineError) else error) from None
+        except (ray.exceptions.RayError, TimeoutError) as error:
+            text = f"lost the connection to the head's node agent ({type(error).__name__}). Push again"
+            raise EngineError(text) from None
 
 
-def _target(model: str, row: Deployed | None, name: str) -> Weights:
-    """Where the adapter goes. Raises Refused."""
-    if not row or not (lora := row.spec.lora):
-        raise Refused(f"{model} has no adapters: lora= of its @llm says where they lie", 409)
+def _target(row: Deployed, name: str) -> Weights:
+    """Return where the adapter is copied to. Raises Refused."""
+    lora = row.spec.lora
+    assert lora
     if not ADAPTER_NAME.fullmatch(name):
-        raise Refused(f"{name!r}: an adapter's name has letters, digits, '.', '_' and '-'", 422)
+        raise Refused(f"{name!r}: an adapter's name may contain only letters, digits, '.', '_' and '-'", 422)
     if lora.path is None and name not in lora.adapters:
-        raise Refused(f"{model} names the place of each adapter, and none for {name!r}: write it in lora= first", 409)
+        raise Refused(f"lora= of {row.name} has no entry {name!r}. Add it and deploy first", 409)
     source = lora.path or lora.adapters[name]
     if source.kind == "hub":
-        raise Refused(f"{source} is a repository of the Hub: `hf upload {source.repo} DIR` puts files there", 409)
+        raise Refused(f"cannot push to {source}, a Hugging Face repository: use `hf upload {source.repo} DIR`", 409)
     if source.anonymous:
-        raise Refused(f"{source} is read without credentials: nothing can be written there", 409)
+        raise Refused(f"cannot push to {source}: it is read without credentials (anonymous=True)", 409)
     if lora.path is None:
         return source
-    below = f"{source.source.rstrip('/')}/{name}"
-    return Weights(below, endpoint_url=source.endpoint_url)
+    return Weights(f"{source.source.rstrip('/')}/{name}", endpoint_url=source.endpoint_url)
 
 
-async def _receive(tar: AsyncIterator[bytes], here: Path) -> None:
-    """Put the two files into the folder. Raises Refused, OSError."""
-    whole, size = here / "adapter.tar", 0
-    with whole.open("wb") as file:
+async def _receive(tar: AsyncIterator[bytes], folder: Path) -> None:
+    """Receive a tar and unpack its two files into the folder. Raises Refused, OSError."""
+    archive, size = folder / "adapter.tar", 0
+    with archive.open("wb") as file:
         async for chunk in tar:
             size += len(chunk)
             if size > MAX_ADAPTER_BYTES:
                 raise Refused(f"the adapter is larger than {MAX_ADAPTER_BYTES >> 30} GiB", 413)
             await asyncio.to_thread(file.write, chunk)
-    await asyncio.to_thread(_unpack, whole, here)
-    whole.unlink()
+    await asyncio.to_thread(_unpack, archive, folder)
+    archive.unlink()
 
 
-def _unpack(whole: Path, here: Path) -> None:
+def _unpack(archive: Path, folder: Path) -> None:
     try:
-        with tarfile.open(whole, "r:") as tar:
+        with tarfile.open(archive, "r:") as tar:
             for name in FILES:
-                taken = tar.extractfile(name)
-                if taken is None:
+                member = tar.extractfile(name)
+                if member is None:
                     raise KeyError(name)
-                with taken, (here / name).open("wb") as file:
-                    shutil.copyfileobj(taken, file)
+                with member, (folder / name).open("wb") as file:
+                    shutil.copyfileobj(member, file)
     except (tarfile.TarError, KeyError) as error:
-        raise Refused(f"the adapter arrived damaged ({error}): push it again", 400) from None
+        raise Refused(f"the adapter arrived damaged ({error}). Push again", 400) from None
 
 
-def _check(here: Path, row: Deployed, name: str) -> None:
-    """Raises Refused for one that the model's engines could not take."""
+def _check(folder: Path, row: Deployed, name: str) -> None:
+    """Raise Refused for an adapter that the model's engines cannot load."""
     try:
-        if (size := (here / ADAPTER_CONFIG).stat().st_size) > MAX_CONFIG_BYTES:
-            raise ValueError(f"it has {size:,} bytes")
-        rank = read_rank((here / ADAPTER_CONFIG).read_bytes())
+        if (size := (folder / ADAPTER_CONFIG).stat().st_size) > MAX_CONFIG_BYTES:
+            raise ValueError(f"it has {size:,} bytes, the limit is {MAX_CONFIG_BYTES:,}")
+        rank = read_lora_rank((folder / ADAPTER_CONFIG).read_bytes())
     except ValueError as error:
-        raise Refused(f"{name}: its {ADAPTER_CONFIG} cannot be read ({error})", 422) from None
-    most = row.spec.lora.max_rank if row.spec.lora else None
-    if most and rank > most:
-        text = f"{name}: its rank is {rank}, and {row.name} was deployed for {most} at most: lora=LoRA(…, max_rank=)"
+        raise Refused(f"cannot read {ADAPTER_CONFIG} of {name} ({error})", 422) from None
+    max_rank = row.spec.lora.max_rank if row.spec.lora else None
+    if max_rank and rank > max_rank:
+        text = f"{name} has rank {rank}, but {row.name} allows {max_rank} at most: set lora=LoRA(…, max_rank=)"
         raise Refused(text, 422)

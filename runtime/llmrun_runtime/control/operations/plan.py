@@ -1,4 +1,4 @@
-"""What a deploy would do: the app as its file has it, against what is in force. Pure."""
+"""The changes that a deploy would make: the app as in its file, compared with the active versions. Pure."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from llmrun_runtime.control.state.models import Deployed
 
 
 def check(request: DeployRequest, deployed: Mapping[str, Deployed], sources: Mapping[str, str]) -> None:
-    """Raise Refused for an app of another place, or a name that is taken."""
-    known = sources.get(request.app)
-    if known is not None and known != request.source and not request.adopt:
+    """Raise Refused if the app was deployed from another source, or a name is in use."""
+    source = sources.get(request.app)
+    if source is not None and source != request.source and not request.adopt:
         raise Refused(
-            f"app {request.app} was last deployed from {known}, not from {request.source}: "
-            f"give this one another --name, or take it over with --adopt",
+            f"app {request.app} was last deployed from {source}, not from {request.source}: "
+            f"choose another --name, or take the app over with --adopt",
             409,
         )
     _check_names(request, deployed)
 
 
 def make_plan(request: DeployRequest, deployed: Mapping[str, Deployed], rows: Mapping[str, Deployed]) -> Plan:
-    """The changes, in the file's order, then removals. `rows` holds each model of the request as it would be."""
+    """Return the changes in the file's order, then the removals. `rows`: each requested model as it would become."""
     changes = [_change(rows[spec.name], deployed.get(spec.name)) for spec in request.specs]
     if not request.only:
-        said = {spec.name for spec in request.specs}
-        missing = sorted(name for name, row in deployed.items() if row.app == request.app and name not in said)
+        requested = {spec.name for spec in request.specs}
+        missing = sorted(name for name, row in deployed.items() if row.app == request.app and name not in requested)
         changes += [Change(model=name, kind="remove") for name in missing]
     text = "\n".join([request.app, *(change.model_dump_json() for change in changes)])
     fingerprint = hashlib.sha256(text.encode()).hexdigest()
@@ -36,12 +36,14 @@ def make_plan(request: DeployRequest, deployed: Mapping[str, Deployed], rows: Ma
 
 
 def _check_names(request: DeployRequest, deployed: Mapping[str, Deployed]) -> None:
-    """Every name and alias is unique on the cluster. Models that the request replaces or prunes do not count."""
-    said = {spec.name for spec in request.specs}
-    left = {n for n, row in deployed.items() if row.app == request.app and n not in said and not request.only}
+    """Check that names and aliases are unique on the cluster. Models that the request replaces or prunes are exempt."""
+    requested = {spec.name for spec in request.specs}
+    missing = {
+        name for name, row in deployed.items() if row.app == request.app and name not in requested and not request.only
+    }
     taken: dict[str, tuple[str, str]] = {}
     for name, row in deployed.items():
-        if (name in said and row.app == request.app) or (name in left and request.prune):
+        if (name in requested and row.app == request.app) or (name in missing and request.prune):
             continue
         for served in row.spec.served_names:
             taken[served] = (name, row.app)
@@ -50,7 +52,7 @@ def _check_names(request: DeployRequest, deployed: Mapping[str, Deployed]) -> No
             if served in taken:
                 model, app = taken[served]
                 owner = f"model {model} of app {app}" if app != request.app else f"model {model}"
-                if model in left:
+                if model in missing:
                     owner += ", which is no longer in the file (--prune removes it)"
                 raise Refused(
                     f"{spec.name}: the name {served!r} belongs to {owner}: choose another name= or alias", 409
@@ -58,29 +60,29 @@ def _check_names(request: DeployRequest, deployed: Mapping[str, Deployed]) -> No
             taken[served] = (spec.name, request.app)
 
 
-def _change(new: Deployed, row: Deployed | None) -> Change:
-    spec, where = new.spec, str(new.placement)
+def _change(new: Deployed, old: Deployed | None) -> Change:
+    spec, placement = new.spec, str(new.placement)
     pinned = f" ({new.pin.short})" if new.pin else ""
-    if row is None:
-        return Change(model=spec.name, kind="add", lines=(f"{spec.model}{pinned}",), placement=where)
+    if old is None:
+        return Change(model=spec.name, kind="add", lines=(f"{spec.model}{pinned}",), placement=placement)
     lines = [
-        f"{field} {_show(getattr(row.spec, field))} → {_show(getattr(spec, field))}"
+        f"{field} {_show(getattr(old.spec, field))} → {_show(getattr(spec, field))}"
         for field in ModelSpec.model_fields
-        if getattr(row.spec, field) != getattr(spec, field)
+        if getattr(old.spec, field) != getattr(spec, field)
     ]
-    restarts = spec.fingerprint(soft=False) != row.spec.fingerprint(soft=False)
-    if new.placement != row.placement:
+    restarts = spec.fingerprint(soft=False) != old.spec.fingerprint(soft=False)
+    if new.placement != old.placement:
         restarts = True
-        lines.append(f"runs on {row.placement} → {new.placement}")
-    if new.pin and spec.model == row.spec.model and (row.pin is None or new.pin.id != row.pin.id):
+        lines.append(f"runs on {old.placement} → {new.placement}")
+    if new.pin and spec.model == old.spec.model and (old.pin is None or new.pin.id != old.pin.id):
         restarts = True
-        lines.append(f"weights {row.pin.short if row.pin else 'not pinned'} → {new.pin.short}")
+        lines.append(f"weights {old.pin.short if old.pin else 'not pinned'} → {new.pin.short}")
     kind = "change" if restarts else "tune" if lines else "same"
-    return Change(model=spec.name, kind=kind, lines=tuple(lines), placement=where)
+    return Change(model=spec.name, kind=kind, lines=tuple(lines), placement=placement)
 
 
 def _show(value: object) -> str:
-    """A field's value for the diff: as it would be written, secrets by their names."""
+    """Format a field's value for the diff as in an app file; secrets by their names."""
     if isinstance(value, Secret):
         return f"Secret({value.secret!r})"
     if isinstance(value, dict):

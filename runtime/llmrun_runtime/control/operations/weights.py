@@ -1,125 +1,140 @@
-"""Carries out what `llmrun weights …` asks for, each a job."""
+"""The operations of `llmrun weights …`."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from llmrun.errors import Refused
 from llmrun.spec import ModelSpec
 from llmrun.weights import Weights
 from llmrun.wire import WeightsRequest, WeightsRow
-from llmrun_runtime.control.catalog.node_agents import alive, answers, gather_from
-from llmrun_runtime.control.catalog.weights import ERRAND_TIMEOUT_S, WeightsCatalog
+from llmrun_runtime.control.catalog.node_agents import call_all, call_each, reachable
+from llmrun_runtime.control.catalog.weights import TASK_TIMEOUT_S, WeightsCatalog
 from llmrun_runtime.control.state.operation import Operation, Operations
 from llmrun_runtime.node.agent import agent_on
 from llmrun_runtime.placement import Node, Placement
 from llmrun_runtime.ray_nodes import real_nodes
 from llmrun_runtime.weights.pin import Pin
 
+Run = Callable[[WeightsRequest, Sequence[Node], Operation], Awaitable[None]]
+
 
 class WeightsOperations:
-    """Over the stock."""
+    """Pull, import, mirror, verify, remove and prune weights on all nodes."""
 
-    def __init__(self, stock: WeightsCatalog, jobs: Operations) -> None:
-        self._stock = stock
-        self._jobs = jobs
+    def __init__(self, catalog: WeightsCatalog, operations: Operations) -> None:
+        self._catalog = catalog
+        self._operations = operations
 
     def start(self, request: WeightsRequest) -> Operation:
-        """Begin what `llmrun weights …` asks for."""
-        return self._jobs.start(f"weights {request.do}", lambda job: self._run(request, job))
+        """Start the requested operation."""
+        return self._operations.start(f"weights {request.do}", lambda operation: self._run(request, operation))
 
-    async def _run(self, request: WeightsRequest, job: Operation) -> None:
-        nodes, weights = real_nodes(), request.weights
+    async def _run(self, request: WeightsRequest, operation: Operation) -> None:
+        weights = request.weights
         if weights and weights.kind == "path":
-            raise Refused(f"{weights}: a path is used in place: there is nothing to {request.do}", 409)
-        if request.do == "pull" and weights:
-            pin = await self._pin_of(weights)
-            with self._stock.wanted(pin):
-                await self._stock.spread(pin, {}, nodes, job)
-            await job.say("done", text=f"{weights} ({pin.short}, {pin.total:,} bytes) is on every node")
-        elif request.do == "import" and weights:
-            await self._import(request.folder, weights, nodes, job)
-        elif request.do == "mirror" and weights and request.target:
-            await self._mirror(weights, request.target, nodes, job)
-        elif request.do == "verify":
-            await self._verify(await self._lying(weights), nodes, job)
-        elif request.do == "remove" and weights:
-            await self._remove(weights, nodes, job)
-        elif request.do == "prune":
-            keep = list(self._stock.pinned())
-            freed = await gather_from(nodes, lambda node: agent_on(node.id).prune.remote(keep), ERRAND_TIMEOUT_S)
-            await job.say("done", text=f"{sum(freed):,} bytes freed")
-        else:
-            raise Refused(f"weights {request.do}: what for?", 422)
+            raise Refused(f"cannot {request.do} {weights}: a path is used in place", 409)
+        methods: dict[str, Run] = {
+            "pull": self._pull,
+            "import": self._import,
+            "mirror": self._mirror,
+            "verify": self._verify,
+            "remove": self._remove,
+            "prune": self._prune,
+        }
+        await methods[request.do](request, real_nodes(), operation)
 
-    async def _pin_of(self, weights: Weights) -> Pin:
+    async def _pull(self, request: WeightsRequest, nodes: Sequence[Node], operation: Operation) -> None:
+        weights = _source_of(request)
+        pin = await self._pin(weights)
+        with self._catalog.protect(pin):
+            await self._catalog.distribute(pin, {}, nodes, operation)
+        await operation.emit("done", text=f"{weights} ({pin.short}, {pin.total:,} bytes) is on every node")
+
+    async def _import(self, request: WeightsRequest, nodes: Sequence[Node], operation: Operation) -> None:
+        weights, folder, keep = _source_of(request), request.folder, list(self._catalog.pinned())
+        pins: list[Pin | None] = await self._catalog.call_with_progress(
+            await reachable(nodes),
+            lambda node: agent_on(node.id).import_folder.remote(folder, weights, keep),
+            f"{weights.canonical} {folder}",
+            operation,
+        )
+        pin = next((pin for pin in pins if pin), None)
+        if pin is None:
+            hosts = ", ".join(node.host for node in nodes)
+            raise Refused(f"folder {folder} not found on any node ({hosts}): copy it to one of them", 404)
+        await operation.emit("done", text=f"imported {folder} as {weights} ({pin.short}, {pin.total:,} bytes)")
+
+    async def _mirror(self, request: WeightsRequest, nodes: Sequence[Node], operation: Operation) -> None:
+        weights, target = _source_of(request), request.target
+        if target is None:
+            raise Refused("weights mirror: a target is required, for example s3://bucket/path", 422)
+        if target.kind != "store":
+            raise Refused(f"cannot mirror to {target}: the target must be an object store, like s3://bucket/path", 409)
+        pin = await self._pin(weights)
+        with self._catalog.protect(pin):
+            complete = await call_each(nodes, lambda node: agent_on(node.id).has_pin.remote(pin.id), False)
+            uploader = next((node for node, has_pin in zip(nodes, complete, strict=True) if has_pin), nodes[0])
+            await self._catalog.distribute(pin, {}, [uploader], operation)
+            await operation.emit("step", text=f"uploading to {target}")
+            (files,) = await self._catalog.call_with_progress(
+                [uploader], lambda node: agent_on(node.id).mirror.remote(pin, target), pin.id, operation
+            )
+        text = f"mirrored to {target}: {files['uploaded']} files uploaded, {files['unchanged']} already there"
+        await operation.emit("done", text=text)
+
+    async def _verify(self, request: WeightsRequest, nodes: Sequence[Node], operation: Operation) -> None:
+        sources = {row.pin: f"{row.source} ({row.short})" for row in await self._rows(request.weights)}
+        damaged = 0
+        for pin_id, source in sources.items():
+            await operation.emit("step", text=f"hashing {source}")
+            problems = await self._verify_pin(nodes, pin_id)
+            for node, by_pin in zip(nodes, problems, strict=True):
+                for problem in by_pin.get(pin_id, ()):
+                    damaged += 1
+                    text = f"{source} on {node.host}: {problem}; it is downloaded again when needed"
+                    await operation.emit("failed", text=text)
+        if not damaged:
+            await operation.emit("done", text=f"verified {len(sources)}: no damaged files")
+
+    async def _verify_pin(self, nodes: Sequence[Node], pin_id: str) -> list[dict[str, list[str]]]:
+        return await call_all(nodes, lambda node: agent_on(node.id).verify.remote([pin_id]), TASK_TIMEOUT_S)
+
+    async def _remove(self, request: WeightsRequest, nodes: Sequence[Node], operation: Operation) -> None:
+        weights = _source_of(request)
+        rows = await self._rows(weights)
+        users = sorted({name for row in rows for name in row.pinned_by})
+        if users:
+            raise Refused(f"cannot remove {weights}: in use by {', '.join(users)}. Delete them first", 409)
+        ids = sorted({row.pin for row in rows})
+        freed = await call_all(nodes, lambda node: agent_on(node.id).remove.remote(ids), TASK_TIMEOUT_S)
+        await operation.emit("done", text=f"removed {weights}: {sum(freed):,} bytes freed")
+
+    async def _prune(self, request: WeightsRequest, nodes: Sequence[Node], operation: Operation) -> None:
+        keep = list(self._catalog.pinned())
+        freed = await call_all(nodes, lambda node: agent_on(node.id).prune.remote(keep), TASK_TIMEOUT_S)
+        await operation.emit("done", text=f"{sum(freed):,} bytes freed")
+
+    async def _pin(self, weights: Weights) -> Pin:
         spec = ModelSpec(name="weights", model=weights)
-        pin = await self._stock.pin(spec, Placement(0, 0), None, ask=True)
+        pin = await self._catalog.pin(spec, Placement(0, 0), None, fresh=True)
         assert pin
         return pin
 
-    async def _lying(self, weights: Weights | None) -> list[WeightsRow]:
-        """The rows of a source, or all. Raises Refused if there are none of that source."""
-        rows = await self._stock.rows()
+    async def _rows(self, weights: Weights | None) -> list[WeightsRow]:
+        """Return the rows of a source, or all rows. Raises Refused if no node has the source."""
+        rows = await self._catalog.rows()
         if weights is None:
             return rows
         names = {weights.source, weights.canonical}
-        found = [row for row in rows if {row.source, row.pin, Weights(row.source).canonical} & names]
-        if not found:
-            raise Refused(f"{weights}: no node has it: `llmrun weights list` shows what there is", 404)
-        return found
+        matches = [row for row in rows if {row.source, row.pin, Weights(row.source).canonical} & names]
+        if not matches:
+            raise Refused(f"weights {weights} not found on any node: `llmrun weights list` shows all", 404)
+        return matches
 
-    async def _import(self, folder: str, weights: Weights, nodes: Sequence[Node], job: Operation) -> None:
-        keep = list(self._stock.pinned())
-        found: list[Pin | None] = await self._stock.watched(
-            await alive(nodes),
-            lambda node: agent_on(node.id).take.remote(folder, weights, keep),
-            f"{weights.canonical} {folder}",
-            job,
-        )
-        pin = next((pin for pin in found if pin), None)
-        if pin is None:
-            hosts = ", ".join(node.host for node in nodes)
-            raise Refused(f"{folder}: no node ({hosts}) has such a folder: copy it to one of them", 404)
-        await job.say("done", text=f"{weights} is {folder} now ({pin.short}, {pin.total:,} bytes)")
 
-    async def _mirror(self, weights: Weights, target: Weights, nodes: Sequence[Node], job: Operation) -> None:
-        if target.kind != "store":
-            raise Refused(f"{target}: weights are mirrored to a store, like s3://bucket/path", 409)
-        pin = await self._pin_of(weights)
-        with self._stock.wanted(pin):
-            has = await answers(nodes, lambda node: agent_on(node.id).has.remote(pin.id), False)
-            holder = next((node for node, here in zip(nodes, has, strict=True) if here), nodes[0])
-            await self._stock.spread(pin, {}, [holder], job)
-            await job.say("step", text=f"uploading to {target}")
-            (sent,) = await self._stock.watched(
-                [holder], lambda node: agent_on(node.id).mirror.remote(pin, target), pin.id, job
-            )
-        await job.say("done", text=f"{target}: {sent['sent']} files sent, {sent['there']} were there")
-
-    async def _verify(self, rows: Collection[WeightsRow], nodes: Sequence[Node], job: Operation) -> None:
-        sources = {row.pin: f"{row.source} ({row.short})" for row in rows}
-        damaged = 0
-        for pin_id, source in sources.items():
-            await job.say("step", text=f"hashing {source}")
-            found = await self._verified(nodes, pin_id)
-            for node, wrong in zip(nodes, found, strict=True):
-                for line in wrong.get(pin_id, ()):
-                    damaged += 1
-                    await job.say("failed", text=f"{source} on {node.host}: {line}; it is fetched again when needed")
-        if not damaged:
-            await job.say("done", text=f"{len(sources)} checked, all right")
-
-    async def _verified(self, nodes: Sequence[Node], pin_id: str) -> list[dict[str, list[str]]]:
-        return await gather_from(nodes, lambda node: agent_on(node.id).verify.remote([pin_id]), ERRAND_TIMEOUT_S)
-
-    async def _remove(self, weights: Weights, nodes: Sequence[Node], job: Operation) -> None:
-        rows = await self._lying(weights)
-        users = sorted({name for row in rows for name in row.pinned_by})
-        if users:
-            raise Refused(
-                f"{weights}: {', '.join(users)} of what is deployed needs it: `llmrun delete` that first", 409
-            )
-        ids = sorted({row.pin for row in rows})
-        freed = await gather_from(nodes, lambda node: agent_on(node.id).remove.remote(ids), ERRAND_TIMEOUT_S)
-        await job.say("done", text=f"removed {weights}, {sum(freed):,} bytes freed")
+def _source_of(request: WeightsRequest) -> Weights:
+    """Return the request's source. Raises Refused if it has none."""
+    if request.weights is None:
+        raise Refused(f"weights {request.do}: a source is required", 422)
+    return request.weights

@@ -1,4 +1,4 @@
-"""What should run, stored: apps, models, their versions and code packages. SQLite, or any SQLAlchemy URL.
+"""Stores apps, models with their versions, code packages and cold starts. SQLite, or any SQLAlchemy URL.
 
 Control is the only writer.
 """
@@ -19,39 +19,39 @@ from llmrun_runtime.control.state.tables import (
     AdaptersRow,
     AppRow,
     Base,
+    ColdStartRow,
     ModelRow,
     NumberRow,
     PackageRow,
     PinRow,
-    StartRow,
     VersionRow,
 )
 from llmrun_runtime.placement import Placement
 from llmrun_runtime.weights.pin import Pin
 
 PACKAGE_GRACE_S = 3600
-KEEP_STARTS = 1000  # of each model
+KEEP_COLD_STARTS = 1000  # per model
 
 
 class Database:
-    """The tables, behind what control asks of them."""
+    """Queries and transactions over the tables."""
 
     def __init__(self, url: str) -> None:
         self._engine = create_engine(url)
         Base.metadata.create_all(self._engine)
 
     def session(self) -> Session:
-        """A transaction for a room with tables of its own: `with database.session() as session, session.begin()`."""
+        """Open a session, for modules with their own tables: `with database.session() as session, session.begin()`."""
         return Session(self._engine)
 
     def load(self) -> tuple[dict[str, Deployed], dict[str, str]]:
-        """Models in force by name, and apps' sources by app."""
+        """Return the active versions by model name, and the apps' sources by app name."""
         with Session(self._engine) as session:
             of_version = (PinRow.model == VersionRow.model) & (PinRow.number == VersionRow.number)
-            in_force = (VersionRow.model == ModelRow.name) & (VersionRow.number == ModelRow.version)
+            active_version = (VersionRow.model == ModelRow.name) & (VersionRow.number == ModelRow.version)
             query = (
                 select(ModelRow, VersionRow, PinRow.pin)
-                .join(VersionRow, in_force)
+                .join(VersionRow, active_version)
                 .join(PinRow, of_version, isouter=True)
             )
             models = {
@@ -70,12 +70,12 @@ class Database:
             return models, {row.name: row.source for row in session.scalars(select(AppRow))}
 
     def next_version(self, model: str) -> int:
-        """The number for the model's next version; those of failed and of deleted ones are not used again."""
+        """Return the number for a model's next version. Numbers of failed and deleted versions are not reused."""
         with Session(self._engine) as session:
             return _last_number(session, model) + 1
 
-    def put_version(self, deployed: Deployed, *, in_force: bool) -> None:
-        """Store a version, and put it in force if so asked."""
+    def put_version(self, deployed: Deployed, *, active: bool) -> None:
+        """Store a version; `active` makes it the active one."""
         with Session(self._engine) as session, session.begin():
             last = max(deployed.version, _last_number(session, deployed.name))
             session.merge(NumberRow(model=deployed.name, last=last))
@@ -93,18 +93,18 @@ class Database:
             if deployed.pin:
                 pin = deployed.pin.model_dump_json()
                 session.merge(PinRow(model=deployed.name, number=deployed.version, pin=pin))
-            if in_force:
+            if active:
                 session.merge(ModelRow(name=deployed.name, app=deployed.app, version=deployed.version))
 
     def put_app(self, name: str, source: str) -> None:
-        """Store where an app was deployed from."""
+        """Store the source that an app was deployed from."""
         with Session(self._engine) as session, session.begin():
             session.merge(AppRow(name=name, source=source))
 
     def remove(self, models: Iterable[str]) -> None:
-        """Remove models with their versions, apps that have none left, and packages that no version names.
+        """Remove models with their versions, apps without models, and packages that no version uses.
 
-        A package of the last PACKAGE_GRACE_S may belong to a deploy that is under way, and stays.
+        Keeps packages newer than PACKAGE_GRACE_S: they may belong to a running deploy.
         """
         with Session(self._engine) as session, session.begin():
             for name in models:
@@ -113,35 +113,40 @@ class Database:
                 session.execute(delete(VersionRow).where(VersionRow.model == name))
                 session.execute(delete(PinRow).where(PinRow.model == name))
                 session.execute(delete(AdaptersRow).where(AdaptersRow.model == name))
-                session.execute(delete(StartRow).where(StartRow.model == name))
+                session.execute(delete(ColdStartRow).where(ColdStartRow.model == name))
             session.execute(delete(AppRow).where(AppRow.name.not_in(select(ModelRow.app))))
             specs = (json.loads(spec) for spec in session.scalars(select(VersionRow.spec)))
             used = {spec["code"]["package"] for spec in specs if spec["code"]}
             old = PackageRow.created < time.time() - PACKAGE_GRACE_S
             session.execute(delete(PackageRow).where(PackageRow.digest.not_in(used), old))
 
-    def put_start(self, start: ColdStart) -> None:
-        """Note a cold start; the oldest of the model's beyond KEEP_STARTS are forgotten."""
+    def put_cold_start(self, start: ColdStart) -> None:
+        """Store a cold start, and delete the model's oldest ones beyond KEEP_COLD_STARTS."""
         with Session(self._engine) as session, session.begin():
-            session.add(StartRow(model=start.model, asked=start.asked, start=start.model_dump_json()))
-            of_model = select(StartRow.id).where(StartRow.model == start.model).order_by(StartRow.id.desc())
-            old = session.scalars(of_model.offset(KEEP_STARTS)).all()
-            session.execute(delete(StartRow).where(StartRow.id.in_(old)))
+            session.add(ColdStartRow(model=start.model, asked=start.asked, start=start.model_dump_json()))
+            of_model = select(ColdStartRow.id).where(ColdStartRow.model == start.model).order_by(ColdStartRow.id.desc())
+            old = session.scalars(of_model.offset(KEEP_COLD_STARTS)).all()
+            session.execute(delete(ColdStartRow).where(ColdStartRow.id.in_(old)))
 
-    def starts(self, model: str, most: int = 10) -> list[ColdStart]:
-        """The last cold starts of a model, the newest first."""
+    def cold_starts(self, model: str, limit: int = 10) -> list[ColdStart]:
+        """Return a model's last cold starts, newest first."""
         with Session(self._engine) as session:
-            rows = select(StartRow.start).where(StartRow.model == model).order_by(StartRow.id.desc()).limit(most)
+            rows = (
+                select(ColdStartRow.start)
+                .where(ColdStartRow.model == model)
+                .order_by(ColdStartRow.id.desc())
+                .limit(limit)
+            )
             return [ColdStart.model_validate_json(row) for row in session.scalars(rows)]
 
     def package(self, digest: str) -> bytes | None:
-        """A code package; None if it is not here."""
+        """Return a code package; None if it is not stored."""
         with Session(self._engine) as session:
             row = session.get(PackageRow, digest)
             return row.data if row else None
 
     def has_package(self, digest: str) -> bool:
-        """Whether a code package is here."""
+        """Whether a code package is stored."""
         with Session(self._engine) as session:
             return session.scalar(select(PackageRow.digest).where(PackageRow.digest == digest)) is not None
 
@@ -151,7 +156,7 @@ class Database:
             session.merge(PackageRow(digest=digest, data=data, created=time.time()))
 
     def close(self) -> None:
-        """Let go of the database."""
+        """Close the database connections."""
         self._engine.dispose()
 
 

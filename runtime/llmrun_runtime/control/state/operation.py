@@ -1,4 +1,4 @@
-"""Jobs: deploys, and errands for weights. What happens in one is heard by any number of listeners."""
+"""Long-running operations that commands start, such as deploys. Any number of listeners receive their events."""
 
 from __future__ import annotations
 
@@ -8,85 +8,86 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from llmrun.errors import LLMRunError, Refused
-from llmrun.wire import Event
+from llmrun.wire import Event, EventKind
 
 log = logging.getLogger("llmrun.control")
 KEEP_OPERATIONS = 20
 
 
 class Operation:
-    """The events of one job, for each listener from the first one on. Of progress only the newest is kept."""
+    """One operation's events. Each listener gets all of them; of progress, only the newest is kept."""
 
     def __init__(self) -> None:
         self.id = uuid.uuid4().hex[:12]
         self.task: asyncio.Task[None] | None = None
         self._events: list[Event] = []
         self._progress: dict[tuple[str, str], tuple[int, Event]] = {}
-        self._number = 0
-        self._more = asyncio.Condition()
+        """The newest progress event and its number, by model and text."""
+        self._count = 0
+        self._added = asyncio.Condition()
 
-    async def say(self, kind: str, model: str = "", text: str = "", here: int = 0, total: int = 0) -> None:
+    async def emit(self, kind: EventKind, model: str = "", text: str = "", here: int = 0, total: int = 0) -> None:
         """Add an event."""
-        said = {"kind": kind, "model": model, "text": text, "here": here, "total": total}
-        event = Event.model_validate(said)
-        async with self._more:
-            self._number += 1
+        event = Event(kind=kind, model=model, text=text, here=here, total=total)
+        async with self._added:
+            self._count += 1
             if kind == "progress":
-                self._progress[model, text] = (self._number, event)
+                self._progress[model, text] = (self._count, event)
             else:
                 self._events.append(event)
-            self._more.notify_all()
+            self._added.notify_all()
 
     async def events(self) -> AsyncIterator[Event]:
-        """All events, those to come too, until the end."""
-        seen, number = 0, 0
+        """Yield past and future events, until the operation ends."""
+        sent, count = 0, 0
         while True:
-            async with self._more:
-                while self._number <= number:
-                    await self._more.wait()
-            moved = [event for at, event in self._progress.values() if at > number]
-            number = self._number
-            new = self._events[seen:]
-            seen += len(new)
-            for event in [*moved, *new]:
+            async with self._added:
+                while self._count <= count:
+                    await self._added.wait()
+            progress = [event for number, event in self._progress.values() if number > count]
+            count = self._count
+            new = self._events[sent:]
+            sent += len(new)
+            for event in [*progress, *new]:
                 yield event
                 if event.kind == "end":
                     return
 
 
 class Operations:
-    """The jobs that run and the last ones that did."""
+    """Running operations, and the last KEEP_OPERATIONS that ended."""
 
     def __init__(self) -> None:
-        self._jobs: dict[str, Operation] = {}
+        self._operations: dict[str, Operation] = {}
 
-    def start(self, what: str, work: Callable[[Operation], Awaitable[None]]) -> Operation:
-        """Begin a job. What `work` raises is its last event before the end."""
-        job = Operation()
-        ended = [key for key, old in self._jobs.items() if old.task and old.task.done()]
-        for key in ended[: max(0, len(self._jobs) - KEEP_OPERATIONS + 1)]:
-            del self._jobs[key]
-        self._jobs[job.id] = job
-        job.task = asyncio.get_running_loop().create_task(self._run(what, job, work))
-        return job
+    def start(self, name: str, work: Callable[[Operation], Awaitable[None]]) -> Operation:
+        """Start an operation. An exception from `work` becomes its `failed` event."""
+        operation = Operation()
+        ended = [key for key, old in self._operations.items() if old.task and old.task.done()]
+        for key in ended[: max(0, len(self._operations) - KEEP_OPERATIONS + 1)]:
+            del self._operations[key]
+        self._operations[operation.id] = operation
+        operation.task = asyncio.get_running_loop().create_task(self._run(name, operation, work))
+        return operation
 
     def running(self) -> bool:
-        """Whether any job has not ended."""
-        return any(job.task and not job.task.done() for job in self._jobs.values())
+        """Whether any operation is running."""
+        return any(operation.task and not operation.task.done() for operation in self._operations.values())
 
-    def find(self, job_id: str) -> Operation:
-        """A job by its id. Raises Refused."""
-        if job_id not in self._jobs:
-            raise Refused(f"there is no job {job_id}: control may have been restarted; run the command again", 404)
-        return self._jobs[job_id]
+    def find(self, operation_id: str) -> Operation:
+        """Return an operation by its id. Raises Refused if it is unknown."""
+        if operation_id not in self._operations:
+            text = f"operation {operation_id} not found: control may have restarted. Run the command again"
+            raise Refused(text, 404)
+        return self._operations[operation_id]
 
-    async def _run(self, what: str, job: Operation, work: Callable[[Operation], Awaitable[None]]) -> None:
+    async def _run(self, name: str, operation: Operation, work: Callable[[Operation], Awaitable[None]]) -> None:
         try:
-            await work(job)
+            await work(operation)
         except LLMRunError as error:
-            await job.say("failed", text=str(error))
+            await operation.emit("failed", text=str(error))
         except Exception as error:
-            log.exception("%s (job %s) failed", what, job.id)
-            await job.say("failed", text=f"control failed: {type(error).__name__}: {error}")
+            log.exception("%s (operation %s) failed", name, operation.id)
+            await operation.emit("failed", text=f"internal error in control: {type(error).__name__}: {error}")
         finally:
-            await job.say("end")
+            await operation.emit("end")

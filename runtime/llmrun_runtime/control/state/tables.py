@@ -14,7 +14,7 @@ class Base(DeclarativeBase):
 
 
 class AppRow(Base):
-    """An app and where it was last deployed from."""
+    """An app and the source that it was last deployed from."""
 
     __tablename__ = "apps"
     name: Mapped[str] = mapped_column(NAME, primary_key=True)
@@ -22,7 +22,7 @@ class AppRow(Base):
 
 
 class ModelRow(Base):
-    """A model and the number of its version in force."""
+    """A model and the number of its active version."""
 
     __tablename__ = "models"
     name: Mapped[str] = mapped_column(NAME, primary_key=True)
@@ -31,7 +31,7 @@ class ModelRow(Base):
 
 
 class VersionRow(Base):
-    """One deployed spec. `engine_version` is the version whose replicas serve it (tuning starts none)."""
+    """One deployed spec. `engine_version` is the version whose replicas serve it: a tuned version starts none."""
 
     __tablename__ = "versions"
     model: Mapped[str] = mapped_column(NAME, primary_key=True)
@@ -44,7 +44,7 @@ class VersionRow(Base):
 
 
 class PinRow(Base):
-    """What the weights' name of a version meant when it was deployed (a table of its own: it came later)."""
+    """The pin of a version's weights. A separate table because it was added later."""
 
     __tablename__ = "pins"
     model: Mapped[str] = mapped_column(NAME, primary_key=True)
@@ -53,7 +53,7 @@ class PinRow(Base):
 
 
 class AdaptersRow(Base):
-    """A model's adapters as they were last listed, and of which `lora=`."""
+    """A model's adapters as last listed, and the `lora=` option that they were listed for."""
 
     __tablename__ = "adapters"
     model: Mapped[str] = mapped_column(NAME, primary_key=True)
@@ -62,14 +62,14 @@ class AdaptersRow(Base):
 
 
 class NumberRow(Base):
-    """The last version number of a model, deleted ones too: a number names an application, and is not used again."""
+    """A model's last version number. Kept after a delete: numbers are part of application names and not reused."""
 
     __tablename__ = "numbers"
     model: Mapped[str] = mapped_column(NAME, primary_key=True)
     last: Mapped[int]
 
 
-class StartRow(Base):
+class ColdStartRow(Base):
     """One cold start."""
 
     __tablename__ = "starts"
@@ -80,7 +80,7 @@ class StartRow(Base):
 
 
 class PackageRow(Base):
-    """A code package, named by its sha256."""
+    """A code package. `digest` is its sha256."""
 
     __tablename__ = "packages"
     digest: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -89,7 +89,7 @@ class PackageRow(Base):
 
 
 class KeyRow(Base):
-    """An API key: what it may, and the sha256 of its secret."""
+    """An API key: its permissions and limits, and the sha256 of its secret."""
 
     __tablename__ = "keys"
     name: Mapped[str] = mapped_column(NAME, primary_key=True)
@@ -98,7 +98,7 @@ class KeyRow(Base):
 
 
 class UsageRow(Base):
-    """What was used on one day (UTC) of one model by one key; `""` is no key, and the base model."""
+    """The usage of one day (UTC), key, model and adapter. `""` stands for no key, and for the base model."""
 
     __tablename__ = "usage"
     day: Mapped[str] = mapped_column(String(10), primary_key=True)
@@ -113,7 +113,7 @@ class UsageRow(Base):
 
 
 class CountedRow(Base):
-    """What of a living replica's counts is in `usage` already, so that nothing is counted twice."""
+    """The part of a live replica's counts that is in `usage` already, so that nothing is counted twice."""
 
     __tablename__ = "counted"
     replica: Mapped[str] = mapped_column(String(64), primary_key=True)

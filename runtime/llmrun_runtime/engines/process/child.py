@@ -1,4 +1,4 @@
-"""A process that a replica started or had forked: its id, its end, its exit code. Standard library only."""
+"""Engine processes as their owner handles them: process id, signals, exit code. Standard library only."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO, Protocol
 
-# Of a forked process whose parent is gone nobody knows it.
+# The exit code of a forked process is unknown once its fork server has exited.
 UNKNOWN_EXIT = 1 << 16
 
 
 class ForkRefused(Exception):
-    """The warm parent cannot be used; the text says why."""
+    """The fork server cannot be used; the text explains why."""
 
 
 class Child(Protocol):
-    """What a replica does with the process of its engine. It leads a session and a process group of its own."""
+    """An engine's process. It leads its own session and process group."""
 
     pid: int
 
     def poll(self) -> int | None:
-        """The exit code (minus the signal), UNKNOWN_EXIT, or None while it runs."""
+        """Return the exit code (minus the signal), UNKNOWN_EXIT, or None while it runs."""
         ...
 
     def send_signal(self, number: int) -> None:
-        """Nothing for one that has ended."""
+        """Send a signal; do nothing if the process has exited."""
         ...
 
     def wait(self, timeout: float) -> bool:
-        """Whether it has ended within `timeout` seconds."""
+        """Return whether the process exited within `timeout` seconds."""
         ...
 
     def close(self) -> None:
-        """Let go of what describes it."""
+        """Close the descriptors that refer to the process."""
         ...
 
 
@@ -73,21 +73,21 @@ class Spawned:
 
 
 class Forked:
-    """A child of the node's warm parent, held by a pidfd: its number cannot mean another process."""
+    """A child of the node's fork server. A pidfd refers to it, so its number cannot mean another process."""
 
-    def __init__(self, caller: socket.socket, pid: int, pidfd: int) -> None:
+    def __init__(self, connection: socket.socket, pid: int, pidfd: int) -> None:
         self.pid = pid
-        self._caller = caller
+        self._connection = connection
         self._pidfd = pidfd
         self._exit: int | None = None
-        caller.settimeout(0.5)
+        connection.settimeout(0.5)
 
     def poll(self) -> int | None:
         """See Child."""
         if self._exit is None and self._pidfd >= 0 and select.select([self._pidfd], [], [], 0)[0]:
             self._exit = UNKNOWN_EXIT
-            with contextlib.suppress(OSError, ValueError):  # the warm parent may be gone
-                self._exit = int(json.loads(self._caller.makefile().readline())["exit"])
+            with contextlib.suppress(OSError, ValueError):  # the fork server may have exited
+                self._exit = int(json.loads(self._connection.makefile().readline())["exit"])
         return self._exit
 
     def send_signal(self, number: int) -> None:
@@ -106,12 +106,12 @@ class Forked:
         return True
 
     def descriptors(self) -> list[int]:
-        """What another process needs to hold it too: where its exit code will be told, and its pidfd."""
-        return [self._caller.fileno(), self._pidfd]
+        """Return what another process needs to own it: the socket that delivers its exit code, and its pidfd."""
+        return [self._connection.fileno(), self._pidfd]
 
     def close(self) -> None:
         """See Child."""
-        self._caller.close()
+        self._connection.close()
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1

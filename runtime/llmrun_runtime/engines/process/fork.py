@@ -1,4 +1,4 @@
-"""Asks a node's fork server for an engine process."""
+"""Requests an engine process from the node's fork server."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from pathlib import Path
 from typing import IO, Any
 
 from llmrun_runtime.engines.process.child import Forked, ForkRefused
-from llmrun_runtime.engines.process.unix_sockets import short_name
+from llmrun_runtime.engines.process.unix_sockets import short_path
 
-# The node agent's socket queues requests while a warm parent imports (13 s on 2 cores), which a plain start would too.
+# The node agent's socket queues requests while a fork server imports (13 s on 2 cores); a plain start imports as long.
 FORK_TIMEOUT_S = 60.0
 
 
-def fork(warm: Path, argv: Sequence[str], env: Mapping[str, str], output: IO[bytes], title: str) -> Forked:
-    """Have the warm parent behind the socket `warm` fork an engine, `title` in `ps`. Blocks. Raises NotForked."""
+def fork(forkserver: Path, argv: Sequence[str], env: Mapping[str, str], output: IO[bytes], title: str) -> Forked:
+    """Fork an engine from the fork server behind this socket; `ps` shows `title`. Blocks. Raises ForkRefused."""
     request = json.dumps({"argv": list(argv), "env": dict(env), "title": title}).encode() + b"\n"
-    caller = socket.socket(socket.AF_UNIX)
+    connection = socket.socket(socket.AF_UNIX)
     pidfds: list[int] = []
     try:
-        caller.settimeout(FORK_TIMEOUT_S)
-        with short_name(warm) as name:
-            caller.connect(name)
-        sent = socket.send_fds(caller, [request], [output.fileno()])
-        caller.sendall(request[sent:])
-        data, pidfds, _, _ = socket.recv_fds(caller, 65536, 1)
-        answer: dict[str, Any] = json.loads(data or b'{"refused": "it ended"}')
-        if "pid" not in answer:
-            raise ForkRefused(str(answer.get("refused")))
-        return Forked(caller, int(answer["pid"]), pidfds[0])
+        connection.settimeout(FORK_TIMEOUT_S)
+        with short_path(forkserver) as name:
+            connection.connect(name)
+        sent = socket.send_fds(connection, [request], [output.fileno()])
+        connection.sendall(request[sent:])
+        data, pidfds, _, _ = socket.recv_fds(connection, 65536, 1)
+        reply: dict[str, Any] = json.loads(data or b'{"refused": "the fork server exited"}')
+        if "pid" not in reply:
+            raise ForkRefused(str(reply.get("refused")))
+        return Forked(connection, int(reply["pid"]), pidfds[0])
     except (OSError, ValueError, LookupError, ForkRefused) as error:
-        caller.close()
+        connection.close()
         for pidfd in pidfds:
             os.close(pidfd)
         if isinstance(error, ForkRefused):

@@ -1,7 +1,7 @@
-"""An engine's process, just begun, with all that its owner holds of it; one process of a node can hand it to another.
+"""A started engine process with everything that its owner holds of it. One process of a node can pass it to another.
 
-The engine connects to the lease, which listens already: whoever accepts there first is the engine's replica. If nobody
-does and the listener closes, the engine ends.
+The engine connects to the lease, whose socket already listens: the process that accepts there is the engine's replica.
+If no process accepts and the listener closes, the engine exits.
 """
 
 from __future__ import annotations
@@ -27,104 +27,104 @@ from llmrun_runtime.engines.process.temp_dir import TempDir
 
 @dataclass(frozen=True)
 class StartedProcess:
-    """`log` is where its output goes, from `log_start` on; `at` is when it was there, in unix time."""
+    """`log` receives its output, from the offset `log_start` on; `started_at` is in Unix time."""
 
     child: Child
     token: str
     lease: socket.socket
-    scratch: TempDir
+    temp_dir: TempDir
     log: Path
     log_start: int
-    at: float
+    started_at: float
 
     @property
     def forked(self) -> bool:
-        """Whether it came from a warm parent."""
+        """Whether the fork server forked it."""
         return isinstance(self.child, Forked)
 
-    def hand_to(self, caller: socket.socket) -> None:
-        """Give a forked one to the process at the other end of a Unix socket. Raises OSError: it is still ours."""
+    def send_to(self, connection: socket.socket) -> None:
+        """Pass a forked process to the peer of a Unix socket. On OSError this process still owns it."""
         assert isinstance(self.child, Forked)
-        said = {
+        payload = {
             "pid": self.child.pid,
             "token": self.token,
-            "scratch": str(self.scratch.path),
+            "temp_dir": str(self.temp_dir.path),
             "log": str(self.log),
             "log_start": self.log_start,
-            "at": self.at,
+            "started_at": self.started_at,
         }
-        descriptors = [self.lease.fileno(), self.scratch.lock, *self.child.descriptors()]
-        socket.send_fds(caller, [json.dumps(said).encode()], descriptors)
+        descriptors = [self.lease.fileno(), self.temp_dir.lock, *self.child.descriptors()]
+        socket.send_fds(connection, [json.dumps(payload).encode()], descriptors)
         self.lease.close()
-        os.close(self.scratch.lock)
+        os.close(self.temp_dir.lock)
         self.child.close()
 
     @classmethod
-    def taken_from(cls, caller: socket.socket) -> StartedProcess | None:
-        """What `hand_to` sends; None if the other end has nothing to give. Raises OSError, ValueError."""
-        data, descriptors, _, _ = socket.recv_fds(caller, 65536, 4)
+    def receive_from(cls, connection: socket.socket) -> StartedProcess | None:
+        """Receive what `send_to` sends; None if the peer has no process. Raises OSError, ValueError."""
+        data, descriptors, _, _ = socket.recv_fds(connection, 65536, 4)
         if not data or not descriptors:
             return None
-        said = json.loads(data)
-        lease, lock, answers, pidfd = descriptors
+        payload = json.loads(data)
+        lease, lock, exit_codes, pidfd = descriptors
         return cls(
-            Forked(socket.socket(fileno=answers), int(said["pid"]), pidfd),
-            said["token"],
+            Forked(socket.socket(fileno=exit_codes), int(payload["pid"]), pidfd),
+            payload["token"],
             socket.socket(fileno=lease),
-            TempDir(Path(said["scratch"]), lock),
-            Path(said["log"]),
-            int(said["log_start"]),
-            float(said["at"]),
+            TempDir(Path(payload["temp_dir"]), lock),
+            Path(payload["log"]),
+            int(payload["log_start"]),
+            float(payload["started_at"]),
         )
 
-    def abandon(self) -> None:
-        """End one that no replica has: at once, with its log."""
+    def discard(self) -> None:
+        """Kill a process that no replica took over, and remove its log."""
         self.lease.close()
         if self.child.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.child.pid, signal.SIGKILL)
         self.child.close()
-        self.scratch.remove()
+        self.temp_dir.remove()
         self.log.unlink(missing_ok=True)
 
 
-def preloading(engine: Engine, env: Mapping[str, str]) -> dict[str, str]:
-    """`env` with the engine's shared libraries in LD_PRELOAD, before those that are there."""
+def with_ld_preload(engine: Engine, env: Mapping[str, str]) -> dict[str, str]:
+    """Return `env` with the engine's shared libraries first in LD_PRELOAD."""
     libraries = ":".join(filter(None, [*engine.libraries(), env.get("LD_PRELOAD", "")]))
     return {**env, **({"LD_PRELOAD": libraries} if libraries else {})}
 
 
 async def start_process(engine: Engine, launch: Launch, *, spawn: bool = True) -> StartedProcess:
-    """Begin one, forked from the node's warm parent if that can be used, else as a plain process.
+    """Start an engine process: forked from the node's fork server if possible, else as a plain process.
 
-    Raises NotForked if it could only be a plain process and `spawn` is False; EngineError if its command cannot be run.
+    Raises ForkRefused if it cannot be forked and `spawn` is False; EngineError if its command cannot be run.
     """
-    lease, scratch, token = socket.create_server(("127.0.0.1", 0)), TempDir.make(), secrets.token_urlsafe(32)
+    lease, temp_dir, token = socket.create_server(("127.0.0.1", 0)), TempDir.make(), secrets.token_urlsafe(32)
     host, port = lease.getsockname()
     env = {**launch.env, **engine.environment(launch.env, launch.cache)}
     env |= {LEASE_ENV: f"{host}:{port}", TOKEN_ENV: token, SHIM_ENV: launch.shim.to_json()}
-    env["TMPDIR"] = str(scratch.path)
+    env["TMPDIR"] = str(temp_dir.path)
     try:
         launch.log.parent.mkdir(parents=True, exist_ok=True)
         with launch.log.open("ab") as log:
-            start = log.tell()
+            log_start = log.tell()
             child: Child
             try:
-                if not launch.warm:
-                    raise ForkRefused("there is no warm parent")
+                if not launch.forkserver:
+                    raise ForkRefused("this node has no fork server")
                 title = f"llmrun: {engine.name} {launch.names[0]}"
-                child = await asyncio.to_thread(fork, launch.warm, engine.arguments(launch), env, log, title)
+                child = await asyncio.to_thread(fork, launch.forkserver, engine.arguments(launch), env, log, title)
             except ForkRefused as error:
                 if not spawn:
                     raise
-                if launch.warm:
-                    log.write(f"[llmrun] the engine starts as a plain process: {error}\n".encode())
+                if launch.forkserver:
+                    log.write(f"[llmrun] starting the engine as a plain process: {error}\n".encode())
                     log.flush()
-                child = Spawned(engine.command(launch), preloading(engine, env), log)
+                child = Spawned(engine.command(launch), with_ld_preload(engine, env), log)
     except BaseException as error:
-        lease.close()  # a process that was forked all the same ends
-        scratch.remove()
+        lease.close()  # a process that was forked nevertheless then exits
+        temp_dir.remove()
         if isinstance(error, OSError):
-            raise EngineError(f"the engine {engine.name} cannot be started: {error}") from error
+            raise EngineError(f"engine {engine.name} failed to start: {error}") from error
         raise
-    return StartedProcess(child, token, lease, scratch, launch.log, start, time.time())
+    return StartedProcess(child, token, lease, temp_dir, launch.log, log_start, time.time())

@@ -1,4 +1,4 @@
-"""An engine's own temporary folder. Whoever owns it holds a lock on it, so that those of killed owners can be told."""
+"""A temporary folder for one engine. Its owner holds a lock on it, which tells folders of killed owners apart."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ PREFIX = "llmrun-engine-"
 
 @dataclass(frozen=True)
 class TempDir:
-    """The folder, and the descriptor that holds its lock: it goes with the folder to another process."""
+    """The folder, and the descriptor that holds its lock. Both can be passed to another process."""
 
     path: Path
     lock: int
 
     @classmethod
     def make(cls) -> TempDir:
-        """An empty one; those whose owners were killed are removed. Raises OSError."""
+        """Create an empty folder; remove the folders of killed owners. Raises OSError."""
         sweep_temp_dirs()
         new = Path(tempfile.mkdtemp(prefix="llmrun-new-"))
         lock = os.open(new, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(lock, fcntl.LOCK_EX)
-        path = new.with_name(new.name.replace("llmrun-new-", PREFIX))  # only what is locked has that name
+        path = new.with_name(new.name.replace("llmrun-new-", PREFIX))  # only locked folders get this name
         new.rename(path)
         return cls(path, lock)
 
     def remove(self) -> None:
-        """It, and what the engine left there."""
+        """Remove the folder and its contents, and release the lock."""
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self.lock)
 
 
 def sweep_temp_dirs() -> None:
-    """Remove the folders whose owners were killed."""
+    """Remove the folders of killed owners."""
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         try:
             lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError:  # gone by now, or another user's
+        except OSError:  # already removed, or owned by another user
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

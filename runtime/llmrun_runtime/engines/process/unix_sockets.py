@@ -12,29 +12,29 @@ BACKLOG = 128
 
 
 def listen_at(path: Path) -> socket.socket:
-    """A listening Unix socket for this user alone; those beside it that nobody listens on any more are removed."""
+    """Return a listening Unix socket, accessible to this user only. Removes stale sockets from its folder."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _sweep(path.parent)
+    _remove_stale(path.parent)
     listener = socket.socket(socket.AF_UNIX)
-    with short_name(path) as name:
+    with short_path(path) as name:
         listener.bind(name)
     path.chmod(0o600)
     listener.listen(BACKLOG)
     return listener
 
 
-def listens(warm: Path) -> bool:
-    """Whether anybody listens at the socket."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as caller, short_name(warm) as name:
-        caller.settimeout(1)
-        caller.connect(name)
+def is_listening(path: Path) -> bool:
+    """Return whether a process listens on the socket."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection, short_path(path) as name:
+        connection.settimeout(1)
+        connection.connect(name)
         return True
     return False
 
 
 @contextlib.contextmanager
-def short_name(path: Path) -> Iterator[str]:
-    """A name of at most 107 bytes, as Unix sockets need, for a path of any length. Raises OSError."""
+def short_path(path: Path) -> Iterator[str]:
+    """Yield a name of at most 107 bytes for the path, the limit for Unix sockets. Raises OSError."""
     folder = os.open(path.parent, os.O_PATH)
     try:
         yield f"/proc/self/fd/{folder}/{path.name}"
@@ -42,14 +42,14 @@ def short_name(path: Path) -> Iterator[str]:
         os.close(folder)
 
 
-def _sweep(folder: Path) -> None:
-    """Remove the sockets that nobody listens on any more."""
+def _remove_stale(folder: Path) -> None:
+    """Remove the sockets on which no process listens."""
     for path in folder.glob("*.sock"):
-        with socket.socket(socket.AF_UNIX) as caller, short_name(path) as name:
-            caller.settimeout(1)
+        with socket.socket(socket.AF_UNIX) as connection, short_path(path) as name:
+            connection.settimeout(1)
             try:
-                caller.connect(name)
+                connection.connect(name)
             except ConnectionRefusedError:
                 path.unlink(missing_ok=True)
             except OSError:
-                continue  # somebody's, who is busy
+                continue  # its owner is busy

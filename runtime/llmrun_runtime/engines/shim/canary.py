@@ -1,4 +1,4 @@
-"""Whether an adapter answers as it did when the same files were first loaded. In the engine's process."""
+"""Checks that an adapter answers as when the same files were first loaded. Runs in the engine's process."""
 
 from __future__ import annotations
 
@@ -14,62 +14,62 @@ from llmrun_runtime.engines.base import TokenLogprobs
 from llmrun_runtime.engines.shim.adapter_slots import AdapterError
 
 log = logging.getLogger("llmrun.adapters")
-# Of a token's log-probability, in the mean: rounding, which differs with what else is in a batch, moves it by
-# hundredths (bfloat16), another adapter by whole ones.
+# For the mean difference of log-probabilities. Rounding depends on the rest of a batch and changes them by hundredths
+# (bfloat16); another adapter changes them by whole numbers.
 TOLERANCE = 0.1
 UNAVAILABLE = 503
 
 
 class Canary:
-    """`folder`: where the first answers are kept; of one version of a model, and so of one engine."""
+    """`folder` stores the reference answers. It belongs to one version of a model, and so to one engine."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    async def check(self, name: str, pin: str, said: Sequence[TokenLogprobs]) -> None:
-        """Compare what came with what came at the first load; keep them if there were none.
+    async def check(self, name: str, pin: str, answers: Sequence[TokenLogprobs]) -> None:
+        """Compare the answers with those of the first load; store them if this is the first load.
 
         Raises AdapterError if they differ.
         """
         try:
-            first = await asyncio.to_thread(self._first, pin, said)
+            reference = await asyncio.to_thread(self._load_or_store, pin, answers)
         except OSError as error:
-            text = f"its first answers cannot be read or kept ({error}) (canary=True)"
+            text = f"cannot read or store its reference answers ({error}) (canary=True)"
             raise AdapterError(text, UNAVAILABLE) from None
-        apart = difference(first, said)
-        if apart <= TOLERANCE:
+        distance = mean_distance(reference, answers)
+        if distance <= TOLERANCE:
             return
-        text = f"it answers otherwise than when the same files were first loaded: {apart:.3g} apart (canary=True)"
-        log.error("the adapter %s (%s): %s; it is unloaded", name, pin, text)
+        text = f"its answers differ from the first load of the same files: mean distance {distance:.3g} (canary=True)"
+        log.error("adapter %s (%s): %s; unloading it", name, pin, text)
         raise AdapterError(text, UNAVAILABLE)
 
-    def _first(self, pin: str, said: Sequence[TokenLogprobs]) -> Sequence[TokenLogprobs]:
+    def _load_or_store(self, pin: str, answers: Sequence[TokenLogprobs]) -> Sequence[TokenLogprobs]:
         file = self._folder / f"{pin}.json"
         try:
-            first: list[TokenLogprobs] = json.loads(file.read_bytes())
+            reference: list[TokenLogprobs] = json.loads(file.read_bytes())
         except (FileNotFoundError, ValueError) as error:
             if isinstance(error, ValueError):
-                log.warning("%s is damaged (%s): what comes now is the first", file, error)
-            if difference(said, said):
-                text = "it answers with log-probabilities that are no numbers (canary=True)"
+                log.warning("%s is damaged (%s): storing new reference answers", file, error)
+            if mean_distance(answers, answers):
+                text = "it returns log-probabilities that are not numbers (canary=True)"
                 raise AdapterError(text, UNAVAILABLE) from None
             self._folder.mkdir(parents=True, exist_ok=True)
             new = file.with_suffix(f".{os.getpid()}")
-            new.write_text(json.dumps(list(said)))
+            new.write_text(json.dumps(list(answers)))
             new.replace(file)
-            return said
-        return first
+            return answers
+        return reference
 
 
-def difference(first: Sequence[TokenLogprobs], said: Sequence[TokenLogprobs]) -> float:
-    """The mean distance over the tokens that were the likeliest at first; infinite if they cannot be compared."""
-    values = [value for place in [*first, *said] for value in place.values()]
-    if len(first) != len(said) or not all(first) or not all(said) or not all(map(math.isfinite, values)):
+def mean_distance(reference: Sequence[TokenLogprobs], answers: Sequence[TokenLogprobs]) -> float:
+    """Return the mean distance over the reference's most likely tokens; infinity if they are not comparable."""
+    values = [value for position in [*reference, *answers] for value in position.values()]
+    if len(reference) != len(answers) or not all(reference) or not all(answers) or not all(map(math.isfinite, values)):
         return math.inf
-    apart = [
-        # Of one that is not among the likeliest any more that is the least distance.
+    distances = [
+        # For a token that is no longer among the most likely ones, this is a lower bound.
         abs(value - now.get(token, min(now.values())))
-        for then, now in zip(first, said, strict=True)
+        for then, now in zip(reference, answers, strict=True)
         for token, value in then.items()
     ]
-    return sum(apart) / len(apart) if apart else 0
+    return sum(distances) / len(distances) if distances else 0

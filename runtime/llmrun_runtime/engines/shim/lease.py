@@ -1,8 +1,8 @@
-"""The engine's end of the lease: a process that holds it ends when its replica does.
+"""The engine's side of the lease: a process that holds it exits when its replica does.
 
-vLLM loads `hold` as a plugin in each of its processes (entry point `vllm.general_plugins`), so that a
-`kill -9` of the replica or of any of them leaves none behind. Standard library only; outside of an engine
-that llmrun started it does nothing.
+vLLM calls `hold` as a plugin in each of its processes (entry point `vllm.general_plugins`), so `kill -9` of the
+replica or of any process leaves none behind. Standard library only. Outside of engines that llmrun started it has no
+effect.
 """
 
 from __future__ import annotations
@@ -21,71 +21,72 @@ from llmrun_runtime.engines.base import LEASE_ENV, TOKEN_ENV
 
 CONNECT_TIMEOUT_S = 10
 _connection: socket.socket | None = None
-_owner = 0
+_owner_pid = 0
 _whole_group = False
-_asking = threading.Lock()
-_asked: dict[int, Future[dict[str, Any]]] = {}
+_pending_lock = threading.Lock()
+_pending: dict[int, Future[dict[str, Any]]] = {}
+"""Requests to the replica without a reply yet, by number."""
 _numbers = itertools.count()
 
 
 def hold(*, whole_group: bool = False) -> None:
-    """Connect to the replica and end this process at once when that connection closes; or all of its group.
+    """Connect to the replica, and kill this process as soon as that connection closes; or its whole process group.
 
-    Safe to call often; a forked child takes a lease of its own.
+    Can be called repeatedly. A forked child takes its own lease.
     """
-    global _connection, _owner, _whole_group  # noqa: PLW0603 - one lease per process, whoever asks for it
+    global _connection, _owner_pid, _whole_group  # noqa: PLW0603 - one lease per process, whoever calls
     _whole_group = _whole_group or whole_group
     address = os.environ.get(LEASE_ENV)
-    if not address or _owner == os.getpid():
+    if not address or _owner_pid == os.getpid():
         return
-    if not _owner:
+    if not _owner_pid:
         os.register_at_fork(after_in_child=hold)
     host, _, port = address.rpartition(":")
     try:
         connection = socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S)
     except OSError as error:
-        _end(f"the replica at {address} is gone ({error})")
+        _exit(f"the replica at {address} is not reachable ({error})")
     connection.settimeout(None)
     _connection = connection
-    _owner = os.getpid()
-    tell(token=os.environ.get(TOKEN_ENV, ""), pid=_owner)
+    _owner_pid = os.getpid()
+    notify(token=os.environ.get(TOKEN_ENV, ""), pid=_owner_pid)
     threading.Thread(target=_watch, args=(connection,), name="llmrun-lease", daemon=True).start()
 
 
-def tell(**message: Any) -> None:
-    """Send the replica a message; nothing without a lease."""
+def notify(**message: Any) -> None:
+    """Send the replica a message: `port=` (HTTP), `ready=True` or `failed="reason"`. No effect without a lease."""
     if _connection is not None:
         _connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-def ask(**message: Any) -> Future[dict[str, Any]]:
-    """Send the replica a question; its answer, whenever that comes."""
-    answer: Future[dict[str, Any]] = Future()
-    with _asking:
+def request(**message: Any) -> Future[dict[str, Any]]:
+    """Send the replica a request; return the future of its reply."""
+    reply: Future[dict[str, Any]] = Future()
+    with _pending_lock:
         number = next(_numbers)
-        _asked[number] = answer
-    tell(ask=number, **message)
-    return answer
+        _pending[number] = reply
+    notify(ask=number, **message)
+    return reply
 
 
 def _watch(connection: socket.socket) -> None:
     try:
         for line in connection.makefile("rb"):
             message = json.loads(line)
-            with _asking:
-                answer = _asked.pop(message["answer"])
-            if answer.set_running_or_notify_cancel():
-                answer.set_result(message)
+            with _pending_lock:
+                reply = _pending.pop(message["answer"])
+            if reply.set_running_or_notify_cancel():
+                reply.set_result(message)
     except (OSError, ValueError, LookupError):
         pass
-    _end("the replica let go of its lease")
+    _exit("its lease was closed by the replica")
 
 
-def _end(why: str) -> NoReturn:
-    # No clean-up handlers: they may wait for a peer that ends in this same moment.
+def _exit(reason: str) -> NoReturn:
+    # Without clean-up handlers: they may wait for a peer that exits at the same moment.
     os.write(
         sys.__stderr__.fileno() if sys.__stderr__ else 2,
-        f"[llmrun] engine process {os.getpid()} ends: {why}\n".encode(),
+        f"[llmrun] engine process {os.getpid()} exits: {reason}\n".encode(),
     )
     if _whole_group and os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)

@@ -1,7 +1,7 @@
-"""The shim: one small ASGI layer around the engine's app, in the engine's process.
+"""The shim: a small ASGI middleware around the engine's app, in the engine's process.
 
-Lets in only who carries the replica's token, runs the user's hooks, counts requests in flight and what they use, and
-tells the replica when the engine is ready. Does not know which engine it is around.
+Accepts only requests with the replica's token, runs the user's hooks, counts requests in flight and their usage, and
+notifies the replica when the engine is ready. Does not depend on the engine's type.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrun.errors import HookError
-from llmrun_runtime.asgi import App, Message, Receive, Scope, Send, answer, answer_error
+from llmrun_runtime.asgi import App, Message, Receive, Scope, Send, send_error, send_json
 from llmrun_runtime.engines.base import SHIM_ENV, TOKEN_ENV, ShimConfig
 from llmrun_runtime.engines.registry import get_engine
 from llmrun_runtime.engines.shim import lease, usage_meter
@@ -33,14 +33,14 @@ from llmrun_runtime.wire.headers import (
     TOKEN_HEADER,
 )
 
-# Then callers hear that it takes long; bringing goes on, and whoever asks again finds it, or waits for the same.
-BRING_S = 30
+# The request then fails with 503. The fetch continues, and a retry finds the adapter or waits for the same fetch.
+FETCH_TIMEOUT_S = 30
 RETRY_AFTER_S = b"5"
 UNCOUNTED = ("/health", "/metrics", "/ping", "/load", "/version")
 
 
 class Shim:
-    """`Shim(app)` is an ASGI app. Its configuration comes from the engine's environment."""
+    """`Shim(app)` is an ASGI app. It reads its configuration from the engine's environment."""
 
     def __init__(self, app: App) -> None:
         self._app = app
@@ -52,83 +52,84 @@ class Shim:
         self._links: asyncio.Server | None = None
         self._in_flight = 0
         self._leaving = False
-        self._probes = 0
+        self._probes_in_flight = 0
         self._paths: list[str] = []
         self._served = 0
         self._last_end = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Authenticate, count and serve one request; start hooks, adapters and links with the app's lifespan."""
         if scope["type"] == "lifespan":
-            await self._app(scope, receive, self._announce(scope, send))
+            await self._app(scope, receive, self._on_startup(scope, send))
             return
         headers = dict(scope["headers"])
         if not hmac.compare_digest(headers.get(TOKEN_HEADER.encode(), b""), self._token):
-            await self._refuse(scope, send)
+            await self._refuse_unauthenticated(scope, send)
             return
         if scope["path"] == STATE_PATH:
-            await answer(send, 200, self._state(scope))
+            await send_json(send, 200, self._state(scope))
             return
         if scope["path"] == LEAVE_PATH:
             self._leaving = not self._in_flight
-            await answer(send, 200, self._state(scope))
+            await send_json(send, 200, self._state(scope))
             return
         if scope["path"] in UNCOUNTED:
             await self._app(scope, receive, send)
             return
         if self._leaving:
             gone = [(GONE_HEADER.encode(), b"1")]
-            text = "this replica ends: ask the ingress"
-            await answer_error(send, 503, text, "service_unavailable", "replica_gone", headers=gone)
+            text = "this replica is shutting down: retry through the ingress"
+            await send_error(send, 503, text, "service_unavailable", "replica_gone", headers=gone)
             return
         probe = PROBE_HEADER.encode() in headers
         self._in_flight += 1
-        self._probes += probe
+        self._probes_in_flight += probe
         try:
             if self._hooks and scope.get("method") == "POST" and b"json" in headers.get(b"content-type", b"").lower():
                 try:
-                    receive = await self._with_hooks(self._hooks, scope, receive)
+                    receive = await self._apply_hooks(self._hooks, scope, receive)
                 except HookError as error:
-                    await answer_error(send, 500, str(error), "hook_error", "hook_failed")
+                    await send_error(send, 500, str(error), "hook_error", "hook_failed")
                     return
             with usage_meter.metered(headers.get(KEY_HEADER.encode(), b"").decode("latin-1")):
-                if wanted := headers.get(ADAPTER_HEADER.encode()):
-                    await self._with_adapter(wanted.decode("latin-1"), scope, receive, send)
+                if adapter := headers.get(ADAPTER_HEADER.encode()):
+                    await self._serve_with_adapter(adapter.decode("latin-1"), scope, receive, send)
                 else:
                     await self._app(scope, receive, send)
         finally:
             self._in_flight -= 1
-            self._probes -= probe
+            self._probes_in_flight -= probe
             self._served += 1
             if not probe:
                 self._last_end = time.monotonic()
 
-    def _announce(self, scope: Scope, send: Send) -> Send:
-        """When the engine's own start-up is done, start the hooks and listen for ingresses, then tell the replica."""
+    def _on_startup(self, scope: Scope, send: Send) -> Send:
+        """Return a `send` that, after the engine's startup, starts hooks and links, then notifies the replica."""
 
-        async def announced(message: Message) -> None:
+        async def send_startup(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
                 try:
                     if self._hooks:
                         await self._hooks.start()
                     if self._config.max_loaded:
-                        loader = get_engine(self._config.engine).loader(scope["app"], self._config.max_rank)
+                        loader = get_engine(self._config.engine).loader(scope["app"], self._config.max_lora_rank)
                         canary = Canary(Path(self._config.canary)).check if self._config.canary else None
-                        self._adapters = AdapterSlots(loader, self._config.max_loaded, _bring, canary)
+                        self._adapters = AdapterSlots(loader, self._config.max_loaded, _fetch_adapter, canary)
                 except HookError as error:
-                    lease.tell(failed=str(error))
+                    lease.notify(failed=str(error))
                     await send({"type": "lifespan.startup.failed", "message": str(error)})
                     return
-                # As the engine's own server calls it: the outermost app, which comes to this shim by itself.
+                # The outermost app, as the engine's own HTTP server calls it; it calls this shim.
                 app = scope.get("app") or self
                 self._links = await listen(app, self._config.host, scope.get("state"))
-                lease.tell(ready=True, link=self._links.sockets[0].getsockname()[1])
+                lease.notify(ready=True, link=self._links.sockets[0].getsockname()[1])
             await send(message)
 
-        return announced
+        return send_startup
 
     def _state(self, scope: Scope) -> dict[str, Any]:
-        self._paths = self._paths or _paths(scope.get("app"))
-        idle = 0.0 if self._in_flight > self._probes else time.monotonic() - self._last_end
+        self._paths = self._paths or _post_paths(scope.get("app"))
+        idle = 0.0 if self._in_flight > self._probes_in_flight else time.monotonic() - self._last_end
         return {
             "in_flight": self._in_flight,
             "served": self._served,
@@ -139,9 +140,9 @@ class Shim:
             "adapters": self._adapters.loaded() if self._adapters else [],
         }
 
-    async def _with_adapter(self, wanted: str, scope: Scope, receive: Receive, send: Send) -> None:
-        """Have the adapter that the ingress names (its name and its pin) in the engine meanwhile."""
-        name, _, pin = wanted.partition(" ")
+    async def _serve_with_adapter(self, adapter: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request with an adapter. `adapter`: its name and its pin, from the ingress."""
+        name, _, pin = adapter.partition(" ")
         try:
             if not self._adapters:
                 raise AdapterError("this engine was started without adapters", 404)
@@ -154,11 +155,11 @@ class Shim:
                 else ("service_unavailable", "adapter_not_ready")
             )
             headers = [] if error.status == 400 else [(b"retry-after", RETRY_AFTER_S)]
-            text = f"the adapter {name} of {self._config.model}: {error}"
-            await answer_error(send, error.status, text, kind, code, "model", headers)
+            text = f"adapter {name} of {self._config.model}: {error}"
+            await send_error(send, error.status, text, kind, code, "model", headers)
 
-    async def _with_hooks(self, hooks: Hooks, scope: Scope, receive: Receive) -> Receive:
-        """Read the body, let the hooks change it, and hand on a `receive` that gives the changed one."""
+    async def _apply_hooks(self, hooks: Hooks, scope: Scope, receive: Receive) -> Receive:
+        """Read the body and apply the hooks; return a `receive` that yields the changed body."""
         body, more = b"", True
         while more:
             message = await receive()
@@ -170,34 +171,35 @@ class Shim:
             request = json.loads(body)
         except ValueError:
             request = None
-        if isinstance(request, dict):  # anything else is the engine's to refuse
+        if isinstance(request, dict):  # the engine rejects anything else
             body = await hooks.apply(request)
             scope["headers"] = [(k, v) for k, v in scope["headers"] if k != b"content-length"]
             scope["headers"].append((b"content-length", str(len(body)).encode()))
         return _replay({"type": "http.request", "body": body, "more_body": False}, receive)
 
-    async def _refuse(self, scope: Scope, send: Send) -> None:
+    async def _refuse_unauthenticated(self, scope: Scope, send: Send) -> None:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
-        text = "this is a replica of llmrun's and takes requests from its ingress only: ask the ingress"
-        await answer_error(send, 401, text, "authentication_error", "invalid_token")
+        text = "this is an llmrun replica: send requests to its ingress"
+        await send_error(send, 401, text, "authentication_error", "invalid_token")
 
 
-async def _bring(name: str, pin: str) -> Path:
-    """The adapter's folder on this node, which the replica brings. Raises AdapterError."""
+async def _fetch_adapter(name: str, pin: str) -> Path:
+    """Have the replica fetch an adapter; return its folder on this node. Raises AdapterError."""
     try:
-        async with asyncio.timeout(BRING_S):
-            said = await asyncio.wrap_future(lease.ask(adapter=name, pin=pin))
+        async with asyncio.timeout(FETCH_TIMEOUT_S):
+            reply = await asyncio.wrap_future(lease.request(adapter=name, pin=pin))
     except TimeoutError:
-        raise AdapterError(f"it is not here after {BRING_S} s: its store is slow, or away", 503) from None
-    if "error" in said:
-        raise AdapterError(said["error"], 503)
-    return Path(said["path"])
+        text = f"fetching it timed out after {FETCH_TIMEOUT_S} s: its object store is slow or not reachable"
+        raise AdapterError(text, 503) from None
+    if "error" in reply:
+        raise AdapterError(reply["error"], 503)
+    return Path(reply["path"])
 
 
-def _paths(app: Any) -> list[str]:
-    """What a Starlette app takes POST requests at; nothing of another's."""
+def _post_paths(app: Any) -> list[str]:
+    """Return the paths of a Starlette app that accept POST; empty for other apps."""
     routes = [route for route in getattr(app, "routes", ()) if "POST" in (getattr(route, "methods", None) or ())]
     return sorted({route.path for route in routes})
 

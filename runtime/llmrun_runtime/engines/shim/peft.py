@@ -1,4 +1,4 @@
-"""What an adapter in PEFT's format says of itself, and whether it fits a base model. Reads headers, no weights."""
+"""Reads the headers of an adapter in PEFT's format and checks whether it fits a base model. Loads no weights."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from llmrun.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_rank
+from llmrun.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_lora_rank
 from llmrun_runtime.engines.shim.adapter_slots import AdapterError
 
 PREFIX = "base_model.model."
 A, B = ".lora_A.weight", ".lora_B.weight"
 # https://github.com/huggingface/safetensors#format
-LENGTH_BYTES, MOST_HEADER_BYTES = 8, 100 * 2**20
+LENGTH_BYTES, MAX_HEADER_BYTES = 8, 100 * 2**20
 Shapes = dict[str, tuple[int, ...]]
 
 
-def check_adapter(folder: Path, base: Mapping[str, tuple[int, ...]], max_rank: int) -> None:
-    """Raises AdapterError for one that is damaged, of too high a rank, or for another model.
+def check_adapter(folder: Path, base: Mapping[str, tuple[int, ...]], max_lora_rank: int) -> None:
+    """Raises AdapterError for an adapter that is damaged, has too high a rank, or is for another base model.
 
-    `base`: the shapes of the base model's tensors. Modules of a kind that it has not (packed, quantized) are the
-    engine's to judge. vLLM copies what is too small into a part of its slot, leaves out layers that it has not, and
-    says nothing.
+    `base`: the shapes of the base model's tensors. Kinds of modules that it lacks (packed, quantized) are left to the
+    engine. vLLM itself copies a tensor that is too small into a part of its slot and ignores unknown layers, without
+    an error.
     """
     try:
-        rank = read_rank((folder / ADAPTER_CONFIG).read_bytes())
+        rank = read_lora_rank((folder / ADAPTER_CONFIG).read_bytes())
     except (OSError, ValueError) as error:
-        raise AdapterError(f"its {ADAPTER_CONFIG} cannot be read ({error})", 400) from None
-    if rank > max_rank:
-        text = f"its rank is {rank}, and the engine was started for {max_rank} at most: deploy again"
-        text += " (lora=LoRA(…, max_rank=) says otherwise, if it is written)"
+        raise AdapterError(f"cannot read its {ADAPTER_CONFIG} ({error})", 400) from None
+    if rank > max_lora_rank:
+        text = f"its rank is {rank}, but the engine was started for at most {max_lora_rank}: deploy again"
+        text += " (if lora=LoRA(…, max_rank=) is set, increase it)"
         raise AdapterError(text, 400)
     if not (folder / ADAPTER_WEIGHTS).exists():
         return
@@ -43,43 +43,44 @@ def check_adapter(folder: Path, base: Mapping[str, tuple[int, ...]], max_rank: i
             module = name.removeprefix(PREFIX).removesuffix(end)
             if not name.endswith(end):
                 continue
-            wanted = base.get(f"{module}.weight")
-            if not wanted and module.rpartition(".")[2] in kinds and _tail(f"{module}.weight") not in tails:
-                raise AdapterError(f"it is for another base model: it changes {module}, which is not in this one", 400)
-            if wanted and len(shape) == 2 == len(wanted) and shape[side] != wanted[side]:
-                what = "takes" if end == A else "gives"
-                text = f"it is for another base model: its {module} {what} {shape[side]} values, here {wanted[side]}"
+            expected = base.get(f"{module}.weight")
+            if not expected and module.rpartition(".")[2] in kinds and _tail(f"{module}.weight") not in tails:
+                text = f"it is for another base model: it changes {module}, which this model does not have"
+                raise AdapterError(text, 400)
+            if expected and len(shape) == 2 == len(expected) and shape[side] != expected[side]:
+                what = "inputs" if end == A else "outputs"
+                text = f"it is for another base model: {module} has {shape[side]} {what}, expected {expected[side]}"
                 raise AdapterError(text, 400)
 
 
 def _tail(name: str) -> str:
-    """From its layer on: what is before that differs between names of one model."""
+    """Return a tensor's name from its layer on; what is before that can differ between names of one model."""
     _, layers, rest = name.rpartition("layers.")
     return layers + rest
 
 
 def read_base(folder: Path) -> Shapes:
-    """The shapes of a model's tensors, by name; none where there are no safetensors."""
-    found: Shapes = {}
+    """Return the shapes of a model's tensors, by name; empty without safetensors files."""
+    shapes: Shapes = {}
     for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
-        found |= read_shapes(file)
-    return found
+        shapes |= read_shapes(file)
+    return shapes
 
 
 def read_shapes(file: Path) -> Shapes:
-    """The shapes of a safetensors file's tensors. Raises OSError; ValueError if the file is none, or is not whole."""
+    """Return the shapes of a safetensors file's tensors. Raises OSError; ValueError if it is invalid or truncated."""
     size = file.stat().st_size
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(LENGTH_BYTES), "little")
-        if not 0 < length <= min(MOST_HEADER_BYTES, size - LENGTH_BYTES):
-            raise ValueError("it has no header of safetensors")
+        if not 0 < length <= min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
+            raise ValueError("it has no safetensors header")
         header = json.loads(opened.read(length))
     try:
         header.pop("__metadata__", None)
         end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
         shapes = {name: tuple(tensor["shape"]) for name, tensor in header.items()}
     except (AttributeError, LookupError, TypeError):
-        raise ValueError("its header is none of safetensors") from None
+        raise ValueError("it has an invalid safetensors header") from None
     if LENGTH_BYTES + length + end != size:
-        raise ValueError(f"it has {size} bytes where its header says {LENGTH_BYTES + length + end}")
+        raise ValueError(f"it has {size} bytes, expected {LENGTH_BYTES + length + end}")
     return shapes

@@ -1,6 +1,10 @@
-"""Counts what requests used, in the engine's process, where the tokens are made. Standard library only.
+"""Counts what requests used, in the engine's process, where the tokens are generated. Standard library only.
 
-Streams are not touched: who meters notes what the engine's core gives out.
+The counts are module-level state on purpose: an engine has one API process, which serves one model, so there is one
+meter per process. Code deep inside the engine's server can then count without a reference to it. Counts start at zero
+with the process and only grow.
+
+Streams are not intercepted: engine-specific code records what the engine's core produces.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from llmrun_runtime.wire.usage import PACE_BUCKETS, PaceRow, Row
 
 @dataclass
 class Counts:
-    """Of one key and adapter, since the engine's start."""
+    """The totals of one key and adapter since the engine's start."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -26,14 +30,14 @@ class Counts:
 
 
 class MeteredRequest:
-    """One HTTP request: it is counted once, whatever number of prompts it has."""
+    """One HTTP request. It is counted once, even if it has several prompts."""
 
     def __init__(self, key: str) -> None:
         self.key = key
         self._counted = False
 
-    def note(self, adapter: str = "", prompt: int = 0, completion: int = 0, cached: int = 0) -> None:
-        """The engine has worked on it: so many tokens more."""
+    def record(self, adapter: str = "", prompt: int = 0, completion: int = 0, cached: int = 0) -> None:
+        """Add tokens that the engine processed for this request."""
         counts = _counts.setdefault((self.key, adapter), Counts())
         counts.requests += not self._counted
         self._counted = True
@@ -43,29 +47,29 @@ class MeteredRequest:
 
 
 class Stream:
-    """One answer that is given out bit by bit: how long a token after the first took, on the average."""
+    """One streamed answer: measures the mean time per token after the first chunk."""
 
     def __init__(self, adapter: str) -> None:
         self._adapter = adapter
-        self._first = self._last = 0.0
-        self._after = 0
+        self._first_at = self._last_at = 0.0
+        self._tokens_after_first = 0
 
-    def came(self, tokens: int) -> None:
-        """So many more have been given out."""
+    def add(self, tokens: int) -> None:
+        """Add a chunk with this number of tokens, sent now."""
         now = time.perf_counter()
-        if self._first:
-            self._after += tokens
-            self._last = now
+        if self._first_at:
+            self._tokens_after_first += tokens
+            self._last_at = now
         else:
-            self._first = now
+            self._first_at = now
 
-    def ended(self, tokens: int = 0) -> None:
-        """Count it, if it had more than one bit: an answer that comes whole has no pace.
+    def finish(self, tokens: int = 0) -> None:
+        """Count the stream, if it had more than one chunk: a single chunk has no pace.
 
-        `tokens`: all that it had, where that is known better than by its bits.
+        `tokens`: the total of the whole answer, where that is more exact than the sum over its chunks.
         """
-        if self._after:
-            pace = (self._last - self._first) / (tokens - 1 if tokens > 1 else self._after)
+        if self._tokens_after_first:
+            pace = (self._last_at - self._first_at) / (tokens - 1 if tokens > 1 else self._tokens_after_first)
             counts = _paces.setdefault(self._adapter, [0] * (len(PACE_BUCKETS) + 1))
             counts[bisect_left(PACE_BUCKETS, pace)] += 1
             _pace_sums[self._adapter] = _pace_sums.get(self._adapter, 0.0) + pace
@@ -78,13 +82,13 @@ _current: ContextVar[MeteredRequest | None] = ContextVar("llmrun_request", defau
 
 
 def current() -> MeteredRequest | None:
-    """The request that this task works on; None for the engine's own doings."""
+    """Return the request that the current task serves; None for the engine's internal work."""
     return _current.get()
 
 
 @contextlib.contextmanager
 def metered(key: str) -> Iterator[None]:
-    """What is noted meanwhile, in this task and those that it starts, was used by the key of that name ("": none)."""
+    """Attribute usage in this context, and in tasks started from it, to the API key of this name ("": no key)."""
     token = _current.set(MeteredRequest(key))
     try:
         yield
@@ -93,7 +97,7 @@ def metered(key: str) -> Iterator[None]:
 
 
 def rows() -> list[Row]:
-    """Everything so far."""
+    """Return the usage since the engine's start, by key and adapter."""
     return [
         (key, adapter, c.requests, c.prompt_tokens, c.completion_tokens, c.cached_tokens)
         for (key, adapter), c in _counts.items()
@@ -101,5 +105,5 @@ def rows() -> list[Row]:
 
 
 def paces() -> list[PaceRow]:
-    """The times per output token of all streams so far, by adapter."""
+    """Return the times per output token of all streams since the engine's start, by adapter."""
     return [(adapter, _pace_sums[adapter], *counts) for adapter, counts in _paces.items()]

@@ -1,6 +1,6 @@
-"""Engines whose process the shim cannot be in: any server of OpenAI's API, with a sidecar in front of it.
+"""Engines whose process cannot contain the shim: any OpenAI-compatible server, with a sidecar in front of it.
 
-Such an engine is a class of a few lines: its paths, its command, and which models it refuses. Imports no server.
+Such an engine is a short class: its paths, its command line, and the models that it refuses. Imports no server.
 """
 
 from __future__ import annotations
@@ -19,86 +19,85 @@ from llmrun_runtime.engines.base import Launch
 
 SIDECAR = "llmrun_runtime.engines.sidecar.server"
 PORT = "{port}"
-"""Stands in a command for the port, which the sidecar chooses."""
-WANTED = {
+"""Placeholder in a command for the port, which the sidecar chooses."""
+DEFAULT_ENV = {
     **{"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"},
-    "HF_HUB_DISABLE_UPDATE_CHECK": "1",  # the Hub's command lines ask a registry for newer ones of themselves
+    "HF_HUB_DISABLE_UPDATE_CHECK": "1",  # the Hub's command line tools check for newer releases of themselves
 }
 EXCEPTION = re.compile(r"^(?:\[[^\]]*\]\s*)?((?:[A-Za-z_][\w.]*(?:Error|Exception)|\S+: error|Error): .+)$")
 
 
 @dataclass(frozen=True)
 class SidecarConfig:
-    """What a sidecar must know of its server."""
+    """The configuration of a sidecar."""
 
     host: str
-    """Where the replica and ingresses reach the sidecar."""
+    """The address on which the sidecar listens, for the replica and ingresses."""
     name: str
-    """What clients call the model."""
+    """The model's name for clients."""
     model: str
-    """What the server calls it: `model` in bodies is changed, and back in answers."""
+    """The model's name for the server. The sidecar translates `model` in requests and answers."""
     health: str
-    """The path that answers 200 once the server can be asked."""
+    """The path that returns 200 once the server is ready."""
     paths: tuple[str, ...]
-    """The inference paths that it may have; those that its OpenAPI document lacks are left out."""
-    reads: tuple[str, ...]
-    """What may be asked for with GET."""
+    """The inference paths to forward; those missing from the server's OpenAPI document are removed."""
+    get_paths: tuple[str, ...]
+    """The paths to forward with GET."""
 
     def to_json(self) -> str:
-        """For the command line."""
+        """Serialize for the command line."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> SidecarConfig:
-        """The other way."""
+        """Parse the output of `to_json`."""
         data = json.loads(text)
-        return cls(**{**data, "paths": tuple(data["paths"]), "reads": tuple(data["reads"])})
+        return cls(**{**data, "paths": tuple(data["paths"]), "get_paths": tuple(data["get_paths"])})
 
 
 class SidecarEngine:
-    """What such engines have in common. It listens on 127.0.0.1 without a token: users of its node can reach it."""
+    """The base class. The server listens on 127.0.0.1 without a token, so every user of its node can reach it."""
 
     name = ""
     package = ""
-    """What it imports, and what `pip` installs."""
+    """The package to import, with the same name for `pip install`."""
     paths: frozenset[str] = frozenset()
     module = ""
     health = "/health"
-    reads: tuple[str, ...] = ("/v1/models", "/metrics", "/health")
+    get_paths: tuple[str, ...] = ("/v1/models", "/metrics", "/health")
     tasks: frozenset[str] = frozenset({"auto", "generate"})
 
     def refuses(self, spec: ModelSpec) -> str:
         """See Engine."""
         if spec.lora:
-            return f"engine={self.name!r} takes no adapters here: leave lora= out, or use engine='vllm'"
+            return f"engine={self.name!r} does not support adapters here: remove lora= or use engine='vllm'"
         if spec.nodes > 1:
-            return f"engine={self.name!r} spans no nodes here: leave nodes= out, or use engine='vllm'"
+            return f"engine={self.name!r} does not support several nodes here: remove nodes= or use engine='vllm'"
         if spec.task not in self.tasks:
-            return f"engine={self.name!r} has no task={spec.task!r} here: use engine='vllm'"
+            return f"engine={self.name!r} does not support task={spec.task!r} here: use engine='vllm'"
         return ""
 
     def command(self, launch: Launch) -> list[str]:
-        """See Engine. Raises EngineError where it is not installed."""
+        """See Engine. Raises EngineError if the package is not installed."""
         if importlib.util.find_spec(self.package) is None:
-            raise EngineError(
-                f"engine={self.name!r}: {self.package} is not installed there: pip install {self.package}"
-            )
-        beside = SidecarConfig(
+            text = f"engine={self.name!r}: {self.package} is not installed on the node: pip install {self.package}"
+            raise EngineError(text)
+        config = SidecarConfig(
             launch.members[0].host,
             launch.names[0],
-            self.called(launch),
+            self.server_model_name(launch),
             self.health,
             tuple(sorted(self.paths)),
-            self.reads,
+            self.get_paths,
         )
-        return [launch.python, "-m", SIDECAR, beside.to_json(), *self.arguments(launch)]
+        return [launch.python, "-m", SIDECAR, config.to_json(), *self.arguments(launch)]
 
-    def called(self, launch: Launch) -> str:
-        """What the server calls the model."""
+    def server_model_name(self, launch: Launch) -> str:
+        """Return the model's name for the server."""
         return launch.names[0]
 
     def arguments(self, launch: Launch) -> list[str]:
-        """The server's own command line, with PORT in it."""
+        """Return the server's command line, which contains PORT."""
         raise NotImplementedError
 
     def libraries(self) -> tuple[str, ...]:
@@ -106,14 +105,14 @@ class SidecarEngine:
         return ()
 
     def environment(self, env: Mapping[str, str], cache: Path | None) -> dict[str, str]:
-        """No question to a hub: weights lie on the disk."""
-        return {key: env.get(key, value) for key, value in WANTED.items()}
+        """Disable downloads from the Hub: the weights are on disk."""
+        return {key: env.get(key, value) for key, value in DEFAULT_ENV.items()}
 
-    def loader(self, app: Any, max_rank: int) -> NoReturn:
+    def loader(self, app: Any, max_lora_rank: int) -> NoReturn:
         """See Engine."""
-        raise EngineError(f"engine={self.name!r} takes no adapters here")
+        raise EngineError(f"engine={self.name!r} does not support adapters here")
 
     def root_cause(self, log: str) -> str:
-        """The last exception."""
-        found = (EXCEPTION.match(line.strip()) for line in reversed(log.splitlines()))
-        return next((match[1] for match in found if match), "")
+        """Return the last exception."""
+        matches = (EXCEPTION.match(line.strip()) for line in reversed(log.splitlines()))
+        return next((match[1] for match in matches if match), "")

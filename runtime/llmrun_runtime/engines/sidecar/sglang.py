@@ -1,4 +1,4 @@
-"""SGLang as an engine. Its command is tested; it was never seen to serve here, for that needs a GPU.
+"""SGLang as an engine. Its command line is tested; it has not been run, because it needs a GPU.
 
 Flags: https://docs.sglang.ai/advanced_features/server_arguments.html
 """
@@ -8,12 +8,12 @@ from __future__ import annotations
 from llmrun_runtime.engines.base import Launch, to_flags
 from llmrun_runtime.engines.sidecar.engine import PORT, SidecarEngine
 
-MOST_MEMORY = 0.88
-PARALLEL = {"tp_size", "tensor_parallel_size"}
+MAX_MEMORY_FRACTION = 0.88
+PARALLEL_ARGS = {"tp_size", "tensor_parallel_size"}
 
 
 class SGLang(SidecarEngine):
-    """`python -m sglang.launch_server`; its `/health` answers once a first token was made."""
+    """`python -m sglang.launch_server`. Its `/health` answers after it has generated a first token."""
 
     name = package = "sglang"
     paths = frozenset(
@@ -25,17 +25,17 @@ class SGLang(SidecarEngine):
     tasks = frozenset({"auto", "generate", "embed"})
 
     def arguments(self, launch: Launch) -> list[str]:
-        """Its own module, with the flags of `engine_args`."""
+        """Return the command line of SGLang's server, with the flags of `engine_args`."""
         args = dict(launch.engine_args)
         gpus = len(launch.members[0].devices)
-        if gpus > 1 and not args.keys() & PARALLEL:
+        if gpus > 1 and not args.keys() & PARALLEL_ARGS:
             args["tp_size"] = gpus
         if gpus and launch.gpu_share < 1:
-            args.setdefault("mem_fraction_static", round(MOST_MEMORY * launch.gpu_share, 3))
+            args.setdefault("mem_fraction_static", round(MAX_MEMORY_FRACTION * launch.gpu_share, 3))
         if not gpus:
             args.setdefault("device", "cpu")
         if launch.task == "embed":
             args.setdefault("is_embedding", True)
-        what = ("--model-path", launch.weights, "--served-model-name", launch.names[0], "--enable-metrics")
-        where = ("--host", "127.0.0.1", "--port", PORT)
-        return [launch.python, "-m", "sglang.launch_server", *what, *where, *to_flags(args)]
+        model = ("--model-path", launch.weights, "--served-model-name", launch.names[0], "--enable-metrics")
+        address = ("--host", "127.0.0.1", "--port", PORT)
+        return [launch.python, "-m", "sglang.launch_server", *model, *address, *to_flags(args)]

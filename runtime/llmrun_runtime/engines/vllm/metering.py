@@ -1,4 +1,4 @@
-"""Meters vLLM: notes what its `AsyncLLM` gives out, for the request that the task works on."""
+"""Meters vLLM: records what its `AsyncLLM` generates for the request that the current task serves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from llmrun_runtime.engines.shim import usage_meter
-from llmrun_runtime.engines.vllm.adapters import AGAIN
+from llmrun_runtime.engines.vllm.adapters import DUPLICATE
 
 
 def meter_vllm() -> None:
@@ -26,34 +26,34 @@ def _metered(original: Any) -> Any:
     signature = inspect.signature(original)
 
     @functools.wraps(original)
-    async def metered(self: Any, *args: Any, **more: Any) -> AsyncGenerator[Any, None]:
-        asked = signature.bind(self, *args, **more).arguments
-        request, lora = usage_meter.current(), asked.get("lora_request")
-        params = asked.get("sampling_params")
-        adapter = lora.lora_name.partition(AGAIN)[0] if lora else ""
-        # Of an answer comes either all so far, or what is new.
-        whole = getattr(params, "output_kind", None) == RequestOutputKind.CUMULATIVE
+    async def metered(self: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        arguments = signature.bind(self, *args, **kwargs).arguments
+        request, lora = usage_meter.current(), arguments.get("lora_request")
+        params = arguments.get("sampling_params")
+        adapter = lora.lora_name.partition(DUPLICATE)[0] if lora else ""
+        # Each output contains either all tokens so far, or the new ones.
+        cumulative = getattr(params, "output_kind", None) == RequestOutputKind.CUMULATIVE
         first, seen = True, 0
-        # Several answers to one prompt come in turns: their time is none of a token's.
+        # Several completions of a prompt interleave, so the time between outputs is not per token.
         stream = usage_meter.Stream(adapter) if request and getattr(params, "n", 1) == 1 else None
         try:
-            async with aclosing(original(self, *args, **more)) as outputs:
+            async with aclosing(original(self, *args, **kwargs)) as outputs:
                 async for output in outputs:
                     if request:
-                        parts = output.outputs if isinstance(output.outputs, list) else ()  # embeddings have none
+                        parts = output.outputs if isinstance(output.outputs, list) else ()  # embeddings have no tokens
                         tokens = sum(len(part.token_ids) for part in parts)
-                        new, seen = (tokens - seen, tokens) if whole else (tokens, seen)
+                        new, seen = (tokens - seen, tokens) if cumulative else (tokens, seen)
                         if first:
                             cached = output.num_cached_tokens or 0
-                            request.note(adapter, len(output.prompt_token_ids or ()), new, cached)
+                            request.record(adapter, len(output.prompt_token_ids or ()), new, cached)
                             first = False
                         elif new:
-                            request.note(adapter, completion=new)
+                            request.record(adapter, completion=new)
                         if stream and new:
-                            stream.came(new)
+                            stream.add(new)
                     yield output
         finally:
             if stream:
-                stream.ended()
+                stream.finish()
 
     return metered

@@ -1,9 +1,9 @@
-"""What vLLM does wrong where we need it right. vLLM loads `apply` as a plugin in each of its processes.
+"""Patches for bugs of vLLM that affect llmrun. vLLM calls `apply` as a plugin in each of its processes.
 
-On CPU its LoRA kernels index the stacked adapters with -1 for rows of the base model, which in Python is the last slot:
-in a batch of both, the base model's answers are an adapter's (vLLM 0.32, `vllm.lora.ops.torch_ops.lora_ops`).
-And a request for log-probabilities of its prompt (`prompt_logprobs`, `echo`) ends the engine: its logits have more rows
-than the batch has requests. Those rows get nothing of an adapter; only one that changes `lm_head` would give some.
+On CPU, vLLM's LoRA kernels index the stacked adapters with -1 for rows of the base model. In Python that is the last
+slot, so in a mixed batch the base model's answers come from an adapter (vLLM 0.32, `vllm.lora.ops.torch_ops.lora_ops`).
+Requests for prompt log-probabilities (`prompt_logprobs`, `echo`) crash the engine: their logits have more rows than the
+batch has requests. With the patch these rows get no adapter; only an adapter that changes `lm_head` would change them.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ KERNELS = ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice")
 
 
 def apply() -> None:
-    """Mend this process's vLLM, if llmrun started it with adapters and it is wrong."""
+    """Patch vLLM in this process, if llmrun started it with adapters."""
     if SHIM_ENV in os.environ and ShimConfig.from_json(os.environ[SHIM_ENV]).max_loaded:
-        mend_cpu_kernels()
+        patch_cpu_kernels()
 
 
-def mend_cpu_kernels() -> None:
-    """Rows without an adapter, or whose adapter is not said, get nothing from any, whichever kernel.
+def patch_cpu_kernels() -> None:
+    """Keep rows without an adapter, or with an unspecified one, unchanged by every kernel.
 
-    Does nothing where that is so already.
+    No effect if vLLM's kernels already do so.
     """
-    from vllm.lora.ops.torch_ops import lora_ops  # noqa: PLC0415 - vLLM is there in engines only
+    from vllm.lora.ops.torch_ops import lora_ops  # noqa: PLC0415 - only engines have vLLM
     from vllm.lora.punica_wrapper import punica_cpu  # noqa: PLC0415
 
-    if not base_rows_are_changed(lora_ops):
+    if not changes_base_rows(lora_ops):
         return
     for name in KERNELS:
-        mended = _without_base_rows(getattr(lora_ops, name))
+        patched = _without_base_rows(getattr(lora_ops, name))
         for module in (lora_ops, punica_cpu):
-            setattr(module, name, mended)
+            setattr(module, name, patched)
 
 
-def base_rows_are_changed(kernels: Any) -> bool:
-    """Whether a row of index -1 gets something of an adapter's."""
+def changes_base_rows(kernels: Any) -> bool:
+    """Return whether the kernels apply an adapter to a row with index -1."""
     import torch  # noqa: PLC0415
 
     rows, stacked, out = torch.ones(1, 1), torch.ones(1, 1, 1), torch.zeros(1, 1)
@@ -50,12 +50,12 @@ def base_rows_are_changed(kernels: Any) -> bool:
 
 def _without_base_rows(kernel: Any) -> Any:
     @functools.wraps(kernel)
-    def mended(inputs: Any, weights: Any, out: Any, indices: Any, *args: Any, **more: Any) -> None:
+    def patched(inputs: Any, weights: Any, out: Any, indices: Any, *args: Any, **kwargs: Any) -> None:
         if len(indices) not in (1, len(inputs)):
             return
-        without = indices < 0
-        if without.any():
-            inputs = inputs.masked_fill(without.unsqueeze(-1), 0)
-        kernel(inputs, weights, out, indices, *args, **more)
+        base_rows = indices < 0
+        if base_rows.any():
+            inputs = inputs.masked_fill(base_rows.unsqueeze(-1), 0)
+        kernel(inputs, weights, out, indices, *args, **kwargs)
 
-    return mended
+    return patched

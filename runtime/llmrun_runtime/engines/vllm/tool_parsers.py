@@ -1,6 +1,6 @@
-"""Which of vLLM's parsers understands a model's tool calls: told by its chat template, which shows the model how.
+"""Selects vLLM's tool-call parser for a model, by the chat template that instructs the model how to call tools.
 
-From vLLM's list of models (docs.vllm.ai, features/tool_calling) and their templates; what is not told apart gets none.
+Based on vLLM's list of models (docs.vllm.ai, features/tool_calling) and their templates. Other models get no parser.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-# By `model_type` of config.json, where templates are not like the others'.
+# By `model_type` of config.json, for models whose templates do not identify the parser.
 BY_TYPE = {"gpt_oss": "openai", "llama4": "llama4_pythonic", "granite": "granite", "granitemoe": "granite"}
-# What must all be in the template; the first that fits.
+# Substrings that must all be in the template; the first match wins.
 BY_TEMPLATE = (
     (("<｜tool▁calls▁begin｜>", "```json"), "deepseek_v3"),
     (("<｜tool▁calls▁begin｜>",), "deepseek_v31"),
@@ -28,29 +28,29 @@ BY_TEMPLATE = (
 
 
 def tool_parser(weights: Path) -> str:
-    """Its name; "" if none is known for the model in that folder."""
+    """Return the name of the parser for the model in this folder; "" if none is known."""
     template = chat_template(weights)
     if "tools" not in template:
         return ""
-    kind = BY_TYPE.get(str(_json(weights / "config.json").get("model_type")))
+    kind = BY_TYPE.get(str(_read_json(weights / "config.json").get("model_type")))
     return kind or next((name for marks, name in BY_TEMPLATE if all(mark in template for mark in marks)), "")
 
 
 def chat_template(weights: Path) -> str:
-    """The model's own; "" if it has none. Of several all together."""
+    """Return the model's chat template, or several joined; "" if it has none."""
     try:
         return (weights / "chat_template.jinja").read_text()
     except (OSError, UnicodeDecodeError):
-        said = _json(weights / "tokenizer_config.json").get("chat_template") or ""
-    if isinstance(said, list):
-        return "\n".join(str(item.get("template", "")) for item in said if isinstance(item, dict))
-    return said if isinstance(said, str) else ""
+        template = _read_json(weights / "tokenizer_config.json").get("chat_template") or ""
+    if isinstance(template, list):
+        return "\n".join(str(item.get("template", "")) for item in template if isinstance(item, dict))
+    return template if isinstance(template, str) else ""
 
 
-def _json(file: Path) -> dict[str, Any]:
-    """What an engine that cannot read it either will complain of."""
+def _read_json(file: Path) -> dict[str, Any]:
+    """Return a JSON object; {} for an invalid file, which the engine will report."""
     try:
-        found = json.loads(file.read_bytes())
+        data = json.loads(file.read_bytes())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return data if isinstance(data, dict) else {}

@@ -1,4 +1,4 @@
-"""Limits per minute and at once, of keys and of models. In memory; the clock is an argument."""
+"""Rate and concurrency limits of keys and models. In memory; the clock is an argument."""
 
 from __future__ import annotations
 
@@ -14,67 +14,70 @@ from llmrun_runtime.rate_window import RateWindow
 from llmrun_runtime.wire.reports import LocalUsage, RemoteUsage, Subject, key_subject, model_subject
 from llmrun_runtime.wire.routing_table import ModelRoute
 
-AT_ONCE_RETRY_S = 1
+CONCURRENCY_RETRY_S = 1
+_NO_USAGE = RemoteUsage()
 
 
 @dataclass(frozen=True)
 class Limit:
-    """One subject's limits; 0 is none."""
+    """The limits of one key or model; 0 is no limit."""
 
     subject: Subject
-    who: str
-    """In words, for who is refused."""
+    label: str
+    """The subject's name in error messages."""
     rpm: int = 0
     tpm: int = 0
     max_in_flight: int = 0
 
 
-def limits_of(key: KeyInfo | None, model: ModelRoute) -> list[Limit]:
-    """Those that a request for `model` with `key` has to keep."""
-    found = [Limit(model_subject(model.name), f"the model {model.name}", model.rpm, model.tpm, model.max_in_flight)]
+def limits_for(key: KeyInfo | None, model: ModelRoute) -> list[Limit]:
+    """Return the limits that apply to a request for `model` with `key`."""
+    limits = [Limit(model_subject(model.name), f"model {model.name}", model.rpm, model.tpm, model.max_in_flight)]
     if key:
-        found.insert(0, Limit(key_subject(key.name), f"the key {key.name}", key.rpm, key.tpm, key.max_in_flight))
-    return [limit for limit in found if limit.rpm or limit.tpm or limit.max_in_flight]
+        limits.insert(0, Limit(key_subject(key.name), f"key {key.name}", key.rpm, key.tpm, key.max_in_flight))
+    return [limit for limit in limits if limit.rpm or limit.tpm or limit.max_in_flight]
 
 
 class Limiter:
-    """What each subject has asked here, and, as control tells, elsewhere."""
+    """Counts the requests of each subject at this ingress and enforces limits.
+
+    `remote`: usage at other ingresses and of tokens, as control reports it.
+    """
 
     def __init__(self) -> None:
-        self.elsewhere: Mapping[Subject, RemoteUsage] = {}
+        self.remote: Mapping[Subject, RemoteUsage] = {}
         self._requests: dict[Subject, RateWindow] = {}
         self._in_flight: Counter[Subject] = Counter()
 
-    def spent(self, now: float) -> dict[Subject, LocalUsage]:
-        """For control: what those with limits have asked here."""
+    def usage(self, now: float) -> dict[Subject, LocalUsage]:
+        """Return the usage of subjects with limits at this ingress, for control."""
         self._requests = {subject: window for subject, window in self._requests.items() if window.total(now)}
         subjects = self._requests.keys() | (+self._in_flight).keys()
-        return {s: LocalUsage(self._asked(s, now), self._in_flight[s]) for s in subjects}
+        return {s: LocalUsage(self._local_requests(s, now), self._in_flight[s]) for s in subjects}
 
     @contextlib.contextmanager
-    def entered(self, limits: Sequence[Limit], now: float) -> Iterator[None]:
-        """Count a request, from its admission to its end. Raises Refusal (429) if one of the limits is reached.
+    def acquire(self, limits: Sequence[Limit], now: float) -> Iterator[None]:
+        """Count a request while the block runs. Raises HTTPError (429) if a limit is reached.
 
-        1. Requests at once.
+        1. Concurrent requests.
         2. Requests in the last minute.
-        3. Tokens in the last minute: those of earlier requests; what this one will use nobody knows.
+        3. Tokens of earlier requests in the last minute: those of this one are not known yet.
         """
         for limit in limits:
-            there = self.elsewhere.get(limit.subject, RemoteUsage())
+            remote = self.remote.get(limit.subject, _NO_USAGE)
             # 1.
-            if limit.max_in_flight and self._in_flight[limit.subject] + there.in_flight >= limit.max_in_flight:
-                text = f"{limit.who} has {limit.max_in_flight} requests at once already (max_in_flight)"
-                raise _over(text, AT_ONCE_RETRY_S)
+            if limit.max_in_flight and self._in_flight[limit.subject] + remote.in_flight >= limit.max_in_flight:
+                concurrent = _count(limit.max_in_flight, "concurrent request")
+                raise _limit_reached(limit, f"{concurrent} (max_in_flight)", CONCURRENCY_RETRY_S)
             # 2.
-            if limit.rpm and self._asked(limit.subject, now) + there.requests >= limit.rpm:
+            if limit.rpm and self._local_requests(limit.subject, now) + remote.requests >= limit.rpm:
                 window = self._requests.get(limit.subject)
-                wait = window.wait(now, max(1, limit.rpm - there.requests)) if window else AT_ONCE_RETRY_S
-                raise _over(f"{limit.who} has had {limit.rpm} requests in the last minute (rpm)", wait)
+                wait = window.wait(now, max(1, limit.rpm - remote.requests)) if window else CONCURRENCY_RETRY_S
+                raise _limit_reached(limit, f"{_count(limit.rpm, 'request')} per minute (rpm)", wait)
             # 3.
-            if limit.tpm and there.tokens >= limit.tpm:
-                raise _over(
-                    f"{limit.who} has used {there.tokens} of {limit.tpm} tokens a minute (tpm)", there.tokens_wait
-                )
+            if limit.tpm and remote.tokens >= limit.tpm:
+                tokens = f"{_count(limit.tpm, 'token')} per minute (tpm), {remote.tokens} used"
+                raise _limit_reached(limit, tokens, remote.tokens_wait)
         for limit in limits:
             self._in_flight[limit.subject] += 1
             self._requests.setdefault(limit.subject, RateWindow()).add(now)
@@ -85,33 +88,36 @@ class Limiter:
                 self._in_flight[limit.subject] -= 1
 
     def headers(self, limits: Sequence[Limit], now: float) -> list[tuple[bytes, bytes]]:
-        """OpenAI's `x-ratelimit-*`: of requests and of tokens, the limit with the least left."""
-        found: list[tuple[bytes, bytes]] = []
-        kinds = {
-            "requests": [self._left(limit.subject, limit.rpm, now) for limit in limits if limit.rpm],
-            "tokens": [self._left_tokens(limit.subject, limit.tpm) for limit in limits if limit.tpm],
-        }
-        for kind, rows in kinds.items():
+        """Return OpenAI's `x-ratelimit-*` headers, each kind for the limit with the least remaining."""
+        requests = [self._remaining_requests(limit.subject, limit.rpm, now) for limit in limits if limit.rpm]
+        tokens = [self._remaining_tokens(limit.subject, limit.tpm) for limit in limits if limit.tpm]
+        headers: list[tuple[bytes, bytes]] = []
+        for kind, rows in (("requests", requests), ("tokens", tokens)):
             if rows:
-                left, limit, reset = min(rows)
-                values = {"limit": str(limit), "remaining": str(left), "reset": f"{reset:.3g}s"}
-                found += [(f"x-ratelimit-{name}-{kind}".encode(), value.encode()) for name, value in values.items()]
-        return found
+                remaining, limit, reset = min(rows)
+                values = {"limit": str(limit), "remaining": str(remaining), "reset": f"{reset:.3g}s"}
+                headers += [(f"x-ratelimit-{name}-{kind}".encode(), value.encode()) for name, value in values.items()]
+        return headers
 
-    def _asked(self, subject: Subject, now: float) -> int:
+    def _local_requests(self, subject: Subject, now: float) -> int:
         window = self._requests.get(subject)
         return window.total(now) if window else 0
 
-    def _left(self, subject: Subject, limit: int, now: float) -> tuple[int, int, float]:
-        """What is left, the limit, seconds until all of it is there again."""
-        asked = self._asked(subject, now) + self.elsewhere.get(subject, RemoteUsage()).requests
+    def _remaining_requests(self, subject: Subject, limit: int, now: float) -> tuple[int, int, float]:
+        """Return the remaining requests, the limit, and the seconds until all of it is available again."""
+        used = self._local_requests(subject, now) + self.remote.get(subject, _NO_USAGE).requests
         window = self._requests.get(subject)
-        return max(0, limit - asked), limit, window.wait(now, 1) if window else 0
+        return max(0, limit - used), limit, window.wait(now, 1) if window else 0
 
-    def _left_tokens(self, subject: Subject, limit: int) -> tuple[int, int, float]:
-        there = self.elsewhere.get(subject, RemoteUsage())
-        return max(0, limit - there.tokens), limit, there.tokens_wait
+    def _remaining_tokens(self, subject: Subject, limit: int) -> tuple[int, int, float]:
+        remote = self.remote.get(subject, _NO_USAGE)
+        return max(0, limit - remote.tokens), limit, remote.tokens_wait
 
 
-def _over(text: str, wait: float) -> HTTPError:
-    return HTTPError(429, text, "rate_limit_exceeded", "rate_limit_error", retry_after=max(1, math.ceil(wait)))
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _limit_reached(limit: Limit, allowed: str, wait: float) -> HTTPError:
+    message = f"rate limit reached: {limit.label} is limited to {allowed}"
+    return HTTPError(429, message, "rate_limit_exceeded", "rate_limit_error", retry_after=max(1, math.ceil(wait)))

@@ -1,4 +1,4 @@
-"""Reads what the ingress needs of a request: model, streaming, prompt prefix, maximum wait."""
+"""Parses what the ingress needs from a request: model, streaming, prompt prefix, maximum wait."""
 
 from __future__ import annotations
 
@@ -11,112 +11,114 @@ from typing import Any
 import python_multipart
 
 from llmrun_runtime.asgi import Scope
-from llmrun_runtime.ingress.admission.compat import mended
+from llmrun_runtime.ingress.admission.compat import normalize
 from llmrun_runtime.ingress.errors import HTTPError
 
-MAX_WAIT = b"x-llmrun-max-wait"
-PROMPTS = (b'"messages"', b'"prompt"', b'"input"')
-# Shorter prompts are not worth a cache.
+MAX_WAIT_HEADER = "X-LLMRun-Max-Wait"
+_MAX_WAIT = MAX_WAIT_HEADER.lower().encode()
+PROMPT_KEYS = (b'"messages"', b'"prompt"', b'"input"')
+# Routing by prefix pays off only for prompts of this length.
 PREFIX_BYTES = 1024
-ROUTED = ("model", "stream")
+ROUTING_KEYS = ("model", "stream")
 
 
 @dataclass(frozen=True)
 class ParsedRequest:
-    """What is read of a body: nothing else is looked at before the engine does."""
+    """The parts of a body that the ingress uses; the engine validates the rest."""
 
     model: str
     stream: bool
     prefix: bytes = b""
-    """How its prompt begins, for routing; b"" of a short one."""
-    mended: bytes = b""
-    """What the engine gets instead; b"" where that is the body as it came."""
+    """The start of the prompt, for routing; b"" for a short one."""
+    normalized: bytes = b""
+    """The body to send to the engine; b"" for the original one."""
 
 
-def read_request(body: bytes, content_type: bytes = b"application/json") -> ParsedRequest:
-    """Read `model` and `stream` of a body: JSON, or a multipart form. Raises Refusal."""
+def parse_request(body: bytes, content_type: bytes = b"application/json") -> ParsedRequest:
+    """Parse a JSON body or a multipart form. Raises HTTPError (400)."""
     if content_type.lower().startswith(b"multipart/form-data"):
-        return _read_form(body, content_type)
+        return _parse_form(body, content_type)
     try:
         parsed = json.loads(body)
-        twice = _written_twice(body) if isinstance(parsed, dict) else None
+        duplicate = _duplicate_key(body) if isinstance(parsed, dict) else None
     except (ValueError, RecursionError) as error:
-        raise HTTPError(400, f"the body is no JSON: {error}", "invalid_json") from None
+        raise HTTPError(400, f"request body is not valid JSON: {error}", "invalid_json") from None
     if not isinstance(parsed, dict):
-        raise HTTPError(400, f"the body must be a JSON object, not {type(parsed).__name__}", "invalid_json")
-    if twice:
-        raise HTTPError(400, f"the body has {twice!r} more than once: say it once", "duplicate_key", param=twice)
-    other = mended(parsed)
-    sent = json.dumps(other, ensure_ascii=False).encode() if other else b""
-    return ParsedRequest(_model_of(parsed), parsed.get("stream") is True, _prefix(body), sent)
+        message = f"request body must be a JSON object, not {type(parsed).__name__}"
+        raise HTTPError(400, message, "invalid_json")
+    if duplicate:
+        raise HTTPError(400, f"duplicate key {duplicate!r} in the request body", "duplicate_key", param=duplicate)
+    normalized = normalize(parsed)
+    encoded = json.dumps(normalized, ensure_ascii=False).encode() if normalized else b""
+    return ParsedRequest(_model_of(parsed), parsed.get("stream") is True, _prefix(body), encoded)
 
 
 def _prefix(body: bytes) -> bytes:
-    """The first PREFIX_BYTES of a long prompt as the client wrote it: what turns of one conversation have in common."""
-    at = next((at for field in PROMPTS if (at := body.find(field)) >= 0), len(body))
+    """Return the first PREFIX_BYTES of a long prompt as sent: the turns of one conversation have them in common."""
+    at = next((at for key in PROMPT_KEYS if (at := body.find(key)) >= 0), len(body))
     return body[at : at + PREFIX_BYTES] if at + PREFIX_BYTES <= len(body) else b""
 
 
 def _model_of(parsed: Mapping[str, Any]) -> str:
     model = parsed.get("model")
     if model is None:
-        raise HTTPError(400, "the body has no 'model': name one of GET /v1/models", "missing_model", param="model")
+        raise HTTPError(400, "'model' is required. Available: see GET /v1/models", "missing_model", param="model")
     if not isinstance(model, str):
         raise HTTPError(400, f"'model' must be a string, not {type(model).__name__}", "invalid_model", param="model")
     return model
 
 
-def _read_form(body: bytes, content_type: bytes) -> ParsedRequest:
-    """The form fields of ROUTED; files are the engine's."""
+def _parse_form(body: bytes, content_type: bytes) -> ParsedRequest:
+    """Parse the form fields in ROUTING_KEYS; the engine reads the files."""
     fields: dict[str, str] = {}
 
-    def keep(field: Any) -> None:
+    def on_field(field: Any) -> None:
         name = (field.field_name or b"").decode("latin-1")
-        if name in ROUTED:
+        if name in ROUTING_KEYS:
             if name in fields:
-                raise HTTPError(400, f"the form has {name!r} more than once: say it once", "duplicate_key", param=name)
+                raise HTTPError(400, f"duplicate key {name!r} in the form", "duplicate_key", param=name)
             fields[name] = (field.value or b"").decode(errors="replace")
 
     try:
         headers = {"Content-Type": content_type, "Content-Length": str(len(body)).encode()}
-        python_multipart.parse_form(headers, io.BytesIO(body), keep, lambda file: file.close())
+        python_multipart.parse_form(headers, io.BytesIO(body), on_field, lambda file: file.close())
     except (python_multipart.exceptions.FormParserError, ValueError) as error:
-        raise HTTPError(400, f"the body is no multipart form: {error}", "invalid_form") from None
+        raise HTTPError(400, f"request body is not a valid multipart form: {error}", "invalid_form") from None
     return ParsedRequest(_model_of(fields), fields.get("stream", "").lower() in ("true", "1"))
 
 
-def _written_twice(body: bytes) -> str | None:
-    """Which of ROUTED the outermost object has more than once: parsers differ in which one counts."""
-    # The exact look calls Python for each object; most bodies show at a glance that they need none.
-    if b"\\u" not in body and not any(body.count(f'"{key}"'.encode()) > 1 for key in ROUTED):
+def _duplicate_key(body: bytes) -> str | None:
+    """Return a key of ROUTING_KEYS that the outermost object has twice: parsers disagree on which value counts."""
+    # The exact check calls Python for each object; this quick one is enough for most bodies.
+    if b"\\u" not in body and not any(body.count(f'"{key}"'.encode()) > 1 for key in ROUTING_KEYS):
         return None
-    top: list[tuple[str, Any]] = []
+    outermost: list[tuple[str, Any]] = []
 
     def keep(pairs: list[tuple[str, Any]]) -> None:
-        nonlocal top
-        top = pairs  # objects come innermost first: the last one is the body itself
+        nonlocal outermost
+        outermost = pairs  # innermost objects come first, the body itself last
 
     json.loads(body, object_pairs_hook=keep)
-    names = [name for name, _ in top]
-    return next((key for key in ROUTED if names.count(key) > 1), None)
+    names = [name for name, _ in outermost]
+    return next((key for key in ROUTING_KEYS if names.count(key) > 1), None)
 
 
-def read_max_wait(scope: Scope) -> float | None:
-    """Seconds that the caller lets its request wait (`X-LLMRun-Max-Wait`); None if it does not say. Raises Refusal."""
-    said = dict(scope["headers"]).get(MAX_WAIT)
-    if said is None:
+def parse_max_wait(scope: Scope) -> float | None:
+    """Return the value of `X-LLMRun-Max-Wait` in seconds; None without the header. Raises HTTPError (400)."""
+    value = dict(scope["headers"]).get(_MAX_WAIT)
+    if value is None:
         return None
     try:
-        seconds = float(said)
+        seconds = float(value)
     except ValueError:
         seconds = -1
     if not 0 <= seconds < float("inf"):
-        text = f"X-LLMRun-Max-Wait: {said.decode('latin-1')!r} is no number of seconds, 0 or more"
-        raise HTTPError(400, text, "invalid_header")
+        message = f"invalid value for {MAX_WAIT_HEADER}: {value.decode('latin-1')!r} must be a number of seconds >= 0"
+        raise HTTPError(400, message, "invalid_header")
     return seconds
 
 
 def check_method(method: str, path: str, *allowed: str) -> None:
-    """Raises Refusal, naming the first one, unless `method` is among those `allowed`."""
+    """Raise HTTPError (405) unless `method` is `allowed`."""
     if method not in allowed:
-        raise HTTPError(405, f"{path} takes {allowed[0]}", "method_not_allowed")
+        raise HTTPError(405, f"method not allowed: {path} requires {allowed[0]}", "method_not_allowed")

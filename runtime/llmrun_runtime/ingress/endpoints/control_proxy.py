@@ -1,4 +1,4 @@
-"""Passes requests for control on, over HTTP."""
+"""Forwards requests to control's HTTP API."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 import aiohttp
 
 from llmrun_runtime.asgi import Receive, Scope, Send
-from llmrun_runtime.ingress.relay import OF_THE_ANSWER, UpstreamGone, forwarded_headers
+from llmrun_runtime.ingress.relay import DROPPED_FROM_RESPONSE, UpstreamUnavailable, forwarded_headers
 
 CONNECT_TIMEOUT_S = 5
-WITH_BODY = ("POST", "PUT", "PATCH")
-# What aiohttp would add: control hears what the client said and no more.
+METHODS_WITH_BODY = ("POST", "PUT", "PATCH")
+# aiohttp would add these; control should get the client's headers only.
 AUTO_HEADERS = ("user-agent", "accept", "accept-encoding", "content-type")
 
 
 def new_session() -> aiohttp.ClientSession:
-    """A client without a limit on connections or on how long an answer takes; it keeps bytes as they are."""
+    """Return a client without limits on connections or response times, which does not decompress bodies."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
@@ -27,13 +27,13 @@ def new_session() -> aiohttp.ClientSession:
     )
 
 
-async def pass_on(session: aiohttp.ClientSession, scope: Scope, receive: Receive, send: Send, url: str) -> None:
-    """Ask `url` and stream its answer to the client as it comes. Raises UpstreamGone before the answer's first byte."""
+async def forward(session: aiohttp.ClientSession, scope: Scope, receive: Receive, send: Send, url: str) -> None:
+    """Forward a request to `url` and stream the response. Raises UpstreamUnavailable before its first byte."""
     if scope["query_string"]:
         url += "?" + scope["query_string"].decode("latin-1")
-    body = _stream_body(receive) if scope["method"] in WITH_BODY else None
+    body = _stream_body(receive) if scope["method"] in METHODS_WITH_BODY else None
     try:
-        answer = await session.request(
+        response = await session.request(
             scope["method"],
             url,
             headers=forwarded_headers(scope, frozenset({b"content-length"})),
@@ -42,17 +42,18 @@ async def pass_on(session: aiohttp.ClientSession, scope: Scope, receive: Receive
             skip_auto_headers=AUTO_HEADERS,
         )
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        raise UpstreamGone(str(error) or type(error).__name__, reached=True) from error
-    async with answer:
-        kept = [(key.lower(), value) for key, value in answer.raw_headers if key.lower() not in OF_THE_ANSWER]
-        await send({"type": "http.response.start", "status": answer.status, "headers": kept})
-        async for chunk in answer.content.iter_any():
+        raise UpstreamUnavailable(str(error) or type(error).__name__, reached=True) from error
+    async with response:
+        raw = response.raw_headers
+        kept = [(key.lower(), value) for key, value in raw if key.lower() not in DROPPED_FROM_RESPONSE]
+        await send({"type": "http.response.start", "status": response.status, "headers": kept})
+        async for chunk in response.content.iter_any():
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
 
 async def _stream_body(receive: Receive) -> AsyncIterator[bytes]:
-    """The body piece by piece."""
+    """Yield the body in chunks."""
     more = True
     while more:
         message: Any = await receive()

@@ -1,4 +1,4 @@
-"""Several of Prometheus' text pages as one. Reads no more of them than that takes: an engine's has a thousand lines."""
+"""Merges pages in Prometheus' text format. Parses no more than it needs: an engine's page has a thousand lines."""
 
 from __future__ import annotations
 
@@ -6,54 +6,54 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-HEADS = ("# HELP ", "# TYPE ")
-PAIR = re.compile(r'(\w+)(="(?:[^"\\]|\\.)*")')
+COMMENTS = ("# HELP ", "# TYPE ")
+LABEL = re.compile(r'(\w+)(="(?:[^"\\]|\\.)*")')
 
 
 @dataclass
 class Family:
-    """What is said of one name: a page may have it in one place only."""
+    """The lines of one metric name, which a page must keep together."""
 
-    heads: dict[str, str] = field(default_factory=dict)
+    comments: dict[str, str] = field(default_factory=dict)
     samples: list[str] = field(default_factory=list)
 
 
 def merge(pages: Iterable[tuple[str, Mapping[str, str]]]) -> str:
-    """The pages as one, with more labels for each. A label that a page has already is called `exported_…` there."""
+    """Merge the pages, and add labels to each. A label that a page already has is renamed to `exported_…`."""
     families: dict[str, Family] = {}
     for text, labels in pages:
-        _take(families, text, labels)
+        _add_page(families, text, labels)
     lines: list[str] = []
     for family in families.values():
-        lines += [*family.heads.values(), *family.samples]
+        lines += [*family.comments.values(), *family.samples]
     return "\n".join([*lines, ""]) if lines else ""
 
 
-def _take(families: dict[str, Family], text: str, labels: Mapping[str, str]) -> None:
-    more = ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items())
+def _add_page(families: dict[str, Family], text: str, labels: Mapping[str, str]) -> None:
+    extra = ",".join(f'{name}="{_escape(value)}"' for name, value in labels.items())
     name, family = "", Family()
     for line in text.split("\n"):
-        if line.startswith(HEADS):
+        if line.startswith(COMMENTS):
             name = line.split(" ", 3)[2]
             family = families.setdefault(name, Family())
-            family.heads.setdefault(line[:6], line)
+            family.comments.setdefault(line[:6], line)
         elif line and not line.startswith("#"):
             if not name or not line.startswith(name):
                 name = re.split(r"[{ ]", line, maxsplit=1)[0]
                 family = families.setdefault(name, Family())
-            family.samples.append(_labelled(line, more, labels) if labels else line)
+            family.samples.append(_with_labels(line, extra, labels) if labels else line)
 
 
-def _labelled(line: str, more: str, labels: Iterable[str]) -> str:
+def _with_labels(line: str, extra: str, labels: Iterable[str]) -> str:
     name, brace, rest = line.partition("{")
     if not brace:
         name, _, value = line.partition(" ")
-        return f"{name}{{{more}}} {value}"
+        return f"{name}{{{extra}}} {value}"
     comma = "" if rest.startswith("}") else ","
     if any(f'{label}="' in rest for label in labels):
-        rest = PAIR.sub(lambda pair: f"exported_{pair[0]}" if pair[1] in labels else pair[0], rest)
-    return f"{name}{{{more}{comma}{rest}"
+        rest = LABEL.sub(lambda label: f"exported_{label[0]}" if label[1] in labels else label[0], rest)
+    return f"{name}{{{extra}{comma}{rest}"
 
 
-def _escaped(value: str) -> str:
+def _escape(value: str) -> str:
     return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

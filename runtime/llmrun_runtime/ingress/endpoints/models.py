@@ -1,4 +1,4 @@
-"""`GET /v1/models`: models and their adapters as OpenAI lists them, from memory, however many there are."""
+"""`GET /v1/models`: models and their adapters in OpenAI's format, from memory."""
 
 from __future__ import annotations
 
@@ -8,42 +8,42 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from llmrun_runtime.ingress.admission.admit import Visibility, listed_adapters
+from llmrun_runtime.ingress.admission.target import Visibility, listed_adapters
 from llmrun_runtime.wire.routing_table import ModelRoute
 
 MODELS = "/v1/models"
-# Between so many other requests have their turn: 1 ms.
-AT_ONCE = 500
+# Entries to encode before other requests get their turn: 1 ms.
+BATCH = 500
 
 
-async def list_models(models: Iterable[ModelRoute], seen: Visibility) -> bytes:
-    """The whole answer."""
+async def list_models(models: Iterable[ModelRoute], visible: Visibility) -> bytes:
+    """Return the complete response body."""
     models = list(models)
-    entries = _entries(models, seen)
-    pieces: list[str] = []
-    while some := list(islice(entries, AT_ONCE)):
-        if shown := [entry for entry in some if entry]:
-            pieces.append(json.dumps(shown, ensure_ascii=False)[1:-1])
+    entries = _entries(models, visible)
+    chunks: list[str] = []
+    while batch := list(islice(entries, BATCH)):
+        if shown := [entry for entry in batch if entry]:
+            chunks.append(json.dumps(shown, ensure_ascii=False)[1:-1])
         await asyncio.sleep(0)
-    return b'{"object": "list", "data": [' + ", ".join(pieces).encode() + b"]}"
+    return b'{"object": "list", "data": [' + ", ".join(chunks).encode() + b"]}"
 
 
-def _entries(models: list[ModelRoute], seen: Visibility) -> Iterator[dict[str, Any] | None]:
-    """Models first; of adapters, of which there may be thousands, no more than OpenAI's fields and the parent.
+def _entries(models: list[ModelRoute], visible: Visibility) -> Iterator[dict[str, Any] | None]:
+    """Yield models, then adapters; for adapters, which can be thousands, only OpenAI's fields and the parent.
 
-    None for each that the caller does not see: looking costs time, too.
+    Yields None for each entry that is not visible, because checking it takes time, too.
     """
     for model in models:
-        yield describe(model, model.name) if seen(model) else None
+        yield describe(model, model.name) if visible(model) else None
     for model in models:
         for adapter in listed_adapters(model):
             name = f"{model.name}:{adapter}"
-            yield entry(name, model.created) | {"parent": model.name} if seen(model, adapter) else None
+            yield entry(name, model.created) | {"parent": model.name} if visible(model, adapter) else None
 
 
 def describe(model: ModelRoute, name: str) -> dict[str, Any]:
-    """A model, or one of its adapters, with what llmrun knows beside."""
-    more: dict[str, Any] = {
+    """Return a model, or one of its adapters, with llmrun's own fields."""
+    extra: dict[str, Any] = {
         "state": model.state,
         "app": model.app,
         "version": model.version,
@@ -51,11 +51,11 @@ def describe(model: ModelRoute, name: str) -> dict[str, Any]:
         "paths": sorted(model.paths),
     }
     if model.max_model_len:
-        more["max_model_len"] = model.max_model_len
+        extra["max_model_len"] = model.max_model_len
     parent = {"parent": model.name} if ":" in name else {}
-    return entry(name, model.created) | {"llmrun": more} | parent
+    return entry(name, model.created) | {"llmrun": extra} | parent
 
 
 def entry(name: str, created: int) -> dict[str, Any]:
-    """A model as OpenAI has it; `created` in Unix seconds."""
+    """Return a model in OpenAI's format; `created` in Unix seconds."""
     return {"id": name, "object": "model", "created": created, "owned_by": "llmrun"}

@@ -1,4 +1,4 @@
-"""The ingress's OpenAPI document: its paths, and how its own answers look. Bodies are the engines' business."""
+"""The ingress's OpenAPI document: its paths and its own responses. The engines define the bodies."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 import llmrun
 
 FORMS = frozenset({"/v1/audio/transcriptions", "/v1/audio/translations"})
-REFUSALS = {
-    400: "The request cannot be read, or the engine refuses it.",
-    401: "There are API keys, and none of them came with the request.",
-    403: "The key is for other models.",
-    404: "There is no such model, or it has no such path; the message names those that there are.",
-    413: "The body is too large.",
-    429: "A limit is reached, or the queue is full; `Retry-After` says when to come back.",
+ERRORS = {
+    400: "The request is invalid, or the engine rejected it.",
+    401: "The API key is missing, invalid or expired.",
+    403: "The API key has no access to this model.",
+    404: "The model was not found, or does not support this path; the message lists what is available.",
+    413: "The request body is too large.",
+    429: "A rate limit is reached, or the queue is full; retry after `Retry-After` seconds.",
     500: "The ingress or the engine failed.",
-    503: "No replica answers now; the message says why.",
-    504: "A deadline that was set is over.",
+    503: "No replica is available; the message has the reason.",
+    504: "The request timed out.",
 }
 _ERROR = {
     "type": "object",
@@ -57,25 +57,25 @@ _LIST = {
 
 
 def openapi(paths: Iterable[str]) -> dict[str, Any]:
-    """The document, for these inference paths."""
-    found: dict[str, Any] = {
-        "/health": {"get": _operation("Whether the ingress lives", {"type": "object"})},
+    """Return the document for these inference paths."""
+    operations: dict[str, Any] = {
+        "/health": {"get": _operation("Liveness of the ingress", {"type": "object"})},
         "/v1/models": {"get": _operation("All models", _ref("Models"))},
         "/v1/models/{id}": {"get": _operation("One model", _ref("Model"))},
     }
-    found["/v1/models/{id}"]["get"]["parameters"] = [
+    operations["/v1/models/{id}"]["get"]["parameters"] = [
         {"name": "id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
     ]
     for path in sorted(paths):
-        operation = _operation("Answered by the model's engine", {})
+        operation = _operation("Served by the model's engine", {})
         body = {"type": "object", "required": ["model"], "properties": {"model": {"type": "string"}}}
         kind = "multipart/form-data" if path in FORMS else "application/json"
         operation["requestBody"] = {"required": True, "content": {kind: {"schema": body}}}
-        found[path] = {"post": operation}
+        operations[path] = {"post": operation}
     return {
         "openapi": "3.1.0",
         "info": {"title": "llmrun", "version": llmrun.__version__},
-        "paths": found,
+        "paths": operations,
         "security": [{}, {"key": []}],
         "components": {
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
@@ -90,8 +90,8 @@ def _ref(name: str) -> dict[str, str]:
 
 def _operation(summary: str, schema: dict[str, Any]) -> dict[str, Any]:
     content = {"application/json": {"schema": schema}}
-    refusals = {
+    errors = {
         str(status): {"description": text, "content": {"application/json": {"schema": _ref("Error")}}}
-        for status, text in REFUSALS.items()
+        for status, text in ERRORS.items()
     }
-    return {"summary": summary, "responses": {"200": {"description": "Well.", "content": content}, **refusals}}
+    return {"summary": summary, "responses": {"200": {"description": "OK", "content": content}, **errors}}

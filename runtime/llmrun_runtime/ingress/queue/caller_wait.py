@@ -1,61 +1,71 @@
-"""One caller's wait for a replica: its deadline, and what it hears meanwhile."""
+"""One request's wait for a replica: its deadline, and keepalive comments during the wait."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection
 
+from llmrun_runtime.ingress.admission.request import MAX_WAIT_HEADER
 from llmrun_runtime.ingress.errors import NOT_READY, HTTPError
-from llmrun_runtime.ingress.queue.keepalive import EVERY_S, QUIET_S, KeepaliveStream
-from llmrun_runtime.ingress.queue.request_queue import NOBODY, Caller, Claim, RequestQueue
+from llmrun_runtime.ingress.queue.claim import ANONYMOUS, Caller, Claim, WaitLimit
+from llmrun_runtime.ingress.queue.keepalive import KeepaliveStream
+from llmrun_runtime.ingress.queue.request_queue import RequestQueue
 
 
 class CallerWait:
-    """How long the caller of `name` waits in all: `limit` seconds at most, and never longer than the ingress lets it.
+    """The wait for a replica of the model `name`, over all attempts of one request.
 
-    `early` is where a streaming caller hears of its wait; None for one that just waits.
+    `max_wait`: the client's limit in seconds; LLMRUN_WAKE_TIMEOUT limits the wait as well.
+    `keepalive`: where to send comments; None if the response is not streamed.
     """
 
     def __init__(
         self,
-        waiting: RequestQueue,
+        queue: RequestQueue,
         name: str,
-        limit: float | None,
-        early: KeepaliveStream | None,
-        caller: Caller = NOBODY,
+        max_wait: float | None,
+        keepalive: KeepaliveStream | None,
+        caller: Caller = ANONYMOUS,
     ) -> None:
-        self._waiting = waiting
+        self._queue = queue
         self._caller = caller
         self._name = name
-        self._early = early
-        self._began = asyncio.get_running_loop().time()
-        self._limited = limit is not None
-        most = waiting.wake_timeout
-        self._deadline = self._began + (most if limit is None else min(limit, most))
+        self._keepalive = keepalive
+        self._client_limited = max_wait is not None
+        started = asyncio.get_running_loop().time()
+        if max_wait is not None and max_wait <= queue.wake_timeout:
+            self._limit = WaitLimit(started, started + max_wait, MAX_WAIT_HEADER)
+        else:
+            self._limit = WaitLimit(started, started + queue.wake_timeout, "LLMRUN_WAKE_TIMEOUT")
 
     async def claim(self, avoid: Collection[str]) -> Claim:
         """See `RequestQueue.claim`."""
-        claim = self._waiting.claim(self._name, self._deadline, avoid, self._began, self._caller)
+        claim = self._queue.claim(self._name, self._limit, avoid, self._caller)
         claiming = asyncio.ensure_future(claim)
-        loop = asyncio.get_running_loop()
-        pause = max(0.0, self._began + QUIET_S - loop.time())
         try:
-            while not (await asyncio.wait({claiming}, timeout=pause if self._early else None))[0]:
-                pause = EVERY_S
-                if self._early:
-                    await self._early.comment(self._waiting.describe(self._name, loop.time() - self._began))
+            if self._keepalive:
+                await self._comment_until(claiming, self._keepalive)
+            else:
+                await asyncio.wait({claiming})
             return claiming.result()
-        except HTTPError as refusal:
-            if self._limited and refusal.code == NOT_READY:
-                self._waiting.hold(self._name)
+        except HTTPError as error:
+            if self._client_limited and error.code == NOT_READY:
+                self._queue.hold_wake(self._name)
             raise
         except BaseException:
-            await self._drop(claiming)
+            await self._cancel(claiming)
             raise
 
-    async def _drop(self, claiming: asyncio.Future[Claim]) -> None:
-        """The caller has left, perhaps in the moment in which its claim came."""
+    async def _comment_until(self, claiming: asyncio.Future[Claim], keepalive: KeepaliveStream) -> None:
+        loop = asyncio.get_running_loop()
+        pause = max(0.0, self._limit.started + keepalive.timing.first - loop.time())
+        while not (await asyncio.wait({claiming}, timeout=pause))[0]:
+            pause = keepalive.timing.interval
+            await keepalive.comment(self._queue.describe_wait(self._name, loop.time() - self._limit.started))
+
+    async def _cancel(self, claiming: asyncio.Future[Claim]) -> None:
+        """Cancel the claim, and release it if it was granted at the same moment."""
         claiming.cancel()
-        (found,) = await asyncio.gather(claiming, return_exceptions=True)
-        if isinstance(found, Claim):
-            self._waiting.release(found)
+        (result,) = await asyncio.gather(claiming, return_exceptions=True)
+        if isinstance(result, Claim):
+            self._queue.release(result)

@@ -1,77 +1,85 @@
-"""The answer of a streaming caller who waits long: 200 and comments first, so that no proxy between gives up.
+"""Keepalive for streaming requests that wait long: a 200 and comments, so that no proxy in between times out.
 
-Then come the engine's events as they are, or, if it all ends badly, one event with the error.
+The engine's events follow unchanged; if the request fails, one event with the error follows instead.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 
 from llmrun_runtime.asgi import Headers, Message, Send, error_body
 from llmrun_runtime.ingress.errors import HTTPError
 
-# What is known by then gets its real status.
-QUIET_S = 10.0
-EVERY_S = 5.0
+
+@dataclass(frozen=True)
+class KeepaliveTiming:
+    """Seconds before the first comment, and between comments. Errors before the first one keep their own status."""
+
+    first: float = 10.0
+    interval: float = 5.0
+
+
+DEFAULT_TIMING = KeepaliveTiming()
 
 
 class KeepaliveStream:
-    """A `Send` around the caller's; until the first comment it changes nothing."""
+    """A `Send` around the client's; it changes nothing until the first comment is sent."""
 
-    def __init__(self, send: Send, headers: Headers) -> None:
+    def __init__(self, send: Send, headers: Headers, timing: KeepaliveTiming) -> None:
+        self.timing = timing
+        self.response_started = False
+        """Whether the client has received a status."""
+        self.is_event_stream = False
+        """Whether the response is an event stream, so that an error can be sent as its last event."""
         self._send = send
         self._headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         self._headers += headers
-        self.opened = False
-        self.started = False
-        """Whether the caller has heard a status."""
-        self.events = False
-        """Whether it is a stream of events, which can end with one that says what went wrong."""
-        self._refused: bytearray | None = None
+        self._comment_sent = False
+        self._error_body: bytearray | None = None
 
     @property
-    def streams(self) -> bool:
-        """Whether it is a stream of events of an answer, not of an engine's refusal."""
-        return self.events and self._refused is None
+    def streams_answer(self) -> bool:
+        """Whether the response is an event stream with an answer, not with an engine's error."""
+        return self.is_event_stream and self._error_body is None
 
     async def comment(self, text: str) -> None:
-        """Say something that clients do not show."""
-        if not self.opened:
-            self.opened = self.started = self.events = True
+        """Send a comment, which clients ignore."""
+        if not self._comment_sent:
+            self._comment_sent = self.response_started = self.is_event_stream = True
             await self._send({"type": "http.response.start", "status": 200, "headers": self._headers})
         await self._send({"type": "http.response.body", "body": f": {text}\n\n".encode(), "more_body": True})
 
-    async def refuse(self, refusal: HTTPError) -> None:
-        """End with an error event."""
-        body = refusal.body()
-        await self._end(json.dumps(body, ensure_ascii=False).encode())
+    async def fail(self, error: HTTPError) -> None:
+        """End the stream with an error event."""
+        await self._end(json.dumps(error.body(), ensure_ascii=False).encode())
 
     async def __call__(self, message: Message) -> None:
-        """Pass on what an engine answers."""
-        if not self.opened:
+        """Forward a message of the engine's response."""
+        if not self._comment_sent:
             if message["type"] == "http.response.start":
-                self.started = True
-                kinds = [value for key, value in message["headers"] if key.lower() == b"content-type"]
-                self.events = any(kind.lower().startswith(b"text/event-stream") for kind in kinds)
+                self.response_started = True
+                types = [value for key, value in message["headers"] if key.lower() == b"content-type"]
+                self.is_event_stream = any(each.lower().startswith(b"text/event-stream") for each in types)
             await self._send(message)
         elif message["type"] == "http.response.start":
             if message["status"] != 200:
-                self._refused = bytearray()
-        elif self._refused is None:
+                self._error_body = bytearray()
+        elif self._error_body is None:
             await self._send(message)
         else:
-            self._refused += message.get("body", b"")
+            self._error_body += message.get("body", b"")
             if not message.get("more_body"):
-                await self._end(_one_line(bytes(self._refused)))
+                await self._end(_one_line(bytes(self._error_body)))
 
     async def _end(self, data: bytes) -> None:
         await self._send({"type": "http.response.body", "body": b"data: " + data + b"\n\n"})
 
 
 def _one_line(body: bytes) -> bytes:
-    """An engine's answer to a request that it refuses, as the data of an event."""
+    """Return an engine's error response as the data of one event."""
     try:
-        found = json.loads(body)
+        error = json.loads(body)
     except ValueError:
-        found = error_body(body.decode(errors="replace")[:1000], "invalid_request_error", "engine_refused")
-    return json.dumps(found, ensure_ascii=False).encode()
+        error = error_body(body.decode(errors="replace")[:1000], "invalid_request_error", "engine_refused")
+    return json.dumps(error, ensure_ascii=False).encode()

@@ -1,7 +1,4 @@
-"""Holds requests until their model has a replica with room: keeps the table and counts what waits and what flies.
-
-Knows nothing of HTTP.
-"""
+"""Queues requests until their model has a replica with a free slot. Holds the routing table; does not know HTTP."""
 
 from __future__ import annotations
 
@@ -11,81 +8,40 @@ import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
 
-from llmrun_runtime.ingress.admission.admit import find_model
-from llmrun_runtime.ingress.errors import NOT_READY, HTTPError
+from llmrun_runtime.ingress.admission.target import find_model
+from llmrun_runtime.ingress.errors import HTTPError
+from llmrun_runtime.ingress.queue.claim import ANONYMOUS, PLACEHOLDER, Caller, Claim, Waiter, WaitLimit
+from llmrun_runtime.ingress.queue.in_flight import InFlight
+from llmrun_runtime.ingress.queue.wait_errors import DEFAULT_RETRY_AFTER_S, queue_full, start_failed, wait_timed_out
 from llmrun_runtime.ingress.routing import choose
 from llmrun_runtime.wire.reports import Traffic
-from llmrun_runtime.wire.routing_table import ModelRoute, ReplicaRoute, Table
+from llmrun_runtime.wire.routing_table import ModelRoute, Table
 
-RETRY_AFTER_S, MOST_RETRY_AFTER_S = 10, 120
-# A caller who did not want to wait will come back: for so much longer than is usual the wake goes on for it.
+# A wake continues for this multiple of the usual start time after a client gave up, because the client will retry.
 HOLD_FACTOR = 2
 AVOID_S = 1.0
 
 
-@dataclass(frozen=True)
-class Caller:
-    """Whose request it is, as far as waiting and routing go."""
-
-    key: str = ""
-    """The name of its key; "" without one."""
-    probe: bool = False
-    """It does not keep a model hot."""
-    prefix: bytes = b""
-    """How its prompt begins."""
-    adapter: str = ""
-    """The pin of the adapter that it asks for."""
-    counted: str = ""
-    """How that adapter is called in metrics."""
-
-
-NOBODY = Caller()
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A replica that a request goes to, counted as in flight there until it is released."""
-
-    model: str
-    replica: ReplicaRoute
-    caller: Caller
-    waited: bool = False
-
-
-# Who waits in the place of a caller who would not. No key is called so; it takes no place in the queue from anybody.
-STAND_IN = Caller(key="\0")
-
-
-@dataclass(eq=False)
-class Waiter:
-    """One request that waits. Its turn is a claim, or None: look again at what has changed."""
-
-    caller: Caller
-    avoid: Collection[str]
-    turn: asyncio.Future[Claim | None]
-
-
 class RequestQueue:
-    """The ingress's table and counters."""
+    """The routing table, the queues and the counters of one ingress.
 
-    def __init__(self, wake_timeout: float, on_wait: Callable[[], None]) -> None:
+    `on_change` is called when control should get a new report.
+    """
+
+    def __init__(self, wake_timeout: float, on_change: Callable[[], None]) -> None:
         self.table = Table()
         self.wake_timeout = wake_timeout
-        self._on_wait = on_wait
+        self.in_flight = InFlight()
+        self._on_change = on_change
         self._queues: dict[str, dict[str, deque[Waiter]]] = {}
         """By model and key."""
-        self._since: dict[str, float] = {}
-        self._held: dict[str, asyncio.Task[None]] = {}
-        self._by_model: Counter[str] = Counter()
-        self._by_replica: Counter[str] = Counter()
-        self._by_key: Counter[tuple[str, str]] = Counter()
-        self._by_adapter: Counter[tuple[str, str]] = Counter()
+        self._waiting_since: dict[str, float] = {}
+        self._held_wakes: dict[str, asyncio.Task[None]] = {}
         self._first_tokens: dict[str, float] = {}
 
     def update(self, table: Table) -> None:
-        """Take a new table; whoever waits looks again."""
+        """Replace the routing table and wake all waiters, so that they check it."""
         self.table = table
         for model, queue in self._queues.items():
             self._serve(model)
@@ -94,80 +50,67 @@ class RequestQueue:
                     waiter.turn.set_result(None)
 
     def traffic(self) -> dict[str, Traffic]:
-        """What waits and what is in flight, by model; probes are not counted."""
-        models = {*self._queues, *(+self._by_model)}
-        return {m: Traffic(self._waiting(m), self._by_model[m], self._since.get(m, 0)) for m in models}
+        """Return the waiting and in-flight requests by model, without probes in flight."""
+        in_flight = self.in_flight.by_model
+        models = {*self._queues, *(+in_flight)}
+        return {m: Traffic(self._waiting(m), in_flight[m], self._waiting_since.get(m, 0)) for m in models}
 
     def by_adapter(self) -> tuple[Counter[tuple[str, str]], Counter[tuple[str, str]]]:
-        """What waits and what is in flight, probes too, by model and by what the adapter is called in metrics."""
+        """Return the waiting and in-flight requests, with probes, by model and the adapter's label in metrics."""
         waiting = Counter(
-            (model, waiter.caller.counted)
+            (model, waiter.caller.adapter_label)
             for model, queue in self._queues.items()
             for waiters in queue.values()
             for waiter in waiters
         )
-        return waiting, self._by_adapter.copy()
+        return waiting, self.in_flight.by_adapter.copy()
 
     def first_tokens(self) -> dict[str, float]:
-        """When (unix time) requests that had waited got their first bytes, by replica, since the last call."""
-        found, self._first_tokens = self._first_tokens, {}
-        return found
+        """Return, by replica, when (Unix time) a request that had waited got its first byte; since the last call."""
+        first_tokens, self._first_tokens = self._first_tokens, {}
+        return first_tokens
 
-    def answered(self, claim: Claim) -> None:
-        """A request has got its first byte."""
+    def on_first_byte(self, claim: Claim) -> None:
+        """Record that a request has received its first byte."""
         if claim.waited and claim.replica.id not in self._first_tokens:
             self._first_tokens[claim.replica.id] = time.time()
-            self._on_wait()
+            self._on_change()
 
     @contextlib.contextmanager
-    def in_flight(self, claim: Claim) -> Iterator[None]:
-        """Release the claim when the request has left its replica."""
+    def releasing(self, claim: Claim) -> Iterator[None]:
+        """Release the claim at the end of the block."""
         try:
             yield
         finally:
             self.release(claim)
 
     def release(self, claim: Claim) -> None:
-        """Count the claim's request as in flight no more; its place goes to the next who waits."""
-        self._count(claim, -1)
+        """Stop counting the request as in flight and give its slot to the next waiter."""
+        self.in_flight.add(claim, -1)
         self._serve(claim.model)
 
     def _waiting(self, model: str) -> int:
         return sum(map(len, self._queues.get(model, {}).values()))
 
-    def _count(self, claim: Claim, change: int) -> None:
-        replica, key = claim.replica.id, (claim.model, claim.caller.key)
-        adapter = (claim.model, claim.caller.counted)
-        self._by_model[claim.model] += 0 if claim.caller.probe else change
-        self._by_replica[replica] += change
-        self._by_key[key] += change
-        self._by_adapter[adapter] += change
-        if not self._by_replica[replica]:
-            del self._by_replica[replica]
-        if not self._by_key[key]:
-            del self._by_key[key]
-        if not self._by_adapter[adapter]:
-            del self._by_adapter[adapter]
-
     def _take(self, model: ModelRoute, avoid: Collection[str], caller: Caller, *, waited: bool) -> Claim | None:
-        """Claim a replica that has room, if there is one, and count it in the same step: nobody else gets its place."""
-        replica = choose(model, self._by_replica, avoid, caller.prefix, caller.adapter)
+        """Claim a slot if one is free, and count it in the same step so that no other request gets it."""
+        replica = choose(model, self.in_flight.by_replica, avoid, caller.prefix, caller.adapter)
         if not replica:
             return None
         claim = Claim(model.name, replica, caller, waited)
-        self._count(claim, 1)
+        self.in_flight.add(claim, 1)
         return claim
 
     def _serve(self, name: str) -> None:
-        """Give places to those who wait: the key with the fewest requests in flight comes first, and of it the first.
+        """Give free slots to waiters: first to the key with the fewest requests in flight, oldest request first.
 
-        So whoever floods a model with requests does not make others wait behind all of them.
+        So a key that floods a model does not delay the requests of others.
         """
         model = self.table.models.get(name)
         queue = self._queues.get(name, {})
         waiting = {key: deque(w for w in waiters if not w.turn.done()) for key, waiters in queue.items()}
         while model and (keys := [key for key, waiters in waiting.items() if waiters]):
-            key = min(keys, key=lambda key: self._by_key[name, key])
+            key = min(keys, key=lambda key: self.in_flight.by_key[name, key])
             waiter = waiting[key].popleft()
             claim = self._take(model, waiter.avoid, waiter.caller, waited=True)
             if claim:
@@ -176,120 +119,107 @@ class RequestQueue:
                 return
 
     def _full(self, model: ModelRoute, caller: Caller) -> int:
-        """How many wait, if the caller may not wait beside them; else 0. A key has its share whatever others do."""
+        """Return the queue's length if the caller cannot join it, else 0. Each key has its share of `max_queued`."""
         lengths = {key: len(waiters) for key, waiters in self._queues.get(model.name, {}).items()}
-        lengths.pop(STAND_IN.key, None)
-        queued = sum(lengths.values())
+        lengths.pop(PLACEHOLDER.key, None)
+        waiting = sum(lengths.values())
         share = max(1, model.max_queued // len(lengths.keys() | {caller.key}))
-        return queued if queued >= model.max_queued and lengths.get(caller.key, 0) >= share else 0
+        return waiting if waiting >= model.max_queued and lengths.get(caller.key, 0) >= share else 0
 
     async def claim(
-        self,
-        name: str,
-        deadline: float,
-        avoid: Collection[str] = (),
-        began: float | None = None,
-        caller: Caller = NOBODY,
+        self, name: str, limit: WaitLimit, avoid: Collection[str] = (), caller: Caller = ANONYMOUS
     ) -> Claim:
-        """A replica for the model that clients call `name`, as soon as one has room; `release` it afterwards.
+        """Return a slot at a replica of the model called `name`, once one is free; `release` it afterwards.
 
-        Replicas in `avoid` have just failed this request: they are taken again after AVOID_S, if they are still in
-        the table and there is no other. Raises Refusal: the model is gone, its start fails while we wait, or
-        `deadline` (of the event loop's clock) is over; `began`, of the same, is when the caller came.
+        Replicas in `avoid` have just failed this request: they are used again after AVOID_S if no other one is free.
+        Raises HTTPError: the model was deleted, its start failed while waiting, the queue is full, or `limit` is over.
         """
         model = find_model(self.table, name)
         if not self._queues.get(model.name) and (claim := self._take(model, avoid, caller, waited=False)):
             return claim
-        queued = self._full(model, caller)
-        if queued and not avoid:  # who has been let in once stays
-            text = f"{queued} requests wait for {model.name} already (max_queued)"
-            raise HTTPError(429, text, "queue_full", "rate_limit_error", retry_after=retry_after(model))
-        counted, failures = model.name, model.failures
+        waiting = self._full(model, caller)
+        if waiting and not avoid:  # a retry was admitted to the queue before
+            raise queue_full(model, waiting)
+        waited = await self._wait(model, name, limit, avoid, caller)
+        return waited or await self.claim(name, limit, avoid, caller)
+
+    async def _wait(
+        self, model: ModelRoute, name: str, limit: WaitLimit, avoid: Collection[str], caller: Caller
+    ) -> Claim | None:
+        """Wait in the model's queue. Returns None when `name` becomes the name of another model. Raises HTTPError."""
+        queued_for, failures = model.name, model.failures
         loop = asyncio.get_running_loop()
-        began = loop.time() if began is None else began
-        forgive = loop.time() + AVOID_S
-        with self._queued(counted, Waiter(caller, avoid, loop.create_future())) as waiter:
-            while model.name == counted:
+        avoid_until = loop.time() + AVOID_S
+        with self._queued(queued_for, Waiter(caller, avoid, loop.create_future())) as waiter:
+            while model.name == queued_for:
                 now = loop.time()
-                if now >= forgive:
+                if now >= avoid_until:
                     waiter.avoid = ()
-                self._serve(counted)
+                self._serve(queued_for)
                 if waiter.turn.done() and (claim := waiter.turn.result()):
                     return claim
                 if not model.replicas and (model.paused or model.failures > failures):
-                    text = f"{model.name} did not start: {model.cause}"
-                    raise HTTPError(503, text, "model_failed", "service_unavailable", retry_after=retry_after(model))
-                if now >= deadline:
-                    raise _too_late(model, deadline - began)
-                until = min(deadline, forgive) if waiter.avoid else deadline
+                    raise start_failed(model)
+                if now >= limit.deadline:
+                    raise wait_timed_out(model, limit.deadline - limit.started, limit.source)
+                until = min(limit.deadline, avoid_until) if waiter.avoid else limit.deadline
                 await asyncio.wait({waiter.turn}, timeout=until - now if until < math.inf else None)
                 if waiter.turn.done() and not waiter.turn.result():
                     waiter.turn = loop.create_future()
                     model = find_model(self.table, name)
                     failures = min(failures, model.failures)
-        # The name means another model by now.
-        return await self.claim(name, deadline, avoid, began, caller)
+        return None
 
     @contextlib.contextmanager
     def _queued(self, model: str, waiter: Waiter) -> Iterator[Waiter]:
-        """Stand in the model's queue meanwhile."""
+        """Keep the waiter in the model's queue during the block."""
         queue = self._queues.setdefault(model, {})
         waiters = queue.setdefault(waiter.caller.key, deque())
         waiters.append(waiter)
-        self._since.setdefault(model, time.time())
-        self._on_wait()
+        self._waiting_since.setdefault(model, time.time())
+        self._on_change()
         try:
             yield waiter
         except BaseException:
             if waiter.turn.done() and (claim := waiter.turn.result()):
-                self._count(claim, -1)  # it came in the moment in which we left
+                self.in_flight.add(claim, -1)  # granted at the moment the request was cancelled
             raise
         finally:
             waiters.remove(waiter)
             if not waiters:
                 del queue[waiter.caller.key]
             if not queue:
-                del self._queues[model], self._since[model]
+                del self._queues[model], self._waiting_since[model]
             self._serve(model)
-            self._on_wait()
+            self._on_change()
 
-    def describe(self, name: str, waited: float) -> str:
-        """What whoever has waited for that name for so many seconds can be told."""
+    def describe_wait(self, name: str, waited: float) -> str:
+        """Return the progress of a wait of `waited` seconds, like `waking one, 14 s, loading weights`."""
         model = find_model(self.table, name)
-        what = f"waking {model.name}" if not model.replicas else f"queued for {model.name}"
-        return ", ".join(filter(None, [what, f"{waited:.0f} s", model.phase]))
+        activity = f"waking {model.name}" if not model.replicas else f"queued for {model.name}"
+        return ", ".join(filter(None, [activity, f"{waited:.0f} s", model.phase]))
+
+    def hold_wake(self, name: str) -> None:
+        """Keep the model waking for a while after a client gave up: it will retry."""
+        model = find_model(self.table, name)
+        if not model.replicas and model.name not in self._held_wakes:
+            self._held_wakes[model.name] = asyncio.get_running_loop().create_task(self._hold(model))
+
+    async def _hold(self, model: ModelRoute) -> None:
+        duration = HOLD_FACTOR * max(model.usual_start, DEFAULT_RETRY_AFTER_S) + DEFAULT_RETRY_AFTER_S
+        never = WaitLimit(0, math.inf)
+        try:
+            async with asyncio.timeout(duration):
+                # `avoid` is not empty, so that a full queue does not refuse the placeholder.
+                self.release(await self.claim(model.name, never, avoid=("",), caller=PLACEHOLDER))
+        except (HTTPError, TimeoutError):
+            return  # the client's next request gets the error
+        finally:
+            del self._held_wakes[model.name]
 
     async def close(self) -> None:
-        """Let go of the wakes that are held for callers to come."""
-        held = list(self._held.values())
+        """Cancel all held wakes."""
+        held = list(self._held_wakes.values())
         for task in held:
             task.cancel()
         await asyncio.gather(*held, return_exceptions=True)
-
-    def hold(self, name: str) -> None:
-        """Go on waiting for a while in the place of a caller who would not: it will come back."""
-        model = find_model(self.table, name)
-        if not model.replicas and model.name not in self._held:
-            self._held[model.name] = asyncio.get_running_loop().create_task(self._stand_in(model))
-
-    async def _stand_in(self, model: ModelRoute) -> None:
-        limit = HOLD_FACTOR * max(model.usual_start, RETRY_AFTER_S) + RETRY_AFTER_S
-        try:
-            async with asyncio.timeout(limit):
-                self.release(await self.claim(model.name, float("inf"), avoid=("",), caller=STAND_IN))
-        except (HTTPError, TimeoutError):
-            return  # whoever comes back hears it
-        finally:
-            del self._held[model.name]
-
-
-def retry_after(model: ModelRoute, waited: float = 0) -> int:
-    """Whole seconds after which a caller may hope to be served, as the model's earlier starts took."""
-    return math.ceil(min(max(1, (model.usual_start or RETRY_AFTER_S) - waited), MOST_RETRY_AFTER_S))
-
-
-def _too_late(model: ModelRoute, waited: float) -> HTTPError:
-    what = "had no room" if model.replicas else "was not ready"
-    why = f": {model.cause or model.phase}" if model.cause or model.phase else ""
-    text = f"{model.name} {what} within {waited:.3g} s{why}" if waited > 0.05 else f"{model.name} is not ready{why}"
-    return HTTPError(503, text, NOT_READY, "service_unavailable", retry_after=retry_after(model, waited))

@@ -1,4 +1,4 @@
-"""Which boot of the machine this is: what an earlier one wrote and did not sync may never have reached the disk."""
+"""The machine's boot id: bytes that an earlier boot wrote without a sync may never have reached the disk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @cache
 def boot_id() -> str:
-    """Linux's name for this boot; the same for ever where there is none."""
+    """Return Linux's id of this boot; a constant where there is none."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

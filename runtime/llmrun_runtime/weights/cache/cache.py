@@ -1,11 +1,11 @@
-"""The weights that lie on a node: complete and checked, or not visible.
+"""The cache of weights on a node: a pin in it is complete and checked, or not visible.
 
-    blobs/ALGORITHM-DIGEST   a file, complete and checked; shared by all pins that have it
-    models/PIN/NAME          links to blobs, or into the Hub's cache: what engines load
-    manifests/PIN.json       written last: a folder without it is not complete
-    partial/KEY              what has come of a large file, and which parts (transfer.py)
+    blobs/ALGORITHM-DIGEST   a complete, checked file, shared by all pins that contain it
+    models/PIN/NAME          links to blobs, or into the Hub's cache; engines load this folder
+    manifests/PIN.json       written last: a pin without it is incomplete
+    partial/KEY              a partial download of a large file and its journal (transfer.py)
 
-Knows no store. A manifest's time of change is when it was last used.
+A manifest's mtime is the time of its last use. This module knows no stores.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from pydantic import BaseModel, ValidationError
 from llmrun.errors import WeightsError
 from llmrun.settings import Settings
 from llmrun_runtime.weights.cache.boot_id import boot_id
-from llmrun_runtime.weights.cache.digests import blob_name, digests_of, mismatch
+from llmrun_runtime.weights.cache.digests import blob_name, hash_file, mismatch
 from llmrun_runtime.weights.cache.locks import locked
 from llmrun_runtime.weights.pin import File, Pin
 
-# What is left free of a disk, for logs and databases.
-SPARE_BYTES = 64 * 2**20
+# Disk space that is left for logs and databases.
+RESERVED_BYTES = 64 * 2**20
 
 
 class ManifestEntry(BaseModel):
-    """A file as it lies here."""
+    """One file of a complete pin."""
 
     size: int
     mtime_ns: int
     digests: dict[str, str]
     place: str
-    """A blob's name, or the absolute path of a file of the Hub's cache."""
+    """A blob's name, or the absolute path of a file in the Hub's cache."""
 
     @classmethod
-    def of(cls, path: Path, digests: dict[str, str], place: str) -> ManifestEntry:
-        """The file at `path` as it is now. Raises OSError."""
+    def from_path(cls, path: Path, digests: dict[str, str], place: str) -> ManifestEntry:
+        """Describe the file at `path`. Raises OSError."""
         stat = path.stat()
         return cls(size=stat.st_size, mtime_ns=stat.st_mtime_ns, digests=digests, place=place)
 
-    def is_still(self, path: Path) -> bool:
-        """Whether the file at `path` is there, with this size and time."""
+    def matches(self, path: Path) -> bool:
+        """Whether the file at `path` has this size and mtime."""
         try:
             stat = path.stat()
         except OSError:
@@ -57,29 +57,29 @@ class ManifestEntry(BaseModel):
 
 
 class Manifest(BaseModel):
-    """A pin that is complete here."""
+    """A complete pin."""
 
     pin: Pin
     made: float
-    """When (Unix time) it was brought, or imported last."""
+    """When (Unix time) it was fetched, or last imported."""
     entries: dict[str, ManifestEntry]
     boot: str
-    """The boot in which it was written; empty once its bytes are known to be on the disk."""
+    """The boot id at the time of writing; empty once the bytes are synced to disk."""
 
 
-def discard(data: Path) -> None:
-    """Remove what has come of a file, and the journal of its parts (transfer.py)."""
+def discard_partial(data: Path) -> None:
+    """Remove a partial download and its journal (transfer.py)."""
     data.unlink(missing_ok=True)
     data.with_suffix(".parts").unlink(missing_ok=True)
 
 
 def open_cache(settings: Settings) -> Cache:
-    """This node's cache."""
+    """Return this node's cache."""
     return Cache(settings.weights_root, settings.weights_max_bytes)
 
 
 class Cache:
-    """The folder `root`; `max_bytes` bounds its blobs (0: the disk does)."""
+    """The cache in the folder `root`. `max_bytes` limits its blobs; 0: only the disk does."""
 
     def __init__(self, root: Path, max_bytes: int = 0) -> None:
         self.root = root
@@ -90,17 +90,17 @@ class Cache:
         self._manifests = root / "manifests"
 
     def folder(self, pin_id: str) -> Path:
-        """Where an engine finds a complete pin."""
+        """The folder that an engine loads a complete pin from."""
         return self._models / pin_id
 
-    def lock(self, pin_id: str) -> Path:
-        """The lock of whoever works on a pin."""
+    def lock_path(self, pin_id: str) -> Path:
+        """The lock for work on a pin."""
         return self.root / "locks" / f"{pin_id}.lock"
 
     def find(self, pin_id: str) -> Manifest | None:
-        """A pin that is complete here, its files compared by size and time; None if it is not.
+        """Return a pin if it is complete, judged by sizes and mtimes; otherwise None.
 
-        Files that were not yet safe on the disk when the machine stopped are hashed once more.
+        Files that were not synced to disk before a reboot are hashed once more.
         """
         manifest = self.load(pin_id)
         if manifest is None or not self.is_complete(manifest):
@@ -112,60 +112,60 @@ class Cache:
         return manifest
 
     def is_complete(self, manifest: Manifest) -> bool:
-        """Whether all its files are there, by size and time."""
+        """Whether all its files exist, judged by sizes and mtimes."""
         folder = self.folder(manifest.pin.id)
-        return all(entry.is_still(folder / name) for name, entry in manifest.entries.items())
+        return all(entry.matches(folder / name) for name, entry in manifest.entries.items())
 
     def load(self, pin_id: str) -> Manifest | None:
-        """A pin's manifest, whatever has become of its files."""
+        """Return a pin's manifest without checking its files."""
         return self._read(self._manifests / f"{pin_id}.json")
 
-    def used(self, pin_id: str) -> None:
-        """Note that it is used now."""
-        with contextlib.suppress(FileNotFoundError):  # another process has just made room
+    def touch(self, pin_id: str) -> None:
+        """Record a use of the pin."""
+        with contextlib.suppress(FileNotFoundError):  # another process has just evicted it
             os.utime(self._manifests / f"{pin_id}.json")
 
     def manifests(self) -> Iterator[tuple[Manifest, float]]:
-        """All complete pins, and when (Unix time) they were last used."""
+        """Yield all complete pins, each with the time (Unix time) of its last use."""
         for path in sorted(self._manifests.glob("*.json")):
             manifest = self._read(path)
             with contextlib.suppress(FileNotFoundError):
                 if manifest:
                     yield manifest, path.stat().st_mtime
 
-    def held(self) -> int:
-        """The bytes of all blobs."""
-        found = 0
+    def used_bytes(self) -> int:
+        """Return the total size of all blobs."""
+        total = 0
         for path in self.blobs.glob("*"):
             with contextlib.suppress(FileNotFoundError):  # another process has just removed it
-                found += path.stat().st_size
-        return found
+                total += path.stat().st_size
+        return total
 
-    def is_whole(self, entry: ManifestEntry) -> bool:
-        """Whether the file is there, with the size and the time it had."""
-        return entry.is_still(self.where(entry))
+    def is_intact(self, entry: ManifestEntry) -> bool:
+        """Whether the file still has its size and mtime."""
+        return entry.matches(self.path_of(entry))
 
-    def where(self, entry: ManifestEntry) -> Path:
-        """The file itself."""
-        return self.blobs / entry.place  # an absolute place stays as it is
+    def path_of(self, entry: ManifestEntry) -> Path:
+        """The path of the file itself."""
+        return self.blobs / entry.place  # an absolute place replaces the left side
 
     def adopt(self, data: Path, file: File, digests: dict[str, str]) -> ManifestEntry:
-        """Take in a file that has been checked against `digests`, by moving it."""
+        """Move a file, already checked against `digests`, into the cache."""
         digests = {**file.digests, **digests}
         blob = self.blobs / blob_name(digests)
         self.blobs.mkdir(parents=True, exist_ok=True)
-        if blob.exists() and not mismatch(digests_of(blob, digests), digests):
-            data.unlink()  # others' manifests know that one's time
+        if blob.exists() and not mismatch(hash_file(blob, digests), digests):
+            data.unlink()  # keep the existing blob: other manifests contain its mtime
         else:
             data.replace(blob)
-        return ManifestEntry.of(blob, digests, blob.name)
+        return ManifestEntry.from_path(blob, digests, blob.name)
 
-    def refer(self, path: Path, file: File, digests: dict[str, str]) -> ManifestEntry:
-        """Use a checked file where it lies, outside of this cache."""
-        return ManifestEntry.of(path, {**file.digests, **digests}, str(path))
+    def reference(self, path: Path, file: File, digests: dict[str, str]) -> ManifestEntry:
+        """Use a checked file in place, outside of this cache."""
+        return ManifestEntry.from_path(path, {**file.digests, **digests}, str(path))
 
     def publish(self, pin: Pin, entries: dict[str, ManifestEntry]) -> Manifest | None:
-        """Make a pin visible; None if one of its files has gone meanwhile. The caller holds the pin's lock."""
+        """Make a pin visible; None if one of its files was removed. The caller holds the pin's lock."""
         manifest = Manifest(pin=pin, made=time.time(), entries=entries, boot=boot_id())
         draft = self._models / f".{pin.id}.new"
         shutil.rmtree(draft, ignore_errors=True)
@@ -174,30 +174,30 @@ class Cache:
             link.parent.mkdir(parents=True, exist_ok=True)
             up = "/".join([".."] * (2 + name.count("/")))
             link.symlink_to(entry.place if os.path.isabs(entry.place) else f"{up}/blobs/{entry.place}")
-        with self._index():
+        with self._index_lock():
             shutil.rmtree(self.folder(pin.id), ignore_errors=True)
-            if not all(self.is_whole(entry) for entry in entries.values()):
+            if not all(self.is_intact(entry) for entry in entries.values()):
                 shutil.rmtree(draft, ignore_errors=True)
                 return None
             draft.rename(self.folder(pin.id))
             self._write(manifest)
         return manifest
 
-    def made_again(self, manifest: Manifest) -> Manifest:
-        """Note that a complete pin was imported once more, now."""
+    def mark_imported(self, manifest: Manifest) -> Manifest:
+        """Record that a complete pin was imported again now."""
         manifest = manifest.model_copy(update={"made": time.time()})
         self._write(manifest)
         return manifest
 
-    def settle(self, manifest: Manifest) -> None:
-        """Wait until its bytes are on the disk; from then on not even a power failure makes it be hashed again."""
+    def sync_to_disk(self, manifest: Manifest) -> None:
+        """Wait until the bytes are on disk; after that, a power failure does not cause another hash."""
         for entry in manifest.entries.values():
-            handle = os.open(self.where(entry), os.O_RDONLY)
+            fd = os.open(self.path_of(entry), os.O_RDONLY)
             try:
-                os.fsync(handle)
+                os.fsync(fd)
             finally:
-                os.close(handle)
-        with self._index():
+                os.close(fd)
+        with self._index_lock():
             path = self._manifests / f"{manifest.pin.id}.json"
             if path.exists():
                 stat = path.stat()
@@ -205,137 +205,135 @@ class Cache:
                 os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
     def verify(self, manifest: Manifest) -> list[str]:
-        """Hash its files again; what is wrong, a line each. A damaged one is no longer complete, and fetched again."""
-        wrong = []
+        """Hash its files again and return one line per problem; the pin is then incomplete and is fetched again."""
+        problems = []
         for name, entry in manifest.entries.items():
-            place = self.where(entry)
+            path = self.path_of(entry)
             try:
-                found = digests_of(place, entry.digests)
+                digests = hash_file(path, entry.digests)
             except OSError as error:
-                wrong.append(f"{name} cannot be read: {error.strerror}")
+                problems.append(f"cannot read {name}: {error.strerror}")
                 continue
-            difference = mismatch(found, entry.digests)
+            difference = mismatch(digests, entry.digests)
             if difference:
-                wrong.append(f"{name} is damaged: its {difference}")
+                problems.append(f"{name} is damaged: its {difference}")
                 if not os.path.isabs(entry.place):
-                    place.unlink(missing_ok=True)
-        if wrong:
-            self._forget(manifest.pin.id)
-        return wrong
+                    path.unlink(missing_ok=True)
+        if problems:
+            self._unpublish(manifest.pin.id)
+        return problems
 
-    def remove(self, manifest: Manifest, using: Collection[str] = ()) -> int:
-        """Remove a pin and its blobs, but those that another one has or that are in `using`; the bytes freed."""
-        with self._index():
-            self._forget(manifest.pin.id)
-        return self.drop(entry for entry in manifest.entries.values() if entry.place not in using)
+    def remove(self, manifest: Manifest, in_use: Collection[str] = ()) -> int:
+        """Remove a pin and its blobs, except those shared with another pin or in `in_use`. Return the bytes freed."""
+        with self._index_lock():
+            self._unpublish(manifest.pin.id)
+        return self.remove_unreferenced(entry for entry in manifest.entries.values() if entry.place not in in_use)
 
-    def drop(self, entries: Iterable[ManifestEntry]) -> int:
-        """Remove those of the files that no complete pin has; the bytes freed."""
-        with self._index():
-            mine = {entry.place for entry in entries if not os.path.isabs(entry.place)}
-            return self._drop(mine - self._places())
+    def remove_unreferenced(self, entries: Iterable[ManifestEntry]) -> int:
+        """Remove those of the files that no complete pin contains. Return the bytes freed."""
+        with self._index_lock():
+            blobs = {entry.place for entry in entries if not os.path.isabs(entry.place)}
+            return self._remove_blobs(blobs - self._referenced_places())
 
-    def _drop_orphans(self, using: Collection[str] = ()) -> int:
-        """Remove blobs that no complete pin has: a killed or broken-off sync brought them. The bytes freed.
+    def _remove_orphans(self, in_use: Collection[str] = ()) -> int:
+        """Remove blobs that no complete pin contains, left by a killed or failed fetch. Return the bytes freed.
 
-        One that another sync has just brought is missed when that is published, and fetched again.
+        If another fetch has just written one of them, its `publish` fails and it is fetched again.
         """
-        with self._index():
-            return self._drop({path.name for path in self.blobs.glob("*")} - self._places() - set(using))
+        with self._index_lock():
+            blobs = {path.name for path in self.blobs.glob("*")}
+            return self._remove_blobs(blobs - self._referenced_places() - set(in_use))
 
     def prune(self) -> int:
-        """Remove blobs and parts of downloads that nothing uses; the bytes freed."""
-        freed = self._drop_orphans() + self._drop_partial()
+        """Remove unused blobs and partial downloads. Return the bytes freed."""
+        freed = self._remove_orphans() + self._remove_partial_downloads()
         complete = {path.stem for path in self._manifests.glob("*.json")}
         for folder in self._models.glob("*"):
             pin_id = folder.name.removeprefix(".").removesuffix(".new")
-            with locked(self.lock(pin_id), 0) as mine:
-                if mine and (pin_id not in complete or folder.name != pin_id):
+            with locked(self.lock_path(pin_id), 0) as acquired:
+                if acquired and (pin_id not in complete or folder.name != pin_id):
                     shutil.rmtree(folder, ignore_errors=True)
         return freed
 
-    def sweep(self) -> None:
-        """Remove what processes that were killed left of small files, which are not resumed (`KEY-PID-….data`)."""
+    def remove_stale_small_files(self) -> None:
+        """Remove partial small files of killed processes (`KEY-PID-….data`): they are never resumed."""
         for path in self.partial.glob("*-*.data"):
             if not psutil.pid_exists(int(path.stem.split("-")[1])):
                 path.unlink(missing_ok=True)
 
-    def _drop_partial(self) -> int:
-        """Remove parts of downloads that no process works on; the bytes freed."""
+    def _remove_partial_downloads(self) -> int:
+        """Remove partial downloads that no process is working on. Return the bytes freed."""
         freed = 0
-        self.sweep()
+        self.remove_stale_small_files()
         for path in self.partial.glob("*.data"):
-            if "-" in path.stem:  # small, and its process lives
+            if "-" in path.stem:  # a small file of a running process
                 continue
-            with locked(path.with_suffix(".lock"), 0) as mine:
-                if mine:
+            with locked(path.with_suffix(".lock"), 0) as acquired:
+                if acquired:
                     freed += path.stat().st_blocks * 512
-                    discard(path)
+                    discard_partial(path)
         return freed
 
-    def choose_evictions(self, needed: int, keep: Collection[str], what: str, using: Collection[str] = ()) -> None:
-        """See to `needed` bytes of room, removing the pins that were not used for longest and are not in `keep`.
+    def evict_for(self, needed: int, keep: Collection[str], content: str, in_use: Collection[str] = ()) -> None:
+        """Free `needed` bytes for `content`: evict the least recently used pins that are not in `keep`.
 
-        Blobs in `using` stay. Raises WeightsError, with the numbers, before a pin is removed in vain.
+        Blobs in `in_use` stay. Raises WeightsError, with the numbers, before it removes a pin in vain.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.root).free - SPARE_BYTES
-        held = self.held()
-        short = max(needed - free, held + needed - self.max_bytes if self.max_bytes else 0)
+        free = shutil.disk_usage(self.root).free - RESERVED_BYTES
+        used = self.used_bytes()
+        short = max(needed - free, used + needed - self.max_bytes if self.max_bytes else 0)
         if short > 0:
-            short -= self._drop_orphans(using)
+            short -= self._remove_orphans(in_use)
         if short > 0 and needed > free:
-            short -= self._drop_partial()
+            short -= self._remove_partial_downloads()
         if short <= 0:
             return
-        old = sorted((used, m.pin.id, m) for m, used in self.manifests() if m.pin.id not in keep)
-        removable = self._only_in([m for _, _, m in old], using)
-        if removable < short:
-            limit = f", and {held:,} of LLMRUN_WEIGHTS_MAX_BYTES={self.max_bytes:,} are used" if self.max_bytes else ""
+        oldest_first = sorted((at, m.pin.id, m) for m, at in self.manifests() if m.pin.id not in keep)
+        evictable = self._exclusive_bytes([m for _, _, m in oldest_first], in_use)
+        if evictable < short:
+            limit = f", and LLMRUN_WEIGHTS_MAX_BYTES={self.max_bytes:,} with {used:,} in use" if self.max_bytes else ""
             raise WeightsError(
-                f"{what} needs {needed:,} bytes, but {max(free, 0):,} are free in {self.root}{limit}; "
-                f"{removable:,} could be removed, the rest belongs to deployed models or to others: "
-                f"make room, or set LLMRUN_WEIGHTS_DIR to a larger disk"
+                f"not enough disk space: {content} needs {needed:,} bytes, {max(free, 0):,} are free in {self.root}"
+                f"{limit}; {evictable:,} can be evicted, deployed models and other files use the rest. "
+                f"Free disk space, or set LLMRUN_WEIGHTS_DIR to a larger disk"
             )
-        for _, _, manifest in old:
+        for _, _, manifest in oldest_first:
             if short <= 0:
                 return
-            short -= self.remove(manifest, using)
+            short -= self.remove(manifest, in_use)
 
-    def _only_in(self, manifests: list[Manifest], using: Collection[str]) -> int:
-        """Bytes of the blobs that only these have."""
+    def _exclusive_bytes(self, manifests: list[Manifest], in_use: Collection[str]) -> int:
+        """Return the size of the blobs that only these pins contain."""
         ids = {m.pin.id for m in manifests}
-        kept = {e.place for m, _ in self.manifests() if m.pin.id not in ids for e in m.entries.values()}
+        shared = {e.place for m, _ in self.manifests() if m.pin.id not in ids for e in m.entries.values()}
         sizes = {e.place: e.size for m in manifests for e in m.entries.values() if not os.path.isabs(e.place)}
-        return sum(size for place, size in sizes.items() if place not in kept and place not in using)
+        return sum(size for place, size in sizes.items() if place not in shared and place not in in_use)
 
-    def _entries(self) -> Iterator[ManifestEntry]:
-        return (entry for manifest, _ in self.manifests() for entry in manifest.entries.values())
+    def _referenced_places(self) -> set[str]:
+        return {entry.place for manifest, _ in self.manifests() for entry in manifest.entries.values()}
 
-    def _places(self) -> set[str]:
-        return {entry.place for entry in self._entries()}
-
-    def _drop(self, blobs: set[str]) -> int:
+    def _remove_blobs(self, names: set[str]) -> int:
         freed = 0
-        for name in blobs:
+        for name in names:
             path = self.blobs / name
             if path.exists():
                 freed += path.stat().st_size
                 path.unlink(missing_ok=True)
         return freed
 
-    def _forget(self, pin_id: str) -> None:
+    def _unpublish(self, pin_id: str) -> None:
         (self._manifests / f"{pin_id}.json").unlink(missing_ok=True)
         shutil.rmtree(self.folder(pin_id), ignore_errors=True)
 
-    def _index(self) -> AbstractContextManager[bool]:
-        """Held, briefly, while manifests and blobs must agree."""
+    def _index_lock(self) -> AbstractContextManager[bool]:
+        """Hold briefly for changes that must keep manifests and blobs consistent."""
         return locked(self.root / "index.lock")
 
     def _read(self, path: Path) -> Manifest | None:
         try:
             return Manifest.model_validate_json(path.read_text())
-        except (OSError, ValidationError):  # not there, or of another llmrun: fetched again
+        except (OSError, ValidationError):  # missing, or written by another version of llmrun: fetched again
             return None
 
     def _write(self, manifest: Manifest) -> None:

@@ -1,4 +1,4 @@
-"""Checksums of files, in the algorithms that stores have: sha256, md5, git (a blob's SHA-1), crc32c."""
+"""Checksums of files, in the algorithms that stores use: sha256, md5, git (a blob's SHA-1), crc32c."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-# Those that name bytes: two files of equal digest are the same. crc32c only finds damage.
-NAMING = ("sha256", "md5", "git")
+# Digests that identify content: two files with equal ones are the same. crc32c only detects damage.
+IDENTIFYING = ("sha256", "md5", "git")
 CHUNK_BYTES = 2**20
 
 
@@ -18,27 +18,27 @@ class _Hash(Protocol):
 
 
 class Digester:
-    """Hashes the bytes of one file, as they come, in what is needed to name and to check them.
+    """Hashes one file's bytes as they arrive, in the algorithms needed to identify and check them.
 
-    That is one algorithm where the store names the bytes by one, else sha256 (and crc32c, if the store has that).
+    One algorithm if `expected` has an identifying one; otherwise sha256, and crc32c if the store has it.
     """
 
-    def __init__(self, known: Mapping[str, str], size: int) -> None:
-        naming = next((name for name in NAMING if name in known), "sha256")
-        names = [naming, "crc32c"] if naming not in known and "crc32c" in known else [naming]
-        self._hashes = {name: _new(name, size) for name in names}
+    def __init__(self, expected: Mapping[str, str], size: int) -> None:
+        identifying = next((name for name in IDENTIFYING if name in expected), "sha256")
+        names = [identifying, "crc32c"] if identifying not in expected and "crc32c" in expected else [identifying]
+        self._hashes = {name: _new_hash(name, size) for name in names}
 
     def update(self, data: Any) -> None:
-        """Take the file's next bytes."""
+        """Hash the file's next bytes."""
         for value in self._hashes.values():
             value.update(data)
 
     def digests(self) -> dict[str, str]:
-        """By algorithm, in hexadecimal."""
+        """Return the digests in hexadecimal, by algorithm."""
         return {name: value.hexdigest() for name, value in self._hashes.items()}
 
 
-def _new(name: str, size: int) -> _Hash:
+def _new_hash(name: str, size: int) -> _Hash:
     if name == "git":
         return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     if name == "crc32c":
@@ -48,7 +48,7 @@ def _new(name: str, size: int) -> _Hash:
 
 class _Crc32c:
     def __init__(self) -> None:
-        from google_crc32c import Checksum  # noqa: PLC0415 - gcsfs brings it, and only GCS gives this checksum
+        from google_crc32c import Checksum  # noqa: PLC0415 - installed with gcsfs; only GCS uses this checksum
 
         self._checksum = Checksum()
 
@@ -59,18 +59,18 @@ class _Crc32c:
         return bytes(self._checksum.digest()).hex()
 
 
-def mismatch(found: Mapping[str, str], known: Mapping[str, str]) -> str:
-    """What differs, in words; "" if all that both have is equal."""
-    for name in found.keys() & known.keys():
-        if found[name] != known[name]:
-            return f"{name} is {found[name]}, not {known[name]}"
+def mismatch(actual: Mapping[str, str], expected: Mapping[str, str]) -> str:
+    """Describe the first difference between digests; "" if all that both contain are equal."""
+    for name in actual.keys() & expected.keys():
+        if actual[name] != expected[name]:
+            return f"{name} is {actual[name]}, not {expected[name]}"
     return ""
 
 
-def digests_of(path: Path, known: Mapping[str, str]) -> dict[str, str]:
-    """The digests of a file on disk, in the algorithms of `known`. Raises OSError."""
+def hash_file(path: Path, expected: Mapping[str, str]) -> dict[str, str]:
+    """Return the digests of a file on disk, in the algorithms of `expected` (see Digester). Raises OSError."""
     with path.open("rb", buffering=0) as file:
-        digester = Digester(known, path.stat().st_size)
+        digester = Digester(expected, path.stat().st_size)
         buffer = memoryview(bytearray(CHUNK_BYTES))
         while count := file.readinto(buffer):
             digester.update(buffer[:count])
@@ -78,11 +78,11 @@ def digests_of(path: Path, known: Mapping[str, str]) -> dict[str, str]:
 
 
 def blob_name(digests: Mapping[str, str]) -> str:
-    """The name that bytes of these digests have in the cache: `sha256-…`."""
-    name = next(name for name in NAMING if name in digests)
+    """Return the cache's name for bytes with these digests: `sha256-…`."""
+    name = next(name for name in IDENTIFYING if name in digests)
     return f"{name}-{digests[name]}"
 
 
 def blob_names(digests: Mapping[str, str]) -> Iterable[str]:
-    """All the names that such bytes may have there."""
-    return (f"{name}-{digests[name]}" for name in NAMING if name in digests)
+    """Return every name that the cache may have for these bytes."""
+    return (f"{name}-{digests[name]}" for name in IDENTIFYING if name in digests)

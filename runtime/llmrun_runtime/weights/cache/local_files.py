@@ -1,4 +1,4 @@
-"""Which of the bytes that a source has lie on this node already, under whatever name."""
+"""Find bytes of a source that this node already has, under any name."""
 
 from __future__ import annotations
 
@@ -7,52 +7,54 @@ from collections import defaultdict
 
 from llmrun_runtime.weights.cache.boot_id import boot_id
 from llmrun_runtime.weights.cache.cache import Cache, ManifestEntry
-from llmrun_runtime.weights.cache.digests import NAMING, blob_names, digests_of, mismatch
+from llmrun_runtime.weights.cache.digests import IDENTIFYING, blob_names, hash_file, mismatch
 from llmrun_runtime.weights.pin import File
 
-# Blobs named by another algorithm are hashed to compare from this size on: below it, fetching is as quick.
-COMPARE_BYTES = 8 * 2**20
+# Smaller blobs are not hashed in another algorithm to compare them: a download takes no longer.
+MIN_COMPARE_BYTES = 8 * 2**20
 
 
 class LocalFiles:
-    """What a cache has, looked at once.
+    """A snapshot of a cache's files.
 
-    What a complete pin has is believed. A blob that none has (a sync was killed), or only one whose bytes may not have
-    reached the disk, is hashed first.
+    The files of complete pins are trusted. A blob is hashed first if no pin has it (its download was killed), or if
+    its bytes may not have reached the disk.
     """
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
-        self._sure: dict[tuple[str, str], ManifestEntry] = {}
-        self._by_size: defaultdict[int, list[str]] = defaultdict(list)
+        self._trusted: dict[tuple[str, str], ManifestEntry] = {}
+        self._blobs_by_size: defaultdict[int, list[str]] = defaultdict(list)
         for manifest, _ in cache.manifests():
             if manifest.boot in ("", boot_id()):
                 for entry in manifest.entries.values():
-                    self._sure |= {(name, value): entry for name, value in entry.digests.items() if name in NAMING}
+                    self._trusted |= {
+                        (name, value): entry for name, value in entry.digests.items() if name in IDENTIFYING
+                    }
         for blob in cache.blobs.glob("*"):
             with contextlib.suppress(FileNotFoundError):
-                self._by_size[blob.stat().st_size].append(blob.name)
+                self._blobs_by_size[blob.stat().st_size].append(blob.name)
 
     def find(self, file: File) -> ManifestEntry | None:
-        """The file as it lies here; None if it does not, or if the store gives no checksum to know it by."""
+        """Return the local copy of a file; None if there is none, or if the store has no checksum to identify it."""
         names = set(blob_names(file.digests))
-        for name in NAMING:
-            entry = self._sure.get((name, file.digests.get(name, "")))
-            if entry and entry.size == file.size and self._cache.is_whole(entry):
+        for name in IDENTIFYING:
+            entry = self._trusted.get((name, file.digests.get(name, "")))
+            if entry and entry.size == file.size and self._cache.is_intact(entry):
                 return entry.model_copy(update={"digests": {**file.digests, **entry.digests}})
-        for blob in self._by_size[file.size] if names else ():
+        for blob in self._blobs_by_size[file.size] if names else ():
             algorithm = blob.partition("-")[0]
-            worth = blob in names if algorithm in file.digests else file.size >= COMPARE_BYTES
-            entry = self._compared(blob, file) if worth else None
+            candidate = blob in names if algorithm in file.digests else file.size >= MIN_COMPARE_BYTES
+            entry = self._hash_and_compare(blob, file) if candidate else None
             if entry:
                 return entry
         return None
 
-    def _compared(self, blob: str, file: File) -> ManifestEntry | None:
+    def _hash_and_compare(self, blob: str, file: File) -> ManifestEntry | None:
         path = self._cache.blobs / blob
         try:
-            entry = ManifestEntry.of(path, {}, blob)  # before it is hashed: a change meanwhile is then seen
-            digests = digests_of(path, file.digests)
+            entry = ManifestEntry.from_path(path, {}, blob)  # before hashing, so that a concurrent change is detected
+            digests = hash_file(path, file.digests)
         except FileNotFoundError:
             return None
         if mismatch(digests, file.digests):

@@ -1,4 +1,4 @@
-"""Locks between processes of a node, that leave no file behind and end with their holder."""
+"""File locks between processes of a node. They leave no file behind and end with their holder."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ POLL_S = 0.05
 
 
 @contextlib.contextmanager
-def locked(path: Path, timeout: float | None = None) -> Iterator[bool]:
-    """Hold the lock named `path`; gives False if another process holds it for `timeout` seconds (None: for ever)."""
+def locked(path: Path, timeout_s: float | None = None) -> Iterator[bool]:
+    """Hold the lock at `path`. Yield False if another process holds it for `timeout_s` seconds (None: wait forever)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    deadline = None if timeout is None else time.monotonic() + timeout
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        if _take(handle, deadline):
-            if _is_at(handle, path):
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        if _acquire(fd, deadline):
+            if _is_same_file(fd, path):
                 break
-            os.close(handle)  # its holder before has removed it: take the new one
+            os.close(fd)  # the previous holder removed the file: open the new one
             continue
-        os.close(handle)
+        os.close(fd)
         yield False
         return
     try:
         yield True
     finally:
         path.unlink(missing_ok=True)
-        os.close(handle)
+        os.close(fd)
 
 
-def _take(handle: int, deadline: float | None) -> bool:
+def _acquire(fd: int, deadline: float | None) -> bool:
     while True:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if deadline is not None and time.monotonic() >= deadline:
                 return False
@@ -46,8 +46,8 @@ def _take(handle: int, deadline: float | None) -> bool:
             return True
 
 
-def _is_at(handle: int, path: Path) -> bool:
+def _is_same_file(fd: int, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(handle), path.stat())
+        return os.path.samestat(os.fstat(fd), path.stat())
     except FileNotFoundError:
         return False

@@ -1,4 +1,4 @@
-"""Which store a source is in, behind one face."""
+"""The interface that all stores share, and the choice of a store for a source."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from llmrun_runtime.weights.stores.ranges import Reader
 
 
 class Store(Protocol):
-    """Where a source's files lie."""
+    """A source in its store."""
 
     reader: Reader
 
     def pin(self) -> Pin:
-        """What the source means now. Raises WeightsError."""
+        """Pin the source's current content: the files that an engine needs. Raises WeightsError."""
         ...
 
-    def listed(self) -> Pin:
-        """All files that the source has now, whatever is needed of them. Raises WeightsError."""
+    def list_files(self) -> Pin:
+        """Pin all files that the source has now. Raises WeightsError."""
         ...
 
-    def use(self, pin: Pin) -> None:
+    def use_pin(self, pin: Pin) -> None:
         """Read the files of that pin from now on."""
         ...
 
-    def local(self, file: File) -> Path | None:
-        """A file that lies on this node already, outside of our cache. It must be checked."""
+    def local_copy(self, file: File) -> Path | None:
+        """Return a copy of the file on this node, outside of our cache; the caller must check its digest."""
         ...
 
 
 def open_store(weights: Weights, connections: int = 8) -> Store:
-    """The store of a source; a path is a store of files. Each imports its packages only when it is asked for."""
+    """Return the store of a source; a path is an object store too. Each store imports its packages lazily."""
     if weights.kind == "hub":
         from llmrun_runtime.weights.stores.hub import HubStore  # noqa: PLC0415
 

@@ -1,4 +1,4 @@
-"""Hugging Face: revisions, files and checksums through `huggingface_hub`; bytes by ranges from where it points to.
+"""The Hugging Face Hub: revisions, files and checksums through `huggingface_hub`; bytes by ranged GETs.
 
 `huggingface_hub` reads `HF_TOKEN`, `HF_ENDPOINT`, `HF_HUB_CACHE` and `HF_HUB_OFFLINE` itself.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,38 +24,39 @@ from huggingface_hub import errors as hub
 
 from llmrun.errors import NotFound, WeightsError
 from llmrun.weights import Weights
-from llmrun_runtime.weights.pin import File, Pin, choose
-from llmrun_runtime.weights.stores.ranges import PASSING, HttpReader, Reader, TransferError
+from llmrun_runtime.weights.pin import File, Pin, select_files
+from llmrun_runtime.weights.stores.ranges import RETRYABLE, HttpReader, Reader, TransferError
 
 TIMEOUT_S = 30
-WAITS_S = (0.5, 1, 2)
+RETRY_WAITS_S = (0.5, 1, 2)
 
 
 class HubStore:
-    """One repository."""
+    """One repository. `retry_waits_s`: the waits between attempts to list it."""
 
-    def __init__(self, weights: Weights, connections: int) -> None:
+    def __init__(self, weights: Weights, connections: int, retry_waits_s: Sequence[float] = RETRY_WAITS_S) -> None:
         self.name = f"{weights}"
         self._weights = weights
+        self._retry_waits_s = retry_waits_s
         self._endpoint = weights.endpoint_url or constants.ENDPOINT
         self._token: str | bool = False if weights.anonymous else (get_token() or False)
         self._commit = weights.revision
-        self._locations: dict[str, str] = {}
+        self._urls: dict[str, str] = {}
         self._lock = threading.Lock()
         self.reader: Reader = HttpReader(self, connections)
 
     def pin(self) -> Pin:
-        """The commit that the revision means now, and its files. Raises WeightsError."""
-        listed = self.listed()
-        return listed.model_copy(update={"files": choose(listed.files, self._weights)})
+        """See Store."""
+        listing = self.list_files()
+        return listing.model_copy(update={"files": select_files(listing.files, self._weights)})
 
-    def listed(self) -> Pin:
+    def list_files(self) -> Pin:
         """See Store."""
         if constants.HF_HUB_OFFLINE:
-            return self._listed_in_cache()
+            return self._list_cached_files()
         weights = self._weights
         try:
-            info = self._info()
+            info = self._model_info()
         except hub.GatedRepoError:
             page = f"{self._endpoint}/{weights.repo}"
             raise WeightsError(
@@ -64,14 +66,14 @@ class HubStore:
             raise NotFound(f"{weights}: {weights.repo} has no revision {weights.revision!r}") from None
         except hub.RepositoryNotFoundError:
             raise WeightsError(
-                f"{weights}: {self._endpoint} has no such repository, or it is private: check the name, "
-                f"{self._token_advice('that may read it')}"
+                f"{weights}: repository not found at {self._endpoint}, or it is private: check the name, "
+                f"{self._token_advice('with read access')}"
             ) from None
-        except Exception as error:  # whatever its HTTP client raises
+        except Exception as error:  # huggingface_hub passes on its HTTP client's errors
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise WeightsError(
-                f"{weights}: {self._endpoint} cannot be asked ({reason}); without a network: HF_HUB_OFFLINE=1 takes "
-                f"what lies in the Hub's cache, `llmrun weights import DIR --as {weights}` takes a folder"
+                f"{weights}: cannot reach the Hub at {self._endpoint} ({reason}). Without a network: set "
+                f"HF_HUB_OFFLINE=1 to use the Hub's cache, or run `llmrun weights import DIR --as {weights}`"
             ) from error
         files = [
             File(
@@ -83,27 +85,27 @@ class HubStore:
         ]
         return Pin(weights=weights, revision=info.sha or weights.revision, files=tuple(files))
 
-    def _info(self) -> ModelInfo:
-        """The repository at the revision; a busy Hub is asked again. Raises what `huggingface_hub` does."""
+    def _model_info(self) -> ModelInfo:
+        """Return the repository at the revision, with retries. Raises the errors of `huggingface_hub`."""
         api = HfApi(endpoint=self._endpoint, token=self._token)
         repo, revision = self._weights.repo, self._weights.revision
-        for wait in WAITS_S:
+        for wait in self._retry_waits_s:
             try:
                 return api.model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT_S)
             except Exception as error:
                 response = getattr(error, "response", None)
-                if response is not None and response.status_code not in PASSING:
+                if response is not None and response.status_code not in RETRYABLE:
                     raise
-            time.sleep(wait)  # it is busy, or the connection broke
+            time.sleep(wait)  # the Hub is busy, or the connection broke
         return api.model_info(repo, revision=revision, files_metadata=True, timeout=TIMEOUT_S)
 
     def _token_advice(self, whose: str) -> str:
         if self._token:
-            return "and see to it that the account of this HF_TOKEN may read it"
+            return "and check that the account of this HF_TOKEN has access"
         return f"and set HF_TOKEN to a token {whose} (on the node, or with env=)"
 
-    def _listed_in_cache(self) -> Pin:
-        """What the Hub's cache has of it. Raises WeightsError."""
+    def _list_cached_files(self) -> Pin:
+        """Pin the files in the Hub's cache on this node. Raises WeightsError."""
         weights = self._weights
         folder = Path(constants.HF_HUB_CACHE) / f"models--{weights.repo.replace('/', '--')}"
         ref = folder / "refs" / weights.revision
@@ -111,53 +113,55 @@ class HubStore:
         snapshot = folder / "snapshots" / commit
         if not snapshot.is_dir():
             raise WeightsError(
-                f"{weights}: HF_HUB_OFFLINE is set and {constants.HF_HUB_CACHE} does not have it: "
-                f"unset it, or `llmrun weights import DIR --as {weights}`"
+                f"{weights}: not found in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: "
+                f"unset it, or run `llmrun weights import DIR --as {weights}`"
             )
         files = []
         for path in sorted(p for p in snapshot.rglob("*") if p.is_file()):
-            blob = path.resolve().name  # the cache names blobs by sha256 (LFS) or git's SHA-1
+            blob = path.resolve().name  # the Hub's cache names blobs by sha256 (LFS) or git's SHA-1
             algorithm = {64: "sha256", 40: "git"}.get(len(blob))
             digests = {algorithm: blob} if algorithm else {}
             files.append(File(name=str(path.relative_to(snapshot)), size=path.stat().st_size, digests=digests))
         return Pin(weights=weights, revision=commit, files=tuple(files))
 
-    def use(self, pin: Pin) -> None:
-        """Read the files of that pin from now on."""
+    def use_pin(self, pin: Pin) -> None:
+        """See Store."""
         self._commit = pin.revision
 
-    def local(self, file: File) -> Path | None:
-        """The file in the node's Hub cache, if it lies there."""
-        found = try_to_load_from_cache(self._weights.repo, file.name, revision=self._commit)
-        return Path(found).resolve() if isinstance(found, str) else None
+    def local_copy(self, file: File) -> Path | None:
+        """The file in this node's Hub cache."""
+        path = try_to_load_from_cache(self._weights.repo, file.name, revision=self._commit)
+        return Path(path).resolve() if isinstance(path, str) else None
 
-    def locate(self, file: File, *, again: bool) -> tuple[str, dict[str, str]]:
-        """The address that the Hub redirects to; asked for once per file, as long as it is good."""
+    def locate(self, file: File, *, refresh: bool) -> tuple[str, dict[str, str]]:
+        """The URL that the Hub redirects to, requested once per file until it expires. See Locator."""
         if constants.HF_HUB_OFFLINE:
-            raise WeightsError(f"{self.name}: HF_HUB_OFFLINE is set and the Hub's cache has no {file.name}: unset it")
+            raise WeightsError(
+                f"{self.name}: {file.name} not found in the Hub's cache, and HF_HUB_OFFLINE is set: unset it"
+            )
         with self._lock:
-            url = None if again else self._locations.get(file.name)
+            url = None if refresh else self._urls.get(file.name)
         if url is None:
-            asked = hf_hub_url(self._weights.repo, file.name, revision=self._commit, endpoint=self._endpoint)
+            hub_url = hf_hub_url(self._weights.repo, file.name, revision=self._commit, endpoint=self._endpoint)
             try:
                 url = get_hf_file_metadata(
-                    asked, token=self._token, endpoint=self._endpoint, timeout=TIMEOUT_S
+                    hub_url, token=self._token, endpoint=self._endpoint, timeout=TIMEOUT_S
                 ).location
             except hub.HfHubHTTPError as error:
                 status = error.response.status_code
-                if status in PASSING:
-                    raise TransferError(f"{self._endpoint} answered {status}") from error
+                if status in RETRYABLE:
+                    raise TransferError(f"HTTP status {status} from {self._endpoint}") from error
                 raise WeightsError(self.explain(file, status)) from None
-            except Exception as error:  # whatever its HTTP client raises
-                raise TransferError(f"{self._endpoint} does not say where it is ({type(error).__name__})") from error
+            except Exception as error:  # huggingface_hub passes on its HTTP client's errors
+                raise TransferError(f"no file location from {self._endpoint} ({type(error).__name__})") from error
             with self._lock:
-                self._locations[file.name] = url
-        same = urlsplit(url)[:2] == urlsplit(self._endpoint)[:2]
-        # The token is the Hub's: never for the host that it redirects to.
-        return url, {"Authorization": f"Bearer {self._token}"} if same and self._token else {}
+                self._urls[file.name] = url
+        same_host = urlsplit(url)[:2] == urlsplit(self._endpoint)[:2]
+        # Never send the Hub's token to the host that it redirects to.
+        return url, {"Authorization": f"Bearer {self._token}"} if same_host and self._token else {}
 
     def explain(self, file: File, status: int) -> str:
-        """See Address."""
+        """See Locator."""
         if status == 404:
-            return f"{self.name}: {file.name} is not there any more: deploy again"
-        return f"{self.name}: {file.name} cannot be read (the Hub answered {status}): {self._token_advice('for it')}"
+            return f"{self.name}: {file.name} not found: it was removed since it was pinned. Deploy again"
+        return f"{self.name}: cannot read {file.name} (HTTP status {status}): {self._token_advice('with read access')}"

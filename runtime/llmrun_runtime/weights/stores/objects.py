@@ -1,6 +1,6 @@
-"""S3, GCS and every other store that has an fsspec package: listing through fsspec, bytes by ranges.
+"""S3, GCS and every other object store with an fsspec package: listing and uploads through fsspec.
 
-S3 and GCS are read over HTTP from addresses that s3fs and gcsfs give (docs/performance.md says why); others by fsspec.
+S3 and GCS are read by ranged GETs from URLs that s3fs and gcsfs make (docs/performance.md says why), others by fsspec.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import fsspec
 
 from llmrun.errors import WeightsError
 from llmrun.weights import Weights
-from llmrun_runtime.weights.pin import MANIFEST, File, Pin, choose
+from llmrun_runtime.weights.pin import MIRROR_MANIFEST, File, Pin, select_files
 from llmrun_runtime.weights.stores.ranges import CHUNK_BYTES, HttpReader, Reader, TransferError
 
-SIGNED_S = 3600
+SIGNED_URL_S = 3600
 UPLOAD_PART_BYTES = 16 * 2**20
 INSTALL = {
     "s3": "pip install 'llmrun[s3]'",
@@ -39,40 +39,44 @@ CREDENTIALS = {
 }
 
 
+class _AccessDeniedError(WeightsError):
+    pass
+
+
 class ObjectStore:
     """One prefix of a bucket, or one folder."""
 
     def __init__(self, weights: Weights, connections: int) -> None:
         self.name = str(weights)
-        self.unnamed: set[str] = set()
+        self.not_md5: set[str] = set()
         self._weights = weights
         try:
             self.fs: Any = open_filesystem(weights.protocol, weights.endpoint_url, anonymous=weights.anonymous)
         except ImportError as error:
-            line = INSTALL.get(weights.protocol) or str(error).splitlines()[0]
+            advice = INSTALL.get(weights.protocol) or str(error).splitlines()[0]
             raise WeightsError(
-                f"{weights}: {weights.protocol}:// needs a package that is not installed: {line}"
+                f"{weights}: {weights.protocol}:// needs a package that is not installed: {advice}"
             ) from None
         except ValueError:
             raise WeightsError(
-                f"{weights}: neither llmrun nor an installed fsspec package knows {weights.protocol}://"
+                f"{weights}: {weights.protocol}:// is not supported by llmrun or any installed fsspec package"
             ) from None
         except Exception as error:
-            raise self._wrong(error) from error
+            raise self._translated(error) from error
         self.root = self.fs._strip_protocol(f"{weights.protocol}://{weights.address}").rstrip("/")
         self.reader: Reader = self
         if weights.protocol in ("s3", "gs"):
             self.reader = HttpReader(self, connections)
 
     def pin(self) -> Pin:
-        """What lies there now. Raises WeightsError."""
-        listed = self.listed()
-        return listed.model_copy(update={"files": choose(listed.files, self._weights)})
+        """See Store."""
+        listing = self.list_files()
+        return listing.model_copy(update={"files": select_files(listing.files, self._weights)})
 
-    def listed(self) -> Pin:
+    def list_files(self) -> Pin:
         """See Store."""
         found = self.files()
-        sums = self.mirrored() if any(file.name == MANIFEST for file in found) else {}
+        sums = self.mirror_digests() if any(file.name == MIRROR_MANIFEST for file in found) else {}
         files = [
             file.model_copy(update={"digests": {**file.digests, **sums.get((file.name, file.version), {})}})
             for file in found
@@ -80,107 +84,107 @@ class ObjectStore:
         return Pin(weights=self._weights, files=tuple(files))
 
     def files(self) -> list[File]:
-        """All files below the address. Raises WeightsError."""
+        """Return all files below the address. Raises WeightsError."""
         if self._weights.path and not Path(self.root).is_dir():
-            raise WeightsError(f"{self._weights}: there is no such folder")
+            raise WeightsError(f"{self._weights}: folder not found")
         try:
             self.fs.invalidate_cache()
-            found = self.fs.find(self.root, detail=True)
+            infos = self.fs.find(self.root, detail=True)
         except Exception as error:
-            raise self._wrong(error) from error
+            raise self._translated(error) from error
         start = len(self.root) + 1
         files = [
-            _file(name[start:], info)
-            for name, info in found.items()
+            _to_file(name[start:], info)
+            for name, info in infos.items()
             if info["type"] == "file" and name.startswith(self.root + "/") and not name.endswith("/")
         ]
-        unknown = next((name for name, info in found.items() if info["type"] == "file" and info["size"] is None), None)
-        if unknown:
-            raise WeightsError(f"{self._weights}: it does not say how large {unknown} is: use another kind of store")
+        sizeless = next((name for name, info in infos.items() if info["type"] == "file" and info["size"] is None), None)
+        if sizeless:
+            raise WeightsError(f"{self._weights}: the store reports no size for {sizeless}: use another kind of store")
         return files
 
-    def mirrored(self) -> dict[tuple[str, str], dict[str, str]]:
-        """Checksums that `llmrun weights mirror` left, by the name and the version that it saw. Raises WeightsError."""
+    def mirror_digests(self) -> dict[tuple[str, str], dict[str, str]]:
+        """Return the checksums that `llmrun weights mirror` wrote, by file name and version. Raises WeightsError."""
         try:
-            files = json.loads(self.fs.cat_file(f"{self.root}/{MANIFEST}"))["files"]
+            files = json.loads(self.fs.cat_file(f"{self.root}/{MIRROR_MANIFEST}"))["files"]
             return {(f["name"], f["version"]): dict(f["digests"]) for f in files}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise WeightsError(f"{self._weights}: its {MANIFEST} cannot be read ({error}): mirror it again") from None
+            raise WeightsError(f"{self._weights}: cannot read {MIRROR_MANIFEST} ({error}): mirror it again") from None
 
     def put(self, path: Path, name: str) -> None:
         """Upload a file. Raises WeightsError."""
-        # s3fs takes 50 MiB a part and ten at once if not told otherwise.
+        # s3fs uploads ten parts of 50 MiB at once by default.
         options = {"chunksize": UPLOAD_PART_BYTES, "max_concurrency": 2} if self._weights.protocol == "s3" else {}
         try:
             self.fs.put_file(str(path), f"{self.root}/{name}", **options)
         except Exception as error:
-            raise self._wrong(error) from error
+            raise self._translated(error) from error
 
     def write(self, name: str, data: bytes) -> None:
         """Upload a small file. Raises WeightsError."""
         try:
             self.fs.pipe_file(f"{self.root}/{name}", data)
         except Exception as error:
-            raise self._wrong(error) from error
+            raise self._translated(error) from error
 
-    def use(self, pin: Pin) -> None:
-        """Nothing to do: each file has its version."""
+    def use_pin(self, pin: Pin) -> None:
+        """Do nothing: each file has its own version."""
 
-    def local(self, file: File) -> Path | None:
-        """No store has a cache of its own here."""
+    def local_copy(self, file: File) -> Path | None:
+        """Return None: object stores have no cache on the node."""
         return None
 
-    def locate(self, file: File, *, again: bool) -> tuple[str, dict[str, str]]:
-        """A signed address (S3), or one for the version that was pinned, with credentials in the headers (GCS)."""
+    def locate(self, file: File, *, refresh: bool) -> tuple[str, dict[str, str]]:
+        """A signed URL (S3), or the pinned version's URL with credentials in the headers (GCS). See Locator."""
         path = f"{self.root}/{file.name}"
         try:
             if self._weights.protocol == "s3":
-                return str(self.fs.sign(path, expiration=SIGNED_S)), {}
+                return str(self.fs.sign(path, expiration=SIGNED_URL_S)), {}
             headers: dict[str, str] = {}
             self.fs.credentials.apply(headers)
             return str(self.fs.url(path, generation=file.version or None)), headers
         except Exception as error:
-            wrong = self._wrong(error)
-            if "access denied" in str(wrong):
-                raise wrong from error
-            raise TransferError(str(wrong)) from error
+            translated = self._translated(error)
+            if isinstance(translated, _AccessDeniedError):
+                raise translated from error
+            raise TransferError(str(translated)) from error
 
     def explain(self, file: File, status: int) -> str:
-        """See Address."""
+        """See Locator."""
         if status == 404:
-            return f"{self.name}: {file.name} has been replaced or removed since it was pinned: deploy again"
-        return f"{self.name}: {file.name} cannot be read (the store answered {status}): {self._advice()}"
+            return f"{self.name}: {file.name} was replaced or removed since it was pinned: deploy again"
+        return f"{self.name}: cannot read {file.name} (HTTP status {status}): {self._advice()}"
 
     def read(self, file: File, start: int, end: int) -> Iterator[bytes]:
-        """Through fsspec, for stores that have no address of ours. See Reader."""
+        """Read through fsspec, for stores that are not read by URL. See Reader."""
         path = f"{self.root}/{file.name}"
         try:
-            if _file(file.name, self.fs.info(path)).version != file.version:
+            if _to_file(file.name, self.fs.info(path)).version != file.version:
                 raise WeightsError(f"{file.name} has changed at {self.name} since it was pinned: deploy again")
             for at in range(start, end, CHUNK_BYTES):
-                wanted = min(at + CHUNK_BYTES, end)
-                piece = self.fs.cat_file(path, start=at, end=wanted)
-                if len(piece) != wanted - at:
-                    raise TransferError(f"it sent {len(piece)} bytes where {wanted - at} were asked for")
-                yield piece
+                chunk_end = min(at + CHUNK_BYTES, end)
+                chunk = self.fs.cat_file(path, start=at, end=chunk_end)
+                if len(chunk) != chunk_end - at:
+                    raise TransferError(f"the store sent {len(chunk)} bytes instead of {chunk_end - at}")
+                yield chunk
         except (TransferError, WeightsError, GeneratorExit):
             raise
         except FileNotFoundError:
             raise WeightsError(self.explain(file, 404)) from None
         except PermissionError as error:
-            raise self._wrong(error) from error
-        except Exception as error:  # each package has its own
+            raise self._translated(error) from error
+        except Exception as error:  # each fsspec package has its own errors
             raise TransferError(f"{type(error).__name__}: {error}") from error
 
-    def _wrong(self, error: Exception) -> WeightsError:
-        """What a store's own exception means."""
+    def _translated(self, error: Exception) -> WeightsError:
+        """Translate an exception of an fsspec package."""
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
         if isinstance(error, FileNotFoundError):
-            return WeightsError(f"{self._weights}: there is nothing at that address")
+            return WeightsError(f"{self._weights}: address not found")
         words = ("credential", "forbidden", "accesskey", "signature", "anonymous caller", "unauthorized", "403", "401")
         if isinstance(error, PermissionError) or any(word in text.lower() for word in words):
-            return WeightsError(f"{self._weights}: access denied ({text}): {self._advice()}")
-        return WeightsError(f"{self._weights}: the store cannot be asked ({text})")
+            return _AccessDeniedError(f"{self._weights}: access denied ({text}): {self._advice()}")
+        return WeightsError(f"{self._weights}: cannot reach the store ({text})")
 
     def _advice(self) -> str:
         variables = CREDENTIALS.get(self._weights.protocol, f"the credentials of {self._weights.protocol}://")
@@ -189,25 +193,26 @@ class ObjectStore:
 
 @functools.cache
 def open_filesystem(protocol: str, endpoint_url: str, *, anonymous: bool) -> Any:
-    """The fsspec filesystem of a source; credentials come from the environment. Raises ImportError and what it may.
+    """Return the fsspec filesystem of a source, with credentials from the environment.
 
-    One for all sources of that kind in this process: making one takes as long as fetching an adapter.
+    Cached per process: creating one takes as long as fetching an adapter. Raises ImportError, ValueError for an
+    unknown protocol, and the package's own errors.
     """
     options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
     if protocol == "s3":
-        region = os.environ.get("AWS_REGION")  # which botocore does not read
+        region = os.environ.get("AWS_REGION")  # botocore does not read it
         if region:
             options["client_kwargs"] = {"region_name": region}
         if endpoint_url:
             options["endpoint_url"] = endpoint_url
         else:
-            options["cache_regions"] = True  # a signed address is only good in the bucket's own region
+            options["cache_regions"] = True  # a signed URL is valid in the bucket's region only
         if anonymous:
             options["anon"] = True
         else:
             options["config_kwargs"] = {"signature_version": "s3v4"}
     elif protocol == "gs":
-        # Else gcsfs asks for each bucket's kind over gRPC: a minute, where only HTTP comes through.
+        # Otherwise gcsfs requests each bucket's type over gRPC: a minute's timeout where only HTTP passes.
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         if endpoint_url:
             options["endpoint_url"] = endpoint_url
@@ -216,8 +221,8 @@ def open_filesystem(protocol: str, endpoint_url: str, *, anonymous: bool) -> Any
     return fsspec.filesystem(protocol, **options)
 
 
-def _file(name: str, info: dict[str, Any]) -> File:
-    """What a listing says of a file, in one shape."""
+def _to_file(name: str, info: dict[str, Any]) -> File:
+    """Convert an entry of a listing; each store has its own keys."""
     etag = str(info.get("ETag") or info.get("etag") or "").strip('"')
     digests = {}
     if ETAG_IS_MD5.fullmatch(etag):

@@ -1,6 +1,6 @@
-"""Reads a range of bytes of a file over HTTP: what S3, GCS, the Hub and other nodes have in common.
+"""Read a range of a file's bytes over HTTP, from S3, GCS, the Hub or another node.
 
-Tells what may pass if asked again (Trouble) from what will not (WeightsError).
+Separates errors worth a retry (TransferError) from final ones (WeightsError).
 """
 
 from __future__ import annotations
@@ -20,91 +20,93 @@ from llmrun_runtime.weights.pin import File
 CHUNK_BYTES = 2**20
 CONNECT_TIMEOUT_S = 10
 READ_TIMEOUT_S = 60
-# Too many requests, and what servers answer when they are busy or restarting.
-PASSING = frozenset({408, 429, 500, 502, 503, 504})
-# S3's ETag: an MD5, or that of the parts' MD5s with their number. GCS's generation: a number.
+# Too many requests, and the answers of servers that are busy or restarting.
+RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
+# S3's ETag: an MD5, or the MD5 of the parts' MD5s with their number. GCS's generation: a number.
 VERSION = re.compile(r"[0-9a-f]{32}(-\d+)?|\d+")
 
-# Where the stores' own packages look for certificates, before those that Python's HTTP clients bring.
-AUTHORITIES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
+# The variables that the stores' own packages read for certificates, before certifi's.
+CA_BUNDLE_VARIABLES = ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE")
 
 
 class TransferError(Exception):
-    """It did not work, and may work later; `after`: seconds that the server asks for."""
+    """A temporary failure. `retry_after`: seconds that the server requests before a retry."""
 
-    def __init__(self, text: str, after: float = 0) -> None:
+    def __init__(self, text: str, retry_after: float = 0) -> None:
         super().__init__(text)
-        self.after = after
+        self.retry_after = retry_after
 
 
 class Reader(Protocol):
-    """Something that has a source's files."""
+    """A place to read a source's files from."""
 
     name: str
-    unnamed: set[str]
-    """Files whose ETag turned out to be no MD5, though it looks like one (encrypted with a key of KMS)."""
+    not_md5: set[str]
+    """Files whose ETag only looks like an MD5 (encrypted with a KMS key)."""
 
     def read(self, file: File, start: int, end: int) -> Iterator[bytes]:
-        """The file's bytes from `start` to `end`, in pieces. Raises Trouble or WeightsError."""
+        """Yield the bytes from `start` to `end` in chunks. Raises TransferError or WeightsError."""
         ...
 
 
-class Address(Protocol):
-    """Where a file can be had."""
+class Locator(Protocol):
+    """Resolves a file to a URL."""
 
     name: str
 
-    def locate(self, file: File, *, again: bool) -> tuple[str, dict[str, str]]:
-        """A URL and headers for a GET; `again`: the last one was refused, it may be too old."""
+    def locate(self, file: File, *, refresh: bool) -> tuple[str, dict[str, str]]:
+        """Return a URL and headers for a GET. `refresh`: the last URL was rejected and may have expired."""
         ...
 
     def explain(self, file: File, status: int) -> str:
-        """What a final refusal means and what to do, in one line."""
+        """Return one line for a final HTTP status: what it means and what to do."""
         ...
 
 
 class HttpReader:
-    """Reads by ranged GETs. Any number of threads may use it at once."""
+    """Reads by ranged GETs. Safe to share between threads."""
 
-    def __init__(self, address: Address, connections: int, proxies: Mapping[str, str] | None = None) -> None:
+    def __init__(self, locator: Locator, connections: int, proxies: Mapping[str, str] | None = None) -> None:
         """`proxies`: by scheme; by default those of the environment."""
-        self.name = address.name
-        self.unnamed: set[str] = set()
-        self._address = address
+        self.name = locator.name
+        self.not_md5: set[str] = set()
+        self._locator = locator
         options: dict[str, Any] = {
             "maxsize": connections,
             "timeout": urllib3.Timeout(CONNECT_TIMEOUT_S, READ_TIMEOUT_S),
-            "ca_certs": next((os.environ[name] for name in AUTHORITIES if os.environ.get(name)), certifi.where()),
+            "ca_certs": next(
+                (os.environ[name] for name in CA_BUNDLE_VARIABLES if os.environ.get(name)), certifi.where()
+            ),
         }
         self._direct = urllib3.PoolManager(**options)
-        said = urllib.request.getproxies() if proxies is None else proxies
+        urls = urllib.request.getproxies() if proxies is None else proxies
         self._proxies = {
-            scheme: _proxy(scheme, url, options) for scheme, url in said.items() if scheme in ("http", "https")
+            scheme: _proxy(scheme, url, options) for scheme, url in urls.items() if scheme in ("http", "https")
         }
 
     def read(self, file: File, start: int, end: int) -> Iterator[bytes]:
         """See Reader."""
-        for again in (False, True):
-            url, headers = self._address.locate(file, again=again)
-            answer = self._get(url, {**headers, "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"})
-            if answer.status in (401, 403) and not again:  # a signed address that has expired
-                answer.close()
+        for refresh in (False, True):
+            url, headers = self._locator.locate(file, refresh=refresh)
+            response = self._get(url, {**headers, "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"})
+            if response.status in (401, 403) and not refresh:  # a signed URL that has expired
+                response.close()
                 continue
             break
         try:
-            self._check(file, answer, start, end)
-            left = end - start
-            while left:
-                piece = answer.read(min(left, CHUNK_BYTES))
-                if not piece:
+            self._check(file, response, start, end)
+            remaining = end - start
+            while remaining:
+                chunk = response.read(min(remaining, CHUNK_BYTES))
+                if not chunk:
                     raise TransferError("the connection was closed early")
-                left -= len(piece)
-                yield piece
+                remaining -= len(chunk)
+                yield chunk
         except urllib3.exceptions.HTTPError as error:
             raise TransferError(f"{type(error).__name__}") from error
         finally:
-            # A connection that still holds bytes of this answer is of no use to the next request.
-            answer.release_conn() if not left_over(answer) else answer.close()
+            # A connection with unread bytes of this response cannot serve the next request.
+            response.release_conn() if not has_unread_body(response) else response.close()
 
     def _get(self, url: str, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
         parsed = urllib3.util.parse_url(url)
@@ -115,49 +117,54 @@ class HttpReader:
             return pool.request("GET", url, headers=dict(headers), preload_content=False, retries=retries)
         except urllib3.exceptions.HTTPError as error:
             host = parsed.netloc or url
-            raise TransferError(f"no answer from {host} ({type(error.__cause__ or error).__name__})") from error
+            raise TransferError(f"no response from {host} ({type(error.__cause__ or error).__name__})") from error
 
-    def _check(self, file: File, answer: urllib3.BaseHTTPResponse, start: int, end: int) -> None:
-        status = answer.status
-        if status in PASSING:
-            raise TransferError(f"the server answered {status}", _seconds(answer.headers.get("Retry-After", "")))
+    def _check(self, file: File, response: urllib3.BaseHTTPResponse, start: int, end: int) -> None:
+        status = response.status
+        if status in RETRYABLE:
+            raise TransferError(f"HTTP status {status}", _seconds(response.headers.get("Retry-After", "")))
         if status in (412, 416):
-            raise WeightsError(f"{file.name} has changed at {self.name} since it was pinned: deploy again")
+            raise self._changed(file)
         if status not in (200, 206):
-            raise WeightsError(self._address.explain(file, status))
-        found = re.match(r"bytes (\d+)-(\d+)/(\d+|\*)", answer.headers.get("Content-Range", ""))
-        if not found:  # the server does not know ranges: good enough for a file's beginning
-            if start or answer.headers.get("Content-Length", str(file.size)) != str(file.size):
-                raise WeightsError(
-                    f"{file.name}: {self.name} does not give parts of files, or another size than before"
-                )
-        elif int(found[1]) != start or int(found[2]) != end - 1 or found[3] not in ("*", str(file.size)):
-            raise WeightsError(
-                f"{file.name} has changed at {self.name} since it was pinned (another size): deploy again"
-            )
+            raise WeightsError(self._locator.explain(file, status))
+        content_range = re.match(r"bytes (\d+)-(\d+)/(\d+|\*)", response.headers.get("Content-Range", ""))
+        if not content_range:  # a server without range support can still send a file from its beginning
+            if start or response.headers.get("Content-Length", str(file.size)) != str(file.size):
+                raise WeightsError(f"{file.name}: {self.name} does not support range requests, or the size has changed")
+        elif (
+            int(content_range[1]) != start
+            or int(content_range[2]) != end - 1
+            or content_range[3] not in ("*", str(file.size))
+        ):
+            raise self._changed(file)
         # https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html: ETag
-        encrypted = answer.headers.get("x-amz-server-side-encryption", "").startswith("aws:kms")
-        if encrypted or "x-amz-server-side-encryption-customer-algorithm" in answer.headers:
-            self.unnamed.add(file.name)
-        # S3 says its ETag, GCS its generation; other servers' ETags are no versions that a pin has.
-        said = answer.headers.get("x-goog-generation") or answer.headers.get("ETag", "").strip('"')
-        if VERSION.fullmatch(file.version) and VERSION.fullmatch(said) and said != file.version:
-            raise WeightsError(f"{file.name} has changed at {self.name} since it was pinned: deploy again")
+        encrypted = response.headers.get("x-amz-server-side-encryption", "").startswith("aws:kms")
+        if encrypted or "x-amz-server-side-encryption-customer-algorithm" in response.headers:
+            self.not_md5.add(file.name)
+        # S3 sends its ETag, GCS its generation; the ETags of other servers are not in a pin.
+        version = response.headers.get("x-goog-generation") or response.headers.get("ETag", "").strip('"')
+        if VERSION.fullmatch(file.version) and VERSION.fullmatch(version) and version != file.version:
+            raise self._changed(file)
+
+    def _changed(self, file: File) -> WeightsError:
+        return WeightsError(f"{file.name} has changed at {self.name} since it was pinned: deploy again")
 
 
 def _proxy(scheme: str, url: str, options: dict[str, Any]) -> urllib3.ProxyManager:
-    """A pool behind the proxy that the environment names. Raises WeightsError."""
+    """Return a pool for the proxy in the environment. Raises WeightsError."""
     parsed = urllib3.util.parse_url(url)
     headers = urllib3.make_headers(proxy_basic_auth=parsed.auth) if parsed.auth else None
     try:
         return urllib3.ProxyManager(url, proxy_headers=headers, **options)
     except (urllib3.exceptions.HTTPError, ValueError) as error:
-        raise WeightsError(f"{scheme}_proxy={url!r} is of no use here ({error}): write http://host:port") from None
+        raise WeightsError(
+            f"invalid value {scheme}_proxy={url!r} ({error}): it must be like http://host:port"
+        ) from None
 
 
-def left_over(answer: urllib3.BaseHTTPResponse) -> bool:
-    """Whether an answer's body was not read to its end."""
-    return bool(answer.length_remaining)
+def has_unread_body(response: urllib3.BaseHTTPResponse) -> bool:
+    """Whether part of the response's body was not read."""
+    return bool(response.length_remaining)
 
 
 def _seconds(text: str) -> float:

@@ -1,0 +1,64 @@
+"""Shows a deploy on the terminal: its plan, its progress and how to call the models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.text import Text
+
+from llmrun.errors import DeployError
+from llmrun.wire import Change, Event, Plan
+from llmrun_cli.progress import show_progress
+from llmrun_cli.terminal import err, note, out
+
+CHANGE_MARKS = {"add": ("+", "green"), "change": ("~", "yellow"), "tune": ("~", "yellow"), "remove": ("-", "red")}
+EVENT_MARKS = {"unproven": ("!", "yellow"), "removed": ("-", "red")}
+EVENT_VERBS = {"ready": "ready", "removed": "removed", "tuned": "changed"}
+
+
+def show_plan(plan: Plan, *, prune: bool = False) -> None:
+    """Print the diff."""
+    for change in plan.changes:
+        if change.kind == "same":
+            continue
+        mark, style = CHANGE_MARKS[change.kind]
+        err.print(Text(f"{mark} {_headline(change)}", style=style))
+        if change.kind in ("change", "tune"):
+            for line in change.lines:
+                err.print(Text(f"    {line}", style=style))
+        if change.kind == "remove" and not prune:
+            err.print(Text("    no longer in the file", style="dim"))
+
+
+def _headline(change: Change) -> str:
+    if change.kind == "add":
+        return f"{change.model}  {change.lines[0]}, on {change.placement}"
+    if change.kind == "change":
+        return f"{change.model}  (new engine, on {change.placement})"
+    return f"{change.model}  (no restart)" if change.kind == "tune" else change.model
+
+
+def show_events(events: Iterable[Event], url: str) -> None:
+    """Print a deploy's events, then how to call its first model.
+
+    Raises DeployError if models failed. Ctrl-C leaves the deploy running and raises KeyboardInterrupt.
+    """
+    first = ""
+    try:
+        for event in show_progress(events, "deploy"):
+            mark, style = EVENT_MARKS.get(event.kind, ("✓", "green"))
+            result = ", ".join(text for text in (EVENT_VERBS.get(event.kind, ""), event.text) if text)
+            note(f"{mark} {event.model} {result}", style)
+            if event.kind != "removed":
+                first = first or event.model
+    except DeployError:
+        _show_example(url, first)
+        raise
+    _show_example(url, first)
+
+
+def _show_example(url: str, model: str) -> None:
+    if not model:
+        return
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+    out.print(f"\n{url}/v1\n\ncurl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'")

@@ -1,0 +1,93 @@
+"""Starts and stops the cluster on this machine. The runtime does the work, in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import httpx
+
+from llmrun.errors import ClusterError
+from llmrun.settings import DEFAULT_URL, Settings
+
+PROBE_TIMEOUT_S = 2
+EXIT_TIMEOUT_S = 10
+HTTP_PORT = 80  # of a URL without a port
+
+
+def up_command(host: str, port: int, node_ip: str = "127.0.0.1", *, insecure: bool = False) -> list[str]:
+    """Return the command that runs a cluster in the foreground. Raises ClusterError if the runtime is not installed."""
+    command = [*_runtime(), "up", "--host", host, "--port", str(port), "--node-ip", node_ip]
+    return [*command, "--insecure"] if insecure else command
+
+
+def start(command: list[str]) -> str:
+    """Run `up_command()` in the background; return the URL once the cluster is ready. Raises ClusterError."""
+    process = subprocess.Popen(
+        [*command, "--detach"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout
+    for line in process.stdout:
+        event = _parse_event(line)
+        if "ready" in event:
+            return str(event["ready"])
+        if "error" in event:
+            raise ClusterError(event["error"])
+    code = process.wait(EXIT_TIMEOUT_S)
+    raise ClusterError(f"the cluster process exited with code {code}: see logs/ in LLMRUN_HOME")
+
+
+def stop() -> bool:
+    """Stop this home's cluster; return False if none is running. Raises ClusterError."""
+    done = subprocess.run([*_runtime(), "down"], capture_output=True, text=True, check=False)
+    event = _parse_event(done.stdout)
+    if "stopped" not in event:
+        raise ClusterError(event.get("error") or done.stderr.strip()[-500:])
+    return bool(event["stopped"])
+
+
+def ensure(settings: Settings, starting: Callable[[str], AbstractContextManager[object]]) -> None:
+    """Start a cluster if the URL is this machine's default and nothing listens there.
+
+    `starting(url)` is entered for as long as the start takes. Raises ClusterError.
+    """
+    if settings.url not in ("", DEFAULT_URL):
+        return
+    url = settings.resolved_url()
+    try:
+        httpx.get(f"{url}/health", timeout=PROBE_TIMEOUT_S, trust_env=False)
+    except httpx.ConnectError:
+        address = httpx.URL(url)  # the default, or that of this home's previous cluster
+        with starting(url):
+            start(up_command(address.host, address.port or HTTP_PORT))
+    except httpx.HTTPError:
+        return  # something listens; the next call reports what is wrong
+
+
+def _parse_event(line: str) -> dict[str, Any]:
+    """Parse an event of the runtime: `{"ready": URL}`, `{"stopped": BOOL}`, `{"error": TEXT}`; {} for other output."""
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return {}
+    return event if isinstance(event, dict) else {}
+
+
+def _runtime() -> list[str]:
+    """Return the command line of the runtime. Raises ClusterError with install instructions."""
+    if not importlib.util.find_spec("ray"):
+        raise ClusterError(
+            "the cluster runtime is not installed: pip install 'llmrun[runtime,gpu]' (for CPUs see the README). "
+            "To use a cluster elsewhere, set LLMRUN_URL."
+        )
+    return [sys.executable, "-m", "llmrun_runtime.cluster.local"]

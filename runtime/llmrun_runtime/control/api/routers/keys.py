@@ -1,0 +1,30 @@
+"""API keys."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from llmrun.wire import KeyInfo, NewKey
+from llmrun_runtime.control.api.dependencies import Plane
+
+router = APIRouter()
+
+
+@router.get("/keys")
+async def list_keys(plane: Plane) -> list[KeyInfo]:
+    """Return all API keys, without their secrets."""
+    return plane.keys.rows()
+
+
+@router.post("/keys")
+async def create_key(info: KeyInfo, plane: Plane) -> NewKey:
+    """Create an API key."""
+    plane.adapters.check_names(info.models)
+    return plane.keys.create(info)
+
+
+@router.delete("/keys/{name}")
+async def revoke_key(name: str, plane: Plane) -> dict[str, str]:
+    """Revoke an API key."""
+    plane.keys.revoke(name)
+    return {"revoked": name}

@@ -1,0 +1,103 @@
+"""Lists a model's adapters at the sources of its `lora=`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from llmrun.errors import LLMRunError, WeightsError
+from llmrun.lora import LoRA
+from llmrun.spec import Secret
+from llmrun.weights import Weights
+from llmrun_runtime.control.catalog.weights import WeightsCatalog
+from llmrun_runtime.placement import Placement
+from llmrun_runtime.weights.adapters import Adapter
+
+log = logging.getLogger("llmrun.control")
+
+
+@dataclass
+class ModelAdapters:
+    """One listing of a model's adapters."""
+
+    lora: LoRA
+    """The `lora=` whose sources were listed."""
+    adapters: dict[str, Adapter]
+    """By name."""
+    previous: dict[str, Adapter] = field(default_factory=dict)
+    """The adapters before the last change, which requests in progress may use."""
+    listed_at: float = 0
+    """In seconds of the monotonic clock."""
+
+    def is_of(self, lora: LoRA | None) -> bool:
+        """Whether `lora` has the same sources."""
+        return lora is not None and self.lora.sources == lora.sources
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """The adapters' ranks, by `Adapter.config_id`."""
+        return {adapter.config_id: adapter.rank for adapter in self.adapters.values()}
+
+
+async def list_sources(
+    weights: WeightsCatalog,
+    lora: LoRA,
+    env: Mapping[str, Secret | str],
+    placement: Placement,
+    last: ModelAdapters | None,
+    *,
+    strict: bool = False,
+) -> dict[str, Adapter]:
+    """List all adapters at the sources of `lora`, by name. Raises LLMRunError.
+
+    The ranks of configurations in `last` are not read again. If one of several sources cannot be listed, its adapter
+    is taken from `last`; with `strict`, it is an error.
+    """
+    if lora.path:
+        listed = await weights.list_adapters(lora.path, env, placement, last.ranks if last else {})
+        return {adapter.name: adapter for adapter in listed}
+    old = last.adapters if last else {}
+    calls = [_list_one(weights, name, source, env, placement, old.get(name)) for name, source in lora.adapters.items()]
+    adapters: dict[str, Adapter] = {}
+    errors: list[LLMRunError] = []
+    for name, result in zip(lora.adapters, await asyncio.gather(*calls, return_exceptions=True), strict=True):
+        if isinstance(result, LLMRunError) and not strict:
+            log.warning("adapter %s: %s", name, result)
+            errors.append(result)
+            if name in old:
+                adapters[name] = old[name]
+        elif isinstance(result, BaseException):
+            raise result
+        else:
+            adapters[name] = result
+    if len(errors) == len(lora.adapters):
+        raise errors[0]
+    return adapters
+
+
+async def _list_one(
+    weights: WeightsCatalog,
+    name: str,
+    source: Weights,
+    env: Mapping[str, Secret | str],
+    placement: Placement,
+    last: Adapter | None,
+) -> Adapter:
+    adapters = await weights.list_adapters(source, env, placement, {last.config_id: last.rank} if last else {})
+    if not adapters:
+        raise WeightsError(f"lora={name!r}: no adapter found in {source} (adapter_config.json and its weights)")
+    if len(adapters) > 1:
+        raise WeightsError(f"lora={name!r}: {source} contains {len(adapters)} adapters. Use the folder of one")
+    return adapters[0].model_copy(update={"name": name})
+
+
+def unless_empty(
+    model: str, lora: LoRA, adapters: dict[str, Adapter], last: ModelAdapters | None
+) -> dict[str, Adapter]:
+    """Return `adapters`; those of `last` if a source that had some is empty now."""
+    if adapters or not last or not last.adapters:
+        return adapters
+    log.warning("adapters of %s: %s is empty now; keeping the last listing", model, lora.location)
+    return last.adapters

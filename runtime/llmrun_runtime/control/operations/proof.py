@@ -1,0 +1,126 @@
+"""Starts one replica of a new version as proof that the version works, before it becomes active."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from llmrun.settings import Settings
+from llmrun_runtime.control.autoscaling.autoscaler import Autoscaler
+from llmrun_runtime.control.autoscaling.serve_apps import ServeApps
+from llmrun_runtime.control.state.models import Candidate, Deployed, Models
+from llmrun_runtime.control.state.operation import Operation
+from llmrun_runtime.control.state.registry import Registry
+from llmrun_runtime.placement import could_run, has_capacity
+from llmrun_runtime.ray_nodes import cluster_nodes
+from llmrun_runtime.wire.reports import ReplicaReport
+
+PREPARE_TIMEOUT_S = 1800
+POLL_S = 0.1
+# Ray's count of free resources lags by some tenths of a second, and a replica takes a moment to end. Wait this long for
+# resources to become free before draining the active version.
+SETTLE_S = 3.0
+
+
+@dataclass
+class Proof:
+    """The state of a candidate's first replica."""
+
+    placed: asyncio.Event = field(default_factory=asyncio.Event)
+    done: asyncio.Event = field(default_factory=asyncio.Event)
+    cause: str = ""
+    """Why the replica failed; "" if it is ready."""
+
+
+class Prover:
+    """Find capacity for proofs, and run them."""
+
+    def __init__(
+        self,
+        *,
+        settings: Settings,
+        registry: Registry,
+        models: Models,
+        autoscaler: Autoscaler,
+        serve_apps: ServeApps,
+    ) -> None:
+        self._settings = settings
+        self._registry = registry
+        self._models = models
+        self._autoscaler = autoscaler
+        self._serve_apps = serve_apps
+        self._proofs: dict[tuple[str, int], Proof] = {}
+        """By model and engine version."""
+
+    def on_report(self, report: ReplicaReport, cause: str = "") -> bool:
+        """Process a replica's report, with the cause if it failed. Return whether the replica belongs to a proof."""
+        proof = self._proofs.get((report.model, report.version))
+        if not proof:
+            return False
+        proof.placed.set()
+        if cause or report.state == "ready":
+            proof.cause = cause
+            proof.done.set()
+        return True
+
+    async def free_capacity(self, row: Deployed, old: Deployed | None, operation: Operation) -> str:
+        """Make sure that a replica of `row` fits, draining the old version if needed.
+
+        Return "" if it fits, else what is missing. The model stays locked if the old version was drained.
+        """
+        if any(not node.id and could_run(row.placement, node) for node in cluster_nodes()):
+            return ""  # the cluster's autoscaler can add a node
+        if await self._wait_for_capacity(row, SETTLE_S):
+            return ""
+        nodes = cluster_nodes()
+        replicas = self._registry.replicas_of(row.name)
+        freed = {replica.node: old.placement for replica in replicas} if old else {}
+        if not old or not replicas or not has_capacity(row.placement, nodes, freed):
+            return self._autoscaler.shortage(row, nodes)
+        text = f"not enough capacity next to version {old.version}: draining it first, requests are queued"
+        await operation.emit("step", row.name, text)
+        self._models.lock(row.name)
+        await self._serve_apps.set_target(old, 0)
+        drained = await _wait_until(lambda: not self._registry.replicas_of(row.name), self._settings.drain_timeout)
+        if drained and await self._wait_for_capacity(row, self._settings.place_timeout):
+            return ""
+        self._models.unlock(row.name)
+        return self._autoscaler.shortage(row) or f"version {old.version} did not drain in time"
+
+    async def prove(self, row: Deployed, operation: Operation) -> str:
+        """Start one replica. Return "" once it is ready, else the cause of the failure."""
+        proof = self._proofs[row.name, row.engine_version] = Proof()
+        self._models.candidates[row.name] = Candidate(row)
+        try:
+            await operation.emit("step", row.name, f"version {row.version}: placing a replica on {row.placement}")
+            await self._serve_apps.set_target(row, 1)
+            if not await _wait_until(proof.placed.is_set, self._settings.place_timeout):
+                return await self._not_placed(row)
+            host = next((report.host for report in self._registry.replicas_of(row.name, row.engine_version)), "")
+            await operation.emit("step", row.name, f"starting the engine on node {host}")
+            # The replica enforces start_timeout itself. The rest is for preparing its node, and for its report.
+            limit_s = self._settings.start_timeout + PREPARE_TIMEOUT_S
+            if not await _wait_until(proof.done.is_set, limit_s):
+                return f"the replica did not report within {limit_s:g} s"
+            return proof.cause
+        finally:
+            del self._proofs[row.name, row.engine_version]
+
+    async def _not_placed(self, row: Deployed) -> str:
+        limit = f"no replica was placed within {self._settings.place_timeout:g} s (LLMRUN_PLACE_TIMEOUT)"
+        error = await self._serve_apps.last_error(row.name, row.engine_version) or self._autoscaler.shortage(row)
+        return f"{limit}: {error or 'Ray reports no reason'}"
+
+    async def _wait_for_capacity(self, row: Deployed, timeout: float) -> bool:
+        return await _wait_until(lambda: has_capacity(row.placement, cluster_nodes()), timeout)
+
+
+async def _wait_until(condition: Callable[[], bool], timeout: float) -> bool:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        await asyncio.sleep(POLL_S)
+    return True

@@ -1,0 +1,148 @@
+"""The flow of an inference request: read the body, admit, apply limits, queue, relay."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+from llmrun.settings import Settings
+from llmrun.wire import KeyInfo
+from llmrun_runtime.asgi import Receive, Scope, Send
+from llmrun_runtime.ingress.admission.admit import Admission, admit
+from llmrun_runtime.ingress.admission.body import read_body
+from llmrun_runtime.ingress.admission.rate_limits import Limiter
+from llmrun_runtime.ingress.admission.revision import Resolver, resolve_pin
+from llmrun_runtime.ingress.admission.target import Target, check_path
+from llmrun_runtime.ingress.disconnect import cancel_on_disconnect
+from llmrun_runtime.ingress.endpoints.metrics import IngressMetrics
+from llmrun_runtime.ingress.errors import HTTPError
+from llmrun_runtime.ingress.queue.caller_wait import CallerWait
+from llmrun_runtime.ingress.queue.claim import Caller, Claim
+from llmrun_runtime.ingress.queue.keepalive import KeepaliveStream, KeepaliveTiming
+from llmrun_runtime.ingress.queue.request_queue import RequestQueue
+from llmrun_runtime.ingress.relay import Deadlines, UpstreamRequest, UpstreamUnavailable, forwarded_headers, relay
+from llmrun_runtime.ingress.request_record import RequestRecord
+from llmrun_runtime.link.client import Links
+from llmrun_runtime.wire.headers import ADAPTER_HEADER, KEY_HEADER, PROBE_HEADER, TOKEN_HEADER
+
+log = logging.getLogger("llmrun.ingress")
+# Headers that are never forwarded from clients: their credentials, and those that the ingress sets.
+PRIVATE = frozenset(
+    {b"authorization", b"x-api-key", b"x-request-id"}
+    | {name.encode() for name in (TOKEN_HEADER, KEY_HEADER, PROBE_HEADER, ADAPTER_HEADER)}
+)
+
+
+class Inference:
+    """Answers inference requests with the engines' responses."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        queue: RequestQueue,
+        limiter: Limiter,
+        metrics: IngressMetrics,
+        resolver: Resolver,
+        links: Links,
+        keepalive: KeepaliveTiming,
+    ) -> None:
+        self._max_body_bytes = settings.max_body_bytes
+        self._request_timeout = settings.request_timeout
+        self._deadlines = Deadlines(settings.first_byte_timeout, settings.idle_stream_timeout)
+        self._queue = queue
+        self._limiter = limiter
+        self._metrics = metrics
+        self._resolver = resolver
+        self._links = links
+        self._keepalive = keepalive
+
+    async def __call__(
+        self, scope: Scope, receive: Receive, send: Send, key: KeyInfo | None, record: RequestRecord
+    ) -> None:
+        """Answer a request whose key is authenticated. Raises HTTPError before the response starts."""
+        body = await read_body(scope, receive, self._max_body_bytes)
+        admission = admit(self._queue.table, key, scope, body)
+        model, adapter = admission.target.model.name, admission.target.adapter
+        record.model, record.adapter = model, self._metrics.adapter(model, adapter)
+        stream = KeepaliveStream(send, [record.id_header], self._keepalive)
+        try:
+            with self._limiter.acquire(admission.limits, time.time()):
+                record.rate_limit_headers = self._limiter.headers(admission.limits, time.time())
+                work = self._queue_and_relay(admission, scope, body, stream, record)
+                await cancel_on_disconnect(self._in_time(work), receive)
+        except HTTPError as error:
+            record.rate_limit_headers = self._limiter.headers(admission.limits, time.time())
+            if not stream.response_started:
+                raise
+            if not stream.is_event_stream:
+                raise ConnectionAbortedError(error.message) from None
+            await stream.fail(error)
+
+    async def _in_time(self, work: Coroutine[Any, Any, None]) -> None:
+        """Raises HTTPError (504) after LLMRUN_REQUEST_TIMEOUT."""
+        if not self._request_timeout:
+            await work
+            return
+        try:
+            async with asyncio.timeout(self._request_timeout):
+                await work
+        except TimeoutError:
+            message = f"timed out after {self._request_timeout:g} s (LLMRUN_REQUEST_TIMEOUT)"
+            raise HTTPError(504, message, "request_timeout", "service_unavailable") from None
+
+    async def _queue_and_relay(
+        self, admission: Admission, scope: Scope, body: bytes, stream: KeepaliveStream, record: RequestRecord
+    ) -> None:
+        """Wait for a replica and relay; use another replica if the first one fails before its first byte."""
+        target = await resolve_pin(admission.target, self._resolver)
+        parsed = admission.request
+        caller = Caller(record.key, admission.probe, parsed.prefix, target.pin, record.adapter)
+        wait = CallerWait(self._queue, target.name, admission.max_wait, stream if parsed.stream else None, caller)
+        request = UpstreamRequest(
+            method=scope["method"],
+            path=scope["path"],
+            query=scope["query_string"],
+            headers=_upstream_headers(scope, record, caller, target, keep_length=not parsed.normalized),
+            body=parsed.normalized or body,
+            response_headers=[record.id_header, *record.rate_limit_headers],
+            deadlines=self._deadlines,
+        )
+        failed: list[str] = []
+        for attempt in itertools.count():
+            claim = await wait.claim(failed)
+            with self._queue.releasing(claim):
+                try:
+                    # The engine reports its paths only once it runs, so this can differ from the check at admission.
+                    check_path(self._queue.table.models.get(claim.model), request.path)
+
+                    def on_first_byte(claim: Claim = claim) -> None:
+                        record.first_byte = time.monotonic()
+                        record.streamed = stream.streams_answer
+                        self._queue.on_first_byte(claim)
+
+                    await relay(self._links, claim.replica, request, stream, on_first_byte)
+                    return
+                except UpstreamUnavailable as error:
+                    log.warning("request %s: replica %s is unavailable: %s", record.id, claim.replica.id[:12], error)
+                    failed.append(claim.replica.id)
+                    # A request that has not reached an engine is retried until it does; one that has, only once.
+                    if error.reached and attempt:
+                        message = f"two replicas of {claim.model} failed before responding. See `llmrun logs`"
+                        raise HTTPError(503, message, "replica_gone", "service_unavailable", retry_after=5) from None
+
+
+def _upstream_headers(
+    scope: Scope, record: RequestRecord, caller: Caller, target: Target, *, keep_length: bool
+) -> list[tuple[str, str]]:
+    """Return the client's headers with those that the shim reads."""
+    headers = forwarded_headers(scope, PRIVATE if keep_length else PRIVATE | {b"content-length"})
+    headers += [("x-request-id", record.id), (KEY_HEADER, caller.key)]
+    if caller.probe:
+        headers.append((PROBE_HEADER, "1"))
+    if target.adapter:
+        headers.append((ADAPTER_HEADER, f"{target.adapter} {target.pin}"))
+    return headers

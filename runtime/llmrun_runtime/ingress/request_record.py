@@ -1,0 +1,45 @@
+"""The record of one inference request, for metrics and the log."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from dataclasses import dataclass, field
+
+from llmrun_runtime.asgi import Scope
+
+
+@dataclass
+class RequestRecord:
+    """One request. `status` is 0 until the response starts; `path` is "" for requests that are not for a model."""
+
+    id: str
+    model: str = ""
+    adapter: str = ""
+    """The adapter's label in metrics."""
+    key: str = ""
+    path: str = ""
+    status: int = 0
+    began: float = field(default_factory=time.monotonic)
+    first_byte: float = 0
+    streamed: bool = False
+    """Whether the first byte belongs to an event of an answer."""
+    rate_limit_headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    """`x-ratelimit-*`, for the response."""
+
+    def __str__(self) -> str:
+        first = f" first byte {self.first_byte - self.began:.3f} s," if self.first_byte else ""
+        took = time.monotonic() - self.began
+        key = f" key {self.key}" if self.key else ""
+        return f"{self.id}{key} {self.model or '-'} {self.path} {self.status or 'left'},{first} {took:.3f} s"
+
+    @property
+    def id_header(self) -> tuple[bytes, bytes]:
+        """`x-request-id`, for the response."""
+        return b"x-request-id", self.id.encode("latin-1")
+
+
+def new_record(scope: Scope) -> RequestRecord:
+    """Return a record with the client's `x-request-id`, or a new one."""
+    given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+    return RequestRecord(given if given.isprintable() and 0 < len(given) <= 128 else uuid.uuid4().hex)

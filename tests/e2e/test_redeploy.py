@@ -1,0 +1,316 @@
+"""Hooks, redeploys and crashes of one app of three tiny models, with real vLLM on CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.support.cluster import (
+    ENGINE_START_S,
+    REPO,
+    Home,
+    alive,
+    second_node,
+    until,
+    write_app,
+)
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
+EXAMPLE = REPO / "examples/smollm2/app.py"
+# By a wide margin: kernels of different CPUs round differently (AMX or not), and a 135M model is easily turned.
+PARIS = "Name the capital of France."
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A package for `requirements`, with one word in it."""
+    path = tmp_path_factory.mktemp("wheel") / "llmrun_word-1.0-py3-none-any.whl"
+    info = "llmrun_word-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("llmrun_word.py", "WORD = 'from the wheel'\n")
+        file.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llmrun-word\nVersion: 1.0\n")
+        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: x\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr(f"{info}/RECORD", "")
+    return path
+
+
+@pytest.fixture(scope="module")
+def first_app(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path, wheel: Path) -> tuple[Path, str]:
+    """An app file of three tiny models, and its text: one with hooks, a helper module and a secret; one with a
+    requirement as well; and a plain one."""
+    path = tmp_path_factory.mktemp("apps") / "tools" / "app.py"
+    (path.parent).mkdir()
+    (path.parent / "helper.py").write_text("def shout(text):\n    return text.upper()\n")
+    write_app(
+        path,
+        f"""
+import os
+import time
+
+ENV = {{"WORD": Secret("WORD_FOR_TESTS"), "PLAIN": "plain"}}
+
+@llm({str(tiny_weights)!r}, cpus=0.3, idle_timeout=3, env=ENV)
+class Hooked:
+    def on_start(self):
+        self.word, self.starts = "no wheel", 1
+
+    def on_request(self, request):
+        from helper import shout
+        said = request.get("messages", [{{"content": ""}}])[-1]["content"]
+        if said == "tell":
+            raise ValueError(f"{{self.word}}, {{os.environ['WORD']}}, {{shout(os.environ['PLAIN'])}}, {{self.starts}}")
+        if said == "none":
+            return None
+        request["max_tokens"] = 3 if said == "short" else request["max_tokens"]
+        return request
+
+@llm({str(tiny_weights)!r}, cpus=0.2, idle_timeout=3, requirements=[{str(wheel)!r}], env=ENV)
+class Wheeled(Hooked):
+    def on_start(self):
+        import llmrun_word
+        self.word, self.starts = llmrun_word.WORD, 1
+
+@llm({str(tiny_weights)!r}, cpus=0.3, idle_timeout=300)
+class Plain: ...
+""",
+    )
+    return path, path.read_text()
+
+
+@pytest.fixture
+def hooked_app(first_app: tuple[Path, str]) -> Path:
+    """The app file as it was first written, whatever an earlier test did to it."""
+    path, text = first_app
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture
+def deployed(cluster: Home, hooked_app: Path, module_state: dict[str, Any]) -> dict[str, Any]:
+    """The app is deployed as its file was first written; the status of `plain`. A test may change file and models."""
+    versions = {row["name"]: row["version"] for row in cluster.models() if row["app"] == "tools"}
+    if not versions or versions != module_state.get("versions"):
+        cluster.ok("deploy", hooked_app, "--lazy", "--prune")
+        module_state["versions"] = {row["name"]: row["version"] for row in cluster.models() if row["app"] == "tools"}
+    return cluster.status("plain")
+
+
+@pytest.fixture(scope="module")
+def module_state() -> dict[str, Any]:
+    """What `deployed` remembers from one test to the next."""
+    return {}
+
+
+@pytest.fixture
+def plain(cluster: Home, deployed: dict[str, Any]) -> dict[str, Any]:
+    """`plain` is hot; its status."""
+    cluster.make_hot("plain")
+    return cluster.status("plain")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cleanup(cluster: Home) -> Iterator[None]:
+    """The app is deleted after the last test."""
+    yield
+    if cluster.find("hooked"):
+        cluster.ok("delete", "--app", "tools", "--yes")
+
+
+def test_hooks_run_beside_the_engine(cluster: Home, hooked_app: Path) -> None:
+    if cluster.find("hooked"):
+        cluster.ok("delete", "--app", "tools", "--yes")
+    said = cluster.ok("deploy", hooked_app, "--lazy")
+    assert "+ hooked" in said and "not started (--lazy)" in said
+    assert cluster.status("plain")["state"] == "cold" and not cluster.status("hooked")["proven"]
+
+    refused = cluster.ask("wheeled", "tell")
+    assert refused.status_code == 500
+    assert (
+        refused.json()["error"]["message"] == "Wheeled.on_request raised ValueError: from the wheel, sesame, PLAIN, 1"
+    )
+    assert cluster.ask("hooked", "none").json()["error"]["code"] == "hook_failed"
+    short = cluster.ask("hooked", "short", max_tokens=50).json()
+    assert short["usage"]["completion_tokens"] == 3
+    assert cluster.status("hooked")["proven"]
+    log = cluster.ok("logs", "wheeled")
+    assert "ValueError: from the wheel" in log and "app.py" in log and "engine ready after" in log
+
+
+def test_idle_models_go_to_zero_streams_are_not_cut_and_the_next_request_wakes_them(
+    cluster: Home, deployed: dict[str, Any]
+) -> None:
+    body = {
+        "model": "hooked",
+        "prompt": "Once upon a time",
+        "max_tokens": 2000,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    begun = time.monotonic()
+    with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=ENGINE_START_S) as stream:
+        (engine,) = until(lambda: cluster.engines("hooked"), 60, "the engine runs")
+        (replica,) = cluster.wait_for("hooked", "hot", ENGINE_START_S)["details"]
+        lines = [line for line in stream.iter_lines() if line.startswith("data: ")]
+    assert lines[-1] == "data: [DONE]" and time.monotonic() - begun > 3
+    assert json.loads(lines[-2].removeprefix("data: "))["usage"]["completion_tokens"] == 2000
+
+    host, port = replica["address"].split(":")
+    family = [engine, *engine.children(recursive=True)]
+    status = cluster.wait_for("hooked", "cold", 30)
+    assert status["replicas"] == 0 and status["details"] == []
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in family)
+    with pytest.raises(ConnectionRefusedError), socket.create_connection((host, int(port))):
+        pass
+
+    answers: list[httpx.Response] = []
+    callers = [threading.Thread(target=lambda: answers.append(cluster.ask("hooked"))) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    cluster.wait_for("hooked", "waking", 10)
+    for caller in callers:
+        caller.join()
+    assert [answer.status_code for answer in answers] == [200, 200, 200]
+    assert "no wheel, sesame, PLAIN, 1" in cluster.ask("hooked", "tell").text
+
+
+def test_a_failed_redeploy_leaves_the_version_before_it_active(
+    cluster: Home, hooked_app: Path, plain: dict[str, Any]
+) -> None:
+    (engine,) = cluster.engines("plain")
+    text = hooked_app.read_text()
+    try:
+        hooked_app.write_text(
+            text.replace("cpus=0.3, idle_timeout=300", 'cpus=0.3, engine_args="--max-model-len 99999"')
+        )
+        said = cluster.fails("deploy", f"{hooked_app}::Plain")
+        assert "max_model_len (99999) is greater than the derived max_model_len" in said
+        assert f"version {plain['version']} stays active" in said and "Traceback" not in said
+        hooked_app.write_text(text.replace("cpus=0.3, idle_timeout=300", 'cpus=0.3, engine_args="--no-such-flag 1"'))
+        assert "unrecognized arguments: --no-such-flag" in cluster.fails("deploy", f"{hooked_app}::Plain")
+    finally:
+        hooked_app.write_text(text)
+    assert [p.pid for p in cluster.engines("plain")] == [engine.pid]
+    assert cluster.ask("plain").status_code == 200 and cluster.status("plain")["version"] == plain["version"]
+
+
+def test_a_redeploy_loses_no_request(cluster: Home, hooked_app: Path, plain: dict[str, Any]) -> None:
+    before = cluster.engines("plain")
+    assert len(before) == 1
+    stop, codes = threading.Event(), list[int]()
+
+    def keep_asking() -> None:
+        while not stop.is_set():
+            codes.append(cluster.ask("plain").status_code)
+            stop.wait(0.1)
+
+    callers = [threading.Thread(target=keep_asking) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    try:
+        text = hooked_app.read_text()
+        hooked_app.write_text(
+            text.replace("cpus=0.3, idle_timeout=300", 'cpus=0.3, engine_args="--max-model-len 1024"')
+        )
+        said = cluster.ok("deploy", f"{hooked_app}::plain")
+    finally:
+        stop.set()
+        for caller in callers:
+            caller.join()
+    assert "~ plain  (new engine" in said and "engine_args {} → {max_model_len: 1024}" in said
+    assert len(codes) > 10 and set(codes) == {200}
+    until(lambda: not any(map(alive, before)), 30, "the version before has drained")
+    assert cluster.status("plain")["version"] > plain["version"]
+
+
+def test_what_is_killed_comes_back(cluster: Home, plain: dict[str, Any]) -> None:
+    (engine,) = cluster.engines("plain")
+    family: list[psutil.Process] = [engine, *engine.children(recursive=True)]
+    find_actor(cluster, "ray::ServeReplica:llmrun-plain").kill()
+    until(lambda: not any(alive(process) for process in family), 10, "the engine has ended with its replica")
+    assert cluster.ask("plain").status_code == 200
+
+    (engine,) = cluster.engines("plain")
+    (core,) = [child for child in engine.children() if "EngineCore" in " ".join(child.cmdline())]
+    core.kill()
+    until(lambda: not alive(engine), 30, "the engine has ended with its core")
+    until(lambda: "the engine died" in cluster.status("plain")["cause"], 10, "status says so")
+    assert cluster.ask("plain").status_code == 200
+    assert cluster.status("plain")["cause"] == ""
+
+    for actor in ("ray::Control", "ray::IngressActor"):
+        find_actor(cluster, actor).kill()
+        until(lambda: healthy(cluster), 30, f"the endpoint is back without {actor}")
+        assert cluster.ask("plain").status_code == 200
+        assert cluster.wait_for("plain", "hot")["version"] == plain["version"]
+
+
+def family_of(pid: int, title: str) -> list[psutil.Process]:
+    """The processes below `pid` with that in their titles."""
+    return [p for p in psutil.Process(pid).children(recursive=True) if alive(p) and title in " ".join(p.cmdline())]
+
+
+def find_actor(cluster: Home, title: str) -> psutil.Process:
+    """The process of one of this cluster's actors."""
+    parent = psutil.Process(json.loads((cluster.path / "cluster.json").read_text())["pid"])
+    found = [p for p in parent.children(recursive=True) if " ".join(p.cmdline()).startswith(title)]
+    assert len(found) == 1, found
+    return found[0]
+
+
+def healthy(cluster: Home) -> bool:
+    """Whether the ingress and control answer."""
+    with contextlib.suppress(httpx.HTTPError):
+        return bool(cluster.models())
+    return False
+
+
+def test_models_that_left_the_file_stay_until_pruned(cluster: Home, hooked_app: Path, deployed: dict[str, Any]) -> None:
+    text = hooked_app.read_text()
+    hooked_app.write_text(text[: text.rindex("@llm(")])
+    code, shown = cluster.on_a_terminal("deploy", hooked_app, answers="n\nn\n")
+    assert code == 1 and "Delete plain, no longer in the file? [y/N]" in shown and "Deploy? [Y/n]" in shown
+    said = cluster.ok("deploy", hooked_app, "--no-wait", "--lazy")
+    assert "- plain" in said and "Kept, though no longer in the file: plain" in said
+    assert cluster.ask("plain").status_code == 200
+    hooked_app.write_text(hooked_app.read_text() + "\n# another package\n")
+    assert "removed" in cluster.ok("deploy", hooked_app, "--lazy", "--prune")
+    assert cluster.ask("plain").json()["error"]["code"] == "model_not_found"
+    assert "no wheel" in cluster.ask("hooked", "tell").text
+
+
+def test_two_nodes(cluster: Home, tmp_path: Path, hooked_app: Path) -> None:
+    second = tmp_path / "second"
+    with second_node(cluster, second) as node:
+        text = hooked_app.read_text()
+        away = tmp_path / "away" / "app.py"
+        away.parent.mkdir()
+        (away.parent / "helper.py").write_text((hooked_app.parent / "helper.py").read_text())
+        away.write_text(text.replace("class Wheeled", "class Away").replace("cpus=0.2,", 'accelerator="A10G",'))
+        until(
+            lambda: "cluster has" not in cluster.run("deploy", f"{away}::Away", "--dry-run").stderr,
+            60,
+            "the node joined",
+        )
+        said = cluster.ok("deploy", f"{away}::Away")
+        assert "+ away" in said and "on 1 × A10G" in said
+        assert "second" in cluster.ask("away", "tell").text
+        assert list((second / "packages").iterdir()) and not list((second / "packages").glob(".new-*"))
+        assert cluster.engines("away")
+        assert len(list((second / "logs" / "models" / "away").iterdir())) == 1
+        assert "engine ready after" in cluster.ok("logs", "away")
+        cluster.wait_for("away", "cold", 30)
+        assert not cluster.engines("away")
+        assert "Deleted away" in cluster.ok("delete", "--app", "away", "--yes")
+        until(lambda: not family_of(node.pid, "ServeReplica"), 30, "the replica and its engine have ended")

@@ -1,0 +1,99 @@
+"""Admission of inference requests, without HTTP."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from llmrun.wire import KeyInfo
+from llmrun_runtime.asgi import Scope
+from llmrun_runtime.ingress.admission.admit import admit
+from llmrun_runtime.ingress.admission.request import PREFIX_BYTES
+from llmrun_runtime.ingress.errors import HTTPError
+from llmrun_runtime.wire.routing_table import Table, by_names
+from tests.support.ingress import CHAT, route
+
+MODELS = {
+    "one": route(1, rpm=5),
+    "cold": route(name="cold", names=("cold",), state="cold"),
+    "tuned": route(2, name="tuned", names=("tuned",), lora=True, adapters={"sql": "pin-1"}),
+    "listing": route(3, name="listing", names=("listing",), lora=True, adapters_error="access denied"),
+}
+TABLE = Table("e", 1, MODELS, by_names(MODELS))
+ONE_ONLY = KeyInfo(name="few", models=("one",))
+PROBE = KeyInfo(name="probe", wake=False, max_in_flight=2)
+
+
+def scope(path: str = CHAT, **headers: str) -> Scope:
+    """A request's ASGI scope; `_` in names of headers stands for `-`."""
+    pairs = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+    return {"type": "http", "method": "POST", "path": path, "headers": pairs}
+
+
+def body(model: str = "one", **fields: Any) -> bytes:
+    """A request's body."""
+    return json.dumps({"model": model, **fields}).encode()
+
+
+@pytest.mark.parametrize(
+    ("key", "request_scope", "content", "status", "code"),
+    [
+        (None, scope(), b"{", 400, "invalid_json"),
+        (None, scope(), b"[]", 400, "invalid_json"),
+        (None, scope(), b"{}", 400, "missing_model"),
+        (None, scope(), b'{"model": 1}', 400, "invalid_model"),
+        (None, scope(), b'{"model": "one", "model": "cold"}', 400, "duplicate_key"),
+        (None, scope(content_type="multipart/form-data"), b"--", 400, "invalid_form"),
+        (None, scope(x_llmrun_max_wait="soon"), body(), 400, "invalid_header"),
+        (None, scope(), body("none"), 404, "model_not_found"),
+        (None, scope(), body("one:sql"), 404, "model_not_found"),
+        (None, scope(), body("tuned:none"), 404, "model_not_found"),
+        (None, scope(), body("listing:sql"), 503, "adapters_unknown"),
+        (None, scope("/v1/embeddings"), body(), 404, "path_not_found"),
+        (ONE_ONLY, scope(), body("cold"), 403, "model_not_allowed"),
+        (PROBE, scope(), body("cold"), 503, "model_not_ready"),
+        # The first rule that fails decides.
+        (None, scope(x_llmrun_max_wait="soon"), body("none"), 400, "invalid_header"),
+        (ONE_ONLY, scope("/v1/embeddings"), body("cold"), 403, "model_not_allowed"),
+        (PROBE, scope("/v1/embeddings"), body("cold"), 404, "path_not_found"),
+    ],
+)
+def test_rejections(key: KeyInfo | None, request_scope: Scope, content: bytes, status: int, code: str) -> None:
+    with pytest.raises(HTTPError) as error:
+        admit(TABLE, key, request_scope, content)
+    assert (error.value.status, error.value.code) == (status, code)
+
+
+def test_an_admission_has_all_that_the_request_flow_needs() -> None:
+    admission = admit(TABLE, PROBE, scope(x_llmrun_max_wait="2.5"), body("org/one", stream=True))
+    assert (admission.target.model, admission.target.name, admission.target.adapter) == (MODELS["one"], "org/one", "")
+    assert admission.request.stream and admission.max_wait == 2.5 and admission.probe
+    assert [limit.label for limit in admission.limits] == ["key probe", "model one"]
+
+
+def test_a_request_without_a_key_is_admitted_with_the_models_limits() -> None:
+    admission = admit(TABLE, None, scope(), body("cold"))
+    assert not admission.limits and admission.max_wait is None and not admission.probe
+    assert [limit.rpm for limit in admit(TABLE, None, scope(), body()).limits] == [5]
+
+
+def test_an_adapter_is_admitted_with_its_pin_or_to_be_resolved() -> None:
+    targets = [admit(TABLE, None, scope(), body(f"tuned:{name}")).target for name in ("sql", "sql@v2")]
+    assert [(target.adapter, target.pin) for target in targets] == [("sql", "pin-1"), ("sql@v2", "")]
+
+
+def test_the_body_is_normalized_and_its_prefix_kept() -> None:
+    schema = {"type": "json_schema", "json_schema": {"type": "object"}}
+    assert b'"name": "answer"' in admit(TABLE, None, scope(), body(response_format=schema)).request.normalized
+    request = admit(TABLE, None, scope(), body(prompt="x" * 2000)).request
+    assert len(request.prefix) == PREFIX_BYTES and not request.normalized
+
+
+def test_models_that_the_key_cannot_see_are_not_named() -> None:
+    table = replace(TABLE, models={"cold": MODELS["cold"], "one": MODELS["one"]})
+    with pytest.raises(HTTPError) as error:
+        admit(table, ONE_ONLY, scope(), body("ona"))
+    assert error.value.message == "model 'ona' not found. Did you mean 'one'? Available: one, org/one"

@@ -1,0 +1,170 @@
+"""The autoscaling loop, with a fake Serve and fake nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from llmrun.decorator import build_spec
+from llmrun.errors import Refused
+from llmrun_runtime.control.autoscaling import autoscaler as autoscaler_module
+from llmrun_runtime.control.autoscaling.autoscaler import Autoscaler
+from llmrun_runtime.control.autoscaling.cold_starts import ColdStarts
+from llmrun_runtime.control.keys import Keys
+from llmrun_runtime.control.state.database import Database
+from llmrun_runtime.control.state.models import Deployed, Models
+from llmrun_runtime.control.state.registry import Registry
+from llmrun_runtime.placement import Node, Placement
+from llmrun_runtime.wire.reports import ReplicaReport, Traffic
+
+
+class FakeServe:
+    """Accepts targets at once."""
+
+    def __init__(self) -> None:
+        self.targets: dict[str, int] = {}
+
+    def target(self, model: str, version: int) -> int:
+        """Return the last target."""
+        return self.targets.get(model, 0)
+
+    def is_confirmed(self, model: str, version: int) -> bool:
+        """Every target is."""
+        return True
+
+    async def set_target(self, row: Deployed, replicas: int) -> None:
+        """Set a target."""
+        self.targets[row.name] = replicas
+
+
+class Cluster:
+    """An autoscaler over one node with one CPU."""
+
+    def __init__(self, folder: Path) -> None:
+        self.models, self.serve, self.registry = Models(), FakeServe(), Registry()
+        self.free = 1
+        self.database = Database(f"sqlite:///{folder}/control.db")
+        serve: Any = self.serve
+        self.autoscaler = Autoscaler(
+            models=self.models,
+            serve_apps=serve,
+            registry=self.registry,
+            cold_starts=ColdStarts(self.database, CollectorRegistry()),
+            keys=Keys(self.database),
+            control=("127.0.0.1", 1),
+        )
+
+    def nodes(self) -> list[Node]:
+        """Return the node."""
+        return [Node("n", "n", {"CPU": 1}, {"CPU": self.free})]
+
+    def deploy(self, name: str, **fields: Any) -> None:
+        """Activate an unproven version 1."""
+        spec = build_spec({"model": "org/model", "name": name, **fields})
+        self.autoscaler.activate(Deployed("app", 1, 1, spec, Placement(1, 0), proven=False))
+
+    def report(self, model: str, state: Any) -> ReplicaReport:
+        """Report as the model's replica."""
+        report = ReplicaReport(f"{model}-r", model, 1, "n", "h", 1, 2, "t", state)
+        self.registry.report(report, time.monotonic())
+        return report
+
+    def wait_for(self, **waiting: int) -> None:
+        """Report the number of waiting requests by model."""
+        traffic = {model: Traffic(count, 0, time.time() if count else 0) for model, count in waiting.items()}
+        self.registry.report_traffic("ingress", traffic, time.monotonic())
+
+    async def tick(self) -> None:
+        """Tick, and let targets be set."""
+        await self.autoscaler.tick()
+        await asyncio.sleep(0.01)
+
+    def status(self, model: str) -> tuple[str, str]:
+        """Return a model's state and cause."""
+        return next((row.state, row.cause) for row in self.autoscaler.statuses() if row.name == model)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    made = Cluster(tmp_path)
+    monkeypatch.setattr(autoscaler_module, "cluster_nodes", made.nodes)
+    return made
+
+
+async def test_a_request_wakes_a_model_and_its_first_replica_proves_it(cluster: Cluster) -> None:
+    woken, proven = [], []
+    cluster.autoscaler.on_wake = lambda row: woken.append(row.name)
+    cluster.autoscaler.on_proven = lambda row: proven.append(row.name)
+    cluster.deploy("one")
+    await cluster.tick()
+    assert cluster.status("one") == ("cold", "") and cluster.serve.targets == {}
+    number = cluster.autoscaler.table.number
+    cluster.wait_for(one=1)
+    await cluster.tick()
+    assert cluster.serve.targets == {"one": 1} and woken == ["one"] and not proven
+    assert cluster.status("one") == ("waking", "")
+    cluster.autoscaler.replica_ready(cluster.report("one", "ready"))
+    cluster.wait_for(one=0)
+    await cluster.tick()
+    row = cluster.models.get("one")
+    assert row and row.proven and proven == ["one"] and cluster.status("one") == ("hot", "")
+    table = await cluster.autoscaler.watch(cluster.autoscaler.table.epoch, number, 1)
+    assert table.number > number and len(table.models["one"].replicas) == 1
+    assert cluster.autoscaler.unload("one") == "one"
+    await cluster.tick()
+    assert cluster.serve.targets == {"one": 0}
+
+
+async def test_a_locked_model_keeps_its_target(cluster: Cluster) -> None:
+    cluster.deploy("one")
+    cluster.models.lock("one")
+    cluster.wait_for(one=1)
+    await cluster.tick()
+    assert cluster.serve.targets == {} and cluster.status("one")[0] == "waking"
+    with pytest.raises(Refused, match="locked by a running deploy"):
+        cluster.autoscaler.warm("one")
+    cluster.models.unlock("one")
+    await cluster.tick()
+    assert cluster.serve.targets == {"one": 1}
+
+
+async def test_an_idle_replica_is_evicted_for_a_model_that_wakes(cluster: Cluster) -> None:
+    cluster.deploy("idle", min_uptime=0)
+    cluster.deploy("kept", min_uptime=0, evictable=False)
+    cluster.deploy("one")
+    cluster.serve.targets = {"idle": 1, "kept": 1}
+    cluster.free = 0
+    cluster.report("idle", "ready")
+    cluster.report("kept", "ready")
+    cluster.wait_for(one=1)
+    await cluster.tick()
+    assert cluster.serve.targets == {"idle": 0, "kept": 1, "one": 1}
+    assert cluster.status("idle") == ("hot", "evicted to free resources for one")
+    state, cause = cluster.status("one")
+    assert state == "waking" and cause.startswith("not enough capacity: it needs 1 CPUs") and "idle, kept" in cause
+    await cluster.tick()
+    assert cluster.status("one")[1] == "waiting for the eviction of idle"
+    cluster.registry.remove("idle-r")
+    cluster.free = 1
+    await cluster.tick()
+    assert cluster.status("one") == ("waking", "") and cluster.serve.targets["one"] == 1
+
+
+async def test_a_failed_start_is_counted_and_its_cause_published(cluster: Cluster) -> None:
+    cluster.deploy("one")
+    cluster.wait_for(one=1)
+    await cluster.tick()
+    for _ in range(3):
+        cluster.autoscaler.replica_failed(cluster.report("one", "starting"), "out of memory")
+        cluster.registry.remove("one-r")
+    await cluster.tick()
+    route = cluster.autoscaler.table.models["one"]
+    assert (route.failures, route.paused, route.cause) == (3, True, "out of memory")
+    assert cluster.serve.targets == {"one": 0} and cluster.status("one") == ("failed", "out of memory")
+    with pytest.raises(Refused, match="one failed to start: out of memory"):
+        cluster.autoscaler.warm("one")
