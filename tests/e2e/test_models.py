@@ -16,7 +16,7 @@ import openai
 import pytest
 
 from tests.support.cluster import ENGINE_START_S, SMOLLM2, Home, write_app
-from tests.support.vision import data_url, make_needy_vlm, make_tiny_vlm
+from tests.support.vision import data_url, make_tiny_vlm, make_torchvision_vlm
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 TEXTS = ["a small town", "a little village", "the theory of numbers", "Zahlentheorie und Ähnliches", "x" * 300]
@@ -116,7 +116,7 @@ def test_pictures_in_the_request_and_from_hosts_that_are_allowed(
 
 
 def test_a_model_that_needs_torchvision_says_what_to_install(cluster: Home, tmp_path: Path) -> None:
-    weights = make_needy_vlm(tmp_path / "llava", SMOLLM2)
+    weights = make_torchvision_vlm(tmp_path / "llava", SMOLLM2)
     said = cluster.fails(
         "deploy", write_app(tmp_path / "app.py", f"@llm({str(weights)!r}, cpus=0.2)\nclass Needy: ...\n")
     )

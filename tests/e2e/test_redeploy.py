@@ -47,8 +47,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def first_app(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path, wheel: Path) -> tuple[Path, str]:
-    """An app file of three tiny models, and its text: one with hooks, a helper module and a secret; one with a
-    requirement as well; and a plain one."""
+    """An app file of three tiny models (hooks and a secret; the same with a requirement; plain), and its text."""
     path = tmp_path_factory.mktemp("apps") / "tools" / "app.py"
     (path.parent).mkdir()
     (path.parent / "helper.py").write_text("def shout(text):\n    return text.upper()\n")
@@ -279,7 +278,7 @@ def healthy(cluster: Home) -> bool:
 def test_models_that_left_the_file_stay_until_pruned(cluster: Home, hooked_app: Path, deployed: dict[str, Any]) -> None:
     text = hooked_app.read_text()
     hooked_app.write_text(text[: text.rindex("@llm(")])
-    code, shown = cluster.on_a_terminal("deploy", hooked_app, answers="n\nn\n")
+    code, shown = cluster.run_on_a_terminal("deploy", hooked_app, answers="n\nn\n")
     assert code == 1 and "Delete plain, no longer in the file? [y/N]" in shown and "Deploy? [Y/n]" in shown
     said = cluster.ok("deploy", hooked_app, "--no-wait", "--lazy")
     assert "- plain" in said and "Kept, though no longer in the file: plain" in said

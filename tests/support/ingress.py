@@ -61,7 +61,7 @@ class Engine:
         await asyncio.gather(response, disconnect, return_exceptions=True)
 
     async def respond(self, request: Request, send: Send) -> None:
-        """Stream CHUNKS; keys of the body change that: `refuse`, `hang`, `stall`, `die_early`, `die_late`, `fail`."""
+        """Stream CHUNKS, unless the body has `refuse`, `hang`, `stall`, `die_early`, `die_late` or `fail`."""
         if request.url.path == "/metrics":
             text = b'# TYPE vllm:tokens_total counter\nvllm:tokens_total{model_name="one"} 7.0\n'
             await asgi.send_bytes(send, 200, text, "text/plain")

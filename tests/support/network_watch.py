@@ -1,7 +1,8 @@
-"""`unshare -rn python -m tests.support.network_watch HOME WEIGHTS`: llmrun's whole life where every packet that leaves is seen.
+"""Run a model's whole life where every outgoing packet is seen.
 
-In a network namespace of its own, whose only way out is a TUN device that this process reads. Prints JSON: where
-packets went, and, to show that it would see them, where the one went that it sends itself at the end.
+`unshare -rn python -m tests.support.network_watch HOME WEIGHTS` runs in a network namespace whose only way out is a TUN
+device that this process reads. It prints JSON: the destinations of all packets and, as proof that it would see one, the
+destination of a packet that it sends itself at the end.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ PROTOCOLS = {1: "icmp", 6: "tcp", 17: "udp"}
 
 
 def main() -> None:
-    """Live, and say what was seen."""
+    """Run llmrun and print the packets."""
     home, weights = Path(sys.argv[1]), Path(sys.argv[2])
     with watched() as seen:
-        live(Home(home, free_port()), weights)
+        run_llmrun(Home(home, free_port()), weights)
         time.sleep(1)
         outside = list(seen)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
@@ -42,8 +43,8 @@ def main() -> None:
     print(json.dumps({"seen": outside, "own": seen[len(outside) :]}))
 
 
-def live(home: Home, weights: Path) -> None:
-    """Up, a model, an answer, everything that shows something, down."""
+def run_llmrun(home: Home, weights: Path) -> None:
+    """Start a cluster, deploy a model, send it a request, run the commands that show state, and stop."""
     home.ok("up")
     try:
         text = f"@llm({str(weights)!r}, cpus=0.2)\nclass Quiet: ...\n"
@@ -52,24 +53,24 @@ def live(home: Home, weights: Path) -> None:
         httpx.post(f"{home.url}/v1/completions", json=body, timeout=60).raise_for_status()
         for command in (("status",), ("usage",), ("weights", "list"), ("logs", "quiet")):
             home.ok(*command)
-        time.sleep(5)  # reports of usage come a little later
+        time.sleep(5)  # usage is reported with a delay
     finally:
         home.ok("down")
 
 
 @contextlib.contextmanager
 def watched() -> Iterator[list[str]]:
-    """Where packets that would leave this machine go, as they come."""
-    Path("/proc/sys/net/ipv6/conf/all/disable_ipv6").write_text("1")  # the kernel's own greetings
+    """Record the packets that would leave this machine; yields the list, which grows during the block."""
+    Path("/proc/sys/net/ipv6/conf/all/disable_ipv6").write_text("1")  # the kernel would send router solicitations
     tun = os.open("/dev/net/tun", os.O_RDWR)
     fcntl.ioctl(tun, TUNSETIFF, struct.pack("16sH22x", b"out", IFF_TUN | IFF_NO_PI))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as control:
-        # The whole world, each part as near as a neighbour: for no mask of nothing the kernel makes a route.
-        parts = [
+        # All addresses, split into on-link networks: the kernel adds no route for the netmask 0.0.0.0.
+        networks = [
             (f"out:{bits}".encode(), f"{256 >> bits}.255.0.1", f"{256 - (256 >> bits)}.0.0.0") for bits in range(1, 9)
         ]
-        places = [(b"lo", "127.0.0.1", "255.0.0.0"), (b"out", OWN, "255.0.0.0"), *parts]
-        for name, address, mask in places:
+        interfaces = [(b"lo", "127.0.0.1", "255.0.0.0"), (b"out", OWN, "255.0.0.0"), *networks]
+        for name, address, mask in interfaces:
             for request, value in ((SIOCSIFADDR, address), (SIOCSIFNETMASK, mask)):
                 packed = struct.pack("16sHH4s16x", name, socket.AF_INET, 0, socket.inet_aton(value))
                 fcntl.ioctl(control, request, packed)

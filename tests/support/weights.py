@@ -138,9 +138,9 @@ class Node:
 @pytest.fixture
 def node(tmp_path: Path) -> Iterator[Node]:
     """A node with an empty cache."""
-    made = Node(tmp_path / "node")
-    yield made
-    made.close()
+    node = Node(tmp_path / "node")
+    yield node
+    node.close()
 
 
 def make_model(folder: Path, sizes: tuple[int, ...] = (3 * MIB,), seed: int = 0) -> Path:
@@ -181,8 +181,8 @@ def s3(buckets: Path) -> Iterator[S3]:
 @pytest.fixture
 def proxy(s3: S3) -> Iterator[Proxy]:
     """A proxy in front of the S3 server."""
-    with proxy_to(s3.url) as made:
-        yield made
+    with proxy_to(s3.url) as proxy:
+        yield proxy
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""`llmrun adapter push` in control. The store and the listing are stand-ins."""
+"""`llmrun adapter push` in control, with a fake store and a fake listing."""
 
 from __future__ import annotations
 
@@ -16,31 +16,29 @@ import ray
 from llmrun import LoRA
 from llmrun.errors import Refused
 from llmrun.lora import MAX_CONFIG_BYTES
-from llmrun.spec import ModelSpec
 from llmrun_runtime.control.operations import adapter_push
 from llmrun_runtime.control.operations.adapter_push import AdapterPushes
-from llmrun_runtime.control.state.models import Deployed, Models
+from llmrun_runtime.control.state.models import Models
 from llmrun_runtime.control.state.operation import Operations
-from llmrun_runtime.placement import Placement
+from tests.support.factories import deployed, spec
 
 
 class Bench:
-    """Pushes with a node agent that copies nothing: `copying` are the current targets, `peak` the most at once."""
+    """Pushes through a fake node agent: `copying` are the current targets, `peak` the most copies to one target."""
 
     def __init__(self, folder: Path, lora: LoRA) -> None:
         self.copying: list[str] = []
         self.peak = 0
         self.listable = True
         self.listed: set[str] = set()
-        row = Deployed("app", 1, 1, ModelSpec(name="one", model="org/one", lora=lora), Placement(1, 0), proven=True)
         models = Models()
-        models.put(row)
+        models.put(deployed(spec(lora=lora)))
         adapters: Any = SimpleNamespace(refresh=self.refresh, has=lambda model, name: name in self.listed)
         self.pushes = AdapterPushes(folder, models, adapters, Operations())
         self.agent = SimpleNamespace(push_adapter=SimpleNamespace(remote=self.copy))
 
     async def copy(self, folder: str, target: Any, env: Any) -> None:
-        """Take a moment."""
+        """Record a copy that takes a moment."""
         self.copying.append(str(target))
         self.peak = max(self.peak, self.copying.count(str(target)))
         await asyncio.sleep(0.05)
@@ -48,7 +46,7 @@ class Bench:
         self.listed.add(str(target).rpartition("/")[2])
 
     async def refresh(self, model: str) -> bool:
-        """Whether the source could be listed."""
+        """Return whether the source could be listed."""
         return self.listable
 
     async def push(self, name: str, config: bytes = b'{"r": 8}') -> list[str]:
@@ -58,7 +56,7 @@ class Bench:
 
 
 async def packed(config: bytes) -> AsyncIterator[bytes]:
-    """An adapter as the CLI sends it."""
+    """Yield an adapter as the CLI sends it."""
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
         for name, data in (("adapter_config.json", config), ("adapter_model.safetensors", b"weights")):
@@ -83,7 +81,7 @@ async def test_pushes_to_one_target_take_turns_and_leave_no_files(bench: Bench, 
     assert bench.peak == 1 and not list((tmp_path / "pushes").iterdir())
 
 
-async def test_an_adapter_that_was_copied_but_is_not_listed_is_an_error(bench: Bench) -> None:
+async def test_a_copied_adapter_that_is_not_listed_is_an_error(bench: Bench) -> None:
     bench.listable = False
     assert "copied to s3://acme/all/legal, but listing it failed" in (await bench.push("legal"))[-2]
     bench.listable = True
@@ -96,7 +94,7 @@ async def test_an_adapter_that_was_copied_but_is_not_listed_is_an_error(bench: B
     ("config", "message"),
     [(b'{"r": 32}', "legal has rank 32"), (b"no", "cannot read"), (b" " * (MAX_CONFIG_BYTES + 1), "bytes")],
 )
-async def test_an_adapter_that_no_engine_can_load_is_refused_before_it_is_copied(
+async def test_an_adapter_that_no_engine_can_load_is_not_copied(
     bench: Bench, tmp_path: Path, config: bytes, message: str
 ) -> None:
     with pytest.raises(Refused, match=message):

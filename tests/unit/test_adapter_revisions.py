@@ -19,7 +19,7 @@ from tests.support.adapters import files
 from tests.support.ingress import Bench, Engine, bearer, keys, route, running_ingress
 
 
-async def test_control_resolves_a_revision_and_it_is_not_listed(bench: Bench, engine: Engine) -> None:
+async def test_a_revision_is_resolved_by_control_and_not_listed(bench: Bench, engine: Engine) -> None:
     bench.table(route(engine.port, lora=True, adapters={"legal": "pin-1", "legal@v2": "pin-2"}))
     bench.revisions |= {
         "legal@v1": AdapterRevision("pin-0"),
@@ -56,7 +56,7 @@ async def test_a_commit_is_resolved_once_and_a_branch_again() -> None:
 
     revisions = AdapterRevisions(resolve)
     commit, branch = f"legal@{'c' * 40}", "legal@main"
-    replies = await asyncio.gather(*(revisions.find("one", revised, 0) for revised in (commit, branch) * 5))
+    replies = await asyncio.gather(*(revisions.find("one", name, 0) for name in (commit, branch) * 5))
     assert {reply.pin for reply in replies} == {pin.id} and len(resolved) == 2
     await revisions.find("one", commit, 0)
     assert len(resolved) == 2
@@ -74,7 +74,7 @@ async def test_a_commit_is_resolved_once_and_a_branch_again() -> None:
     assert (await revisions.find("one", branch, 0)).missing and len(resolved) == before, "not resolved again at once"
 
 
-async def test_a_source_that_hangs_does_not_block_cached_revisions(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unresponsive_source_does_not_block_cached_revisions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter_revisions, "WAIT_LIMIT_S", 0.05)
     pins = [Pin(weights=Weights("org/a"), revision=letter * 40, files=()) for letter in "ab"]
     hang = asyncio.Event()
@@ -91,7 +91,7 @@ async def test_a_source_that_hangs_does_not_block_cached_revisions(monkeypatch: 
         assert (await revisions.find("one", "legal@main", 0)).pin == first
     hang.set()
     await asyncio.sleep(0.05)
-    assert (await revisions.find("one", "legal@main", 60)).pin != first, "the call that hung has completed"
+    assert (await revisions.find("one", "legal@main", 60)).pin != first, "the pending call has completed"
 
 
 async def test_the_number_of_revisions_is_limited() -> None:

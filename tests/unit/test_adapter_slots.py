@@ -16,12 +16,12 @@ from llmrun_runtime.engines.shim.adapter_slots import AdapterError, AdapterSlots
 from llmrun_runtime.engines.shim.canary import Canary
 
 
-class Fake:
+class FakeLoader:
     """A loader that records its calls; adapters named `bad…` fail."""
 
     def __init__(self) -> None:
-        self.inside: list[str] = []
-        self.most = 0
+        self.loaded: list[str] = []
+        self.peak = 0
         self.loads: list[str] = []
         self.used: list[str] = []
         self.answers: list[TokenLogprobs] = []
@@ -32,15 +32,15 @@ class Fake:
         await asyncio.sleep(random.uniform(0, 0.005))
         if name.startswith("bad"):
             raise AdapterError("damaged", 400)
-        self.inside.append(name)
-        self.most = max(self.most, len(self.inside))
+        self.loaded.append(name)
+        self.peak = max(self.peak, len(self.loaded))
         return name
 
     async def unload(self, adapter: str) -> None:
         """Fail if the adapter is in use."""
         assert adapter not in self.used
         await asyncio.sleep(random.uniform(0, 0.002))
-        self.inside.remove(adapter)
+        self.loaded.remove(adapter)
 
     async def probe(self, adapter: str) -> list[TokenLogprobs]:
         """Return the test's answers."""
@@ -49,7 +49,7 @@ class Fake:
     @contextlib.contextmanager
     def using(self, adapter: str) -> Iterator[None]:
         """Record the adapter as in use."""
-        assert adapter in self.inside
+        assert adapter in self.loaded
         self.used.append(adapter)
         try:
             yield
@@ -65,8 +65,8 @@ async def fetch(name: str, pin: str) -> Path:
 
 
 async def test_the_least_recently_used_adapter_is_unloaded_unless_it_is_in_use() -> None:
-    fake = Fake()
-    adapters = AdapterSlots(fake, 2, fetch)
+    loader = FakeLoader()
+    adapters = AdapterSlots(loader, 2, fetch)
 
     async def use(name: str) -> None:
         async with adapters.using(name, name):
@@ -74,7 +74,7 @@ async def test_the_least_recently_used_adapter_is_unloaded_unless_it_is_in_use()
 
     for name in ("a", "b", "a", "c"):
         await use(name)
-    assert adapters.loaded() == ["a", "c"] and fake.loads == ["a", "b", "c"]
+    assert adapters.loaded() == ["a", "c"] and loader.loads == ["a", "b", "c"]
     async with adapters.using("a", "a"):
         await use("d")
         assert sorted(adapters.loaded()) == ["a", "d"]
@@ -86,7 +86,7 @@ async def test_the_least_recently_used_adapter_is_unloaded_unless_it_is_in_use()
     assert sorted(adapters.loaded()) == ["a", "e"]
 
 
-async def test_an_object_store_that_hangs_does_not_affect_loaded_adapters() -> None:
+async def test_an_unresponsive_store_does_not_affect_loaded_adapters() -> None:
     reachable = asyncio.Event()
 
     async def slow(name: str, pin: str) -> Path:
@@ -94,8 +94,8 @@ async def test_an_object_store_that_hangs_does_not_affect_loaded_adapters() -> N
             await reachable.wait()
         return Path(pin)
 
-    fake = Fake()
-    adapters = AdapterSlots(fake, 2, slow)
+    loader = FakeLoader()
+    adapters = AdapterSlots(loader, 2, slow)
 
     async def use(name: str) -> None:
         async with adapters.using(name, name):
@@ -107,17 +107,17 @@ async def test_an_object_store_that_hangs_does_not_affect_loaded_adapters() -> N
     for _ in range(20):
         await asyncio.wait_for(use("a"), 0.5)
         await asyncio.wait_for(use("b"), 0.5)
-    assert fake.loads == ["a", "b"] and sorted(adapters.loaded()) == ["a", "b"]
+    assert loader.loads == ["a", "b"] and sorted(adapters.loaded()) == ["a", "b"]
     reachable.set()
     await asyncio.wait_for(asyncio.gather(*cold), 5)
-    assert fake.most == 2
+    assert loader.peak == 2
 
 
-async def test_adapters_in_constant_use_do_not_keep_others_out_indefinitely(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_adapters_in_constant_use_do_not_block_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter_slots, "YIELD_AFTER_S", 0.1)
     monkeypatch.setattr(adapter_slots, "SLOT_TIMEOUT_S", 1.0)
-    fake, ended = Fake(), asyncio.Event()
-    adapters = AdapterSlots(fake, 2, fetch)
+    loader, ended = FakeLoader(), asyncio.Event()
+    adapters = AdapterSlots(loader, 2, fetch)
 
     async def use(name: str, seconds: float) -> None:
         async with adapters.using(name, name):
@@ -133,7 +133,7 @@ async def test_adapters_in_constant_use_do_not_keep_others_out_indefinitely(monk
     callers = [asyncio.create_task(always(name)) for name in ("a", "b") for _ in range(3)]
     await asyncio.sleep(0.05)
     await asyncio.wait_for(use("c", 0), 0.9)
-    assert "c" in fake.loads
+    assert "c" in loader.loads
     ended.set()
     await asyncio.wait_for(asyncio.gather(*callers), 5)
     async with adapters.using("a", "a"), adapters.using("b", "b"):
@@ -143,12 +143,12 @@ async def test_adapters_in_constant_use_do_not_keep_others_out_indefinitely(monk
             await use("c" if "c" not in adapters.loaded() else "d", 0)
     assert full.value.status == 503
     await use("a", 0)
-    assert not fake.used and fake.most == 2
+    assert not loader.used and loader.peak == 2
 
 
-async def test_concurrent_requests_share_one_load_which_a_cancelled_request_does_not_abort() -> None:
-    fake = Fake()
-    adapters = AdapterSlots(fake, 2, fetch)
+async def test_concurrent_requests_share_one_load() -> None:
+    loader = FakeLoader()
+    adapters = AdapterSlots(loader, 2, fetch)
 
     async def use(name: str) -> None:
         async with adapters.using(name, name):
@@ -158,7 +158,7 @@ async def test_concurrent_requests_share_one_load_which_a_cancelled_request_does
     await asyncio.sleep(0)
     tasks[0].cancel()
     await asyncio.gather(*tasks[1:])
-    assert fake.loads == ["a"]
+    assert loader.loads == ["a"]
     for name, status in (("bad", 400), ("fetch-fails", 503)):
         with pytest.raises(AdapterError) as failed:
             await use(name)
@@ -168,7 +168,7 @@ async def test_concurrent_requests_share_one_load_which_a_cancelled_request_does
     assert sorted(adapters.loaded()) == ["a", "b"]
 
 
-async def test_a_canary_stores_no_invalid_reference_and_replaces_a_damaged_one(tmp_path: Path) -> None:
+async def test_a_canary_replaces_a_damaged_reference_but_stores_no_invalid_one(tmp_path: Path) -> None:
     canary, good = Canary(tmp_path), [{"1": -1.0}]
     with pytest.raises(AdapterError, match="not numbers") as failed:
         await canary.check("a", "pin", [{"1": float("nan")}])
@@ -183,11 +183,11 @@ async def test_a_canary_stores_no_invalid_reference_and_replaces_a_damaged_one(t
 
 
 async def test_an_adapter_whose_answers_differ_from_its_first_load_is_not_used(tmp_path: Path) -> None:
-    fake = Fake()
-    adapters = AdapterSlots(fake, 1, fetch, Canary(tmp_path / "canary").check)
+    loader = FakeLoader()
+    adapters = AdapterSlots(loader, 1, fetch, Canary(tmp_path / "canary").check)
 
     async def use(name: str, *answers: float) -> None:
-        fake.answers = [{"1": answer, "2": -9.0} for answer in answers]
+        loader.answers = [{"1": answer, "2": -9.0} for answer in answers]
         async with adapters.using(name, name):
             pass
 
@@ -196,9 +196,9 @@ async def test_an_adapter_whose_answers_differ_from_its_first_load_is_not_used(t
     for answers, distance in (((-1.0, -4.0), "0.5"), ((-1.0,), "inf"), ((-1.0, float("nan")), "inf")):
         with pytest.raises(AdapterError, match=f"differ from the first load .*: mean distance {distance} ") as failed:
             await use("a", *answers)
-        assert failed.value.status == 503 and fake.inside == []
+        assert failed.value.status == 503 and loader.loaded == []
     await use("a", -1.05, -1.95)
-    assert fake.inside == ["a"]
+    assert loader.loaded == ["a"]
 
 
 async def test_different_adapters_are_fetched_concurrently() -> None:
@@ -208,7 +208,7 @@ async def test_different_adapters_are_fetched_concurrently() -> None:
         await both.wait()  # until the other one is being fetched too
         return Path(pin)
 
-    adapters = AdapterSlots(Fake(), 2, meet)
+    adapters = AdapterSlots(FakeLoader(), 2, meet)
 
     async def use(name: str) -> None:
         async with adapters.using(name, name):
@@ -219,12 +219,12 @@ async def test_different_adapters_are_fetched_concurrently() -> None:
     assert sorted(adapters.loaded()) == ["a", "b"]
 
 
-async def test_random_load_never_exceeds_the_slots_nor_uses_an_unloaded_adapter() -> None:
+async def test_random_load_never_exceeds_the_slots() -> None:
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     dice = random.Random(seed)
-    fake = Fake()
-    adapters = AdapterSlots(fake, 3, fetch)
+    loader = FakeLoader()
+    adapters = AdapterSlots(loader, 3, fetch)
 
     async def caller() -> None:
         for _ in range(40):
@@ -237,4 +237,4 @@ async def test_random_load_never_exceeds_the_slots_nor_uses_an_unloaded_adapter(
         await asyncio.gather(*(caller() for _ in range(20)))
         while adapters._tasks:
             await asyncio.sleep(0.01)
-    assert fake.most <= 3 and not fake.used and sorted(fake.inside) == sorted(adapters.loaded())
+    assert loader.peak <= 3 and not loader.used and sorted(loader.loaded) == sorted(adapters.loaded())

@@ -18,23 +18,22 @@ import pytest
 from llmrun import LoRA, SpecError, Weights
 from llmrun.errors import Refused, WeightsError
 from llmrun.lora import as_lora, read_lora_rank
-from llmrun.spec import ModelSpec
 from llmrun.wire import KeyInfo
 from llmrun_runtime.control.catalog.adapter_sources import ModelAdapters
 from llmrun_runtime.control.catalog.adapters import AdaptersCatalog
 from llmrun_runtime.control.state.database import Database
-from llmrun_runtime.control.state.models import Deployed, Models
+from llmrun_runtime.control.state.models import Models
 from llmrun_runtime.ingress.admission.auth import can_access, check_access
 from llmrun_runtime.ingress.admission.target import find_target
 from llmrun_runtime.ingress.errors import HTTPError
 from llmrun_runtime.ingress.routing import AFFINITY_SLACK, choose
-from llmrun_runtime.placement import Placement
 from llmrun_runtime.weights.adapters import Adapter, find_adapters
 from llmrun_runtime.weights.pin import File, Pin
 from llmrun_runtime.weights.stores.objects import ObjectStore
 from llmrun_runtime.wire.headers import ADAPTER_HEADER
 from llmrun_runtime.wire.routing_table import ReplicaRoute, Table, by_names
 from tests.support.adapters import files, make_adapter
+from tests.support.factories import CPU, deployed, spec
 from tests.support.ingress import Bench, Engine, bearer, keys, route
 
 
@@ -121,7 +120,7 @@ def test_a_local_folder_is_a_source_too(tmp_path: Path) -> None:
 
 
 def table(**more: Any) -> Table:
-    """A routing table with one model with adapters and one without."""
+    """Return a routing table with one model with adapters and one without."""
     fields: dict[str, Any] = {"lora": True, "adapters": {"legal": "pin-1", "sql": "pin-2"}} | more
     models = {"one": route(1, **fields), "two": route(2, name="two", names=("two",))}
     return Table("e", 1, models, by_names(models))
@@ -184,8 +183,8 @@ def test_a_key_can_be_limited_to_one_adapter(models: tuple[str, ...]) -> None:
 
 
 async def test_only_models_that_the_key_can_access_are_listed(bench: Bench) -> None:
-    known = keys(KeyInfo(name="few", models=("one:legal",)))
-    bench.table(route(1, lora=True, adapters={"legal": "pin-1", "sql": "pin-2"}), keys=known)
+    all_keys = keys(KeyInfo(name="few", models=("one:legal",)))
+    bench.table(route(1, lora=True, adapters={"legal": "pin-1", "sql": "pin-2"}), keys=all_keys)
     async with bench.session.get(bench.url + "/v1/models", **bearer("few")) as answer:
         assert [model["id"] for model in (await answer.json())["data"]] == ["one:legal"]
     for name, status in (("one:legal", 200), ("one:sql", 403), ("one", 403)):
@@ -197,12 +196,12 @@ LORA = LoRA("s3://acme/all", refresh=1)
 
 
 class Source:
-    """A stand-in for WeightsCatalog: a source with adapters, or with an error."""
+    """A fake WeightsCatalog: a source with adapters, or with an error."""
 
     def __init__(self, *names: str) -> None:
         self.error = ""
         self.available = asyncio.Event()
-        """Replies are held back until it is set."""
+        """Replies wait until it is set."""
         self.available.set()
         self.set_adapters(*names)
 
@@ -226,13 +225,12 @@ async def running_catalog(
 ) -> AsyncIterator[tuple[AdaptersCatalog, dict[str, Any]]]:
     """Run the catalog of one model; also yields what it publishes to the ingresses, by model."""
     published: dict[str, Any] = {}
-    spec = ModelSpec(name="one", model="org/one", lora=lora)
 
     def publish(model: str, pins: dict[str, str] | None, error: str) -> None:
         published[model] = (pins, error)
 
     models = Models()
-    models.put(Deployed("app", 1, 1, spec, Placement(1, 0), proven=True))
+    models.put(deployed(spec(lora=lora)))
     weights: Any = source
     catalog = AdaptersCatalog(models, weights, database, publish)
     catalog.load()
@@ -251,7 +249,7 @@ async def eventually(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.02)
 
 
-async def test_a_failed_or_empty_listing_removes_nothing_even_after_a_restart(tmp_path: Path) -> None:
+async def test_a_failed_or_empty_listing_removes_nothing(tmp_path: Path) -> None:
     database = Database(f"sqlite:///{tmp_path}/control.db")
     source = Source("legal", "sql")
     async with running_catalog(source, database) as (catalog, published):
@@ -283,16 +281,15 @@ async def test_a_redeploy_while_the_source_is_empty_removes_nothing(tmp_path: Pa
     async with running_catalog(source, database) as (catalog, published):
         await eventually(lambda: "one" in published)
         source.set_adapters()
-        spec = ModelSpec(name="one", model="org/one", lora=LORA, max_replicas=2)
-        await catalog.with_max_rank(spec, Placement(1, 0), fresh=True)
+        await catalog.with_max_rank(spec(lora=LORA, max_replicas=2), CPU, fresh=True)
         catalog.activate("one")
         assert published["one"][0].keys() == {"legal", "sql"}
     database.close()
 
 
 async def test_an_unavailable_source_does_not_block_the_others(tmp_path: Path) -> None:
-    class Each:
-        """A folder of one adapter for each source."""
+    class Sources:
+        """A fake WeightsCatalog with one adapter at each source."""
 
         def __init__(self) -> None:
             self.unavailable: set[str] = set()
@@ -305,17 +302,16 @@ async def test_an_unavailable_source_does_not_block_the_others(tmp_path: Path) -
             listed = tuple(File(name=name, size=1, version=self.version) for name in names)
             return list(find_adapters(Pin(weights=weights, files=listed)).values())
 
-    database, each = Database(f"sqlite:///{tmp_path}/control.db"), Each()
+    database, sources = Database(f"sqlite:///{tmp_path}/control.db"), Sources()
     named = LoRA(adapters={"a": "s3://acme/a", "b": "s3://acme/b"}, refresh=1)
-    async with running_catalog(each, database, named) as (catalog, published):  # type: ignore[arg-type]
+    async with running_catalog(sources, database, named) as (catalog, published):  # type: ignore[arg-type]
         await eventually(lambda: "one" in published)
         before = published["one"][0]
-        each.unavailable, each.version = {"s3://acme/a"}, "2"
+        sources.unavailable, sources.version = {"s3://acme/a"}, "2"
         await eventually(lambda: published["one"][0]["b"] != before["b"])
         assert published["one"][0]["a"] == before["a"]
-        spec = ModelSpec(name="one", model="org/one", lora=named)
         with pytest.raises(WeightsError, match="s3://acme/a is unavailable"):
-            await catalog.with_max_rank(spec, Placement(1, 0), fresh=True)
+            await catalog.with_max_rank(spec(lora=named), CPU, fresh=True)
     database.close()
 
 
@@ -337,9 +333,9 @@ async def test_listing_ten_thousand_adapters_does_not_block_the_loop(bench: Benc
 
     async def tick() -> None:
         while not ended:
-            began = time.perf_counter()
+            started = time.perf_counter()
             await asyncio.sleep(0)
-            pauses.append(time.perf_counter() - began)
+            pauses.append(time.perf_counter() - started)
 
     ticking = asyncio.create_task(tick())
     async with bench.session.get(bench.url + "/v1/models") as answer:
@@ -348,7 +344,7 @@ async def test_listing_ten_thousand_adapters_does_not_block_the_loop(bench: Benc
     await ticking
     listed = json.loads(raw)["data"]
     assert len(listed) == 10_001 and listed[1]["id"] == "one:customer-00000" and listed[1]["parent"] == "one"
-    assert sorted(pauses)[-5] < 0.02, "the loop is never blocked for long (rare pauses are the machine's)"
+    assert sorted(pauses)[-5] < 0.02, "the loop is never blocked for long (the machine may cause rare pauses)"
 
 
 async def test_only_the_revision_in_lora_is_available(tmp_path: Path) -> None:
@@ -366,35 +362,33 @@ async def test_only_the_revision_in_lora_is_available(tmp_path: Path) -> None:
     database.close()
 
 
-async def test_a_redeploy_with_other_sources_publishes_the_listing_of_its_plan(tmp_path: Path) -> None:
+async def test_a_redeploy_with_other_sources_publishes_its_own_listing(tmp_path: Path) -> None:
     database = Database(f"sqlite:///{tmp_path}/control.db")
     source = Source("legal")
     async with running_catalog(source, database) as (catalog, published):
         await eventually(lambda: "one" in published)
         source.set_adapters("sql")
-        source.available.clear()  # a listing of the old sources is in progress ...
+        source.available.clear()  # a listing of the old sources is in progress…
         await eventually(lambda: bool(catalog._refreshes))
         late = catalog._refreshes["one"]
         row = catalog._models.deployed["one"]
         lora = LoRA("s3://acme/more", refresh=60)
-        spec = row.spec.model_copy(update={"lora": lora})
         adapters = {adapter.name: adapter for adapter in Source("law").adapters}
         catalog._planned["one"] = ModelAdapters(lora, adapters, listed_at=1e9)
-        catalog._models.deployed["one"] = replace(row, spec=spec)
+        catalog._models.deployed["one"] = replace(row, spec=row.spec.model_copy(update={"lora": lora}))
         catalog.activate("one")
         assert published["one"][0].keys() == {"law"}
         source.available.set()
-        assert not await late, "... and does not change anything"
+        assert not await late, "…and does not change anything"
         assert published["one"][0].keys() == {"law"}
     database.close()
 
 
 def test_names_of_keys_are_checked(tmp_path: Path) -> None:
-    spec, weights = ModelSpec(name="one", model="org/one", aliases=("uno",)), Source()
     models = Models()
-    models.put(Deployed("app", 1, 1, spec, Placement(1, 0), proven=True))
+    models.put(deployed(spec(aliases=["uno"])))
     database = Database(f"sqlite:///{tmp_path}/control.db")
-    catalog = AdaptersCatalog(models, weights, database, lambda *_: None)  # type: ignore[arg-type]
+    catalog = AdaptersCatalog(models, Source(), database, lambda *_: None)  # type: ignore[arg-type]
     catalog._listings["one"] = ModelAdapters(LORA, {adapter.name: adapter for adapter in Source("legal").adapters})
     catalog.check_names(["one", "uno", "uno:legal"])
     for name, message in (

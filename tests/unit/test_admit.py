@@ -28,13 +28,13 @@ PROBE = KeyInfo(name="probe", wake=False, max_in_flight=2)
 
 
 def scope(path: str = CHAT, **headers: str) -> Scope:
-    """A request's ASGI scope; `_` in names of headers stands for `-`."""
+    """Return a request's ASGI scope; `_` in header names becomes `-`."""
     pairs = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
     return {"type": "http", "method": "POST", "path": path, "headers": pairs}
 
 
 def body(model: str = "one", **fields: Any) -> bytes:
-    """A request's body."""
+    """Return a request's body."""
     return json.dumps({"model": model, **fields}).encode()
 
 
@@ -55,19 +55,21 @@ def body(model: str = "one", **fields: Any) -> bytes:
         (None, scope("/v1/embeddings"), body(), 404, "path_not_found"),
         (ONE_ONLY, scope(), body("cold"), 403, "model_not_allowed"),
         (PROBE, scope(), body("cold"), 503, "model_not_ready"),
-        # The first rule that fails decides.
+        # Two errors: the first rule decides.
         (None, scope(x_llmrun_max_wait="soon"), body("none"), 400, "invalid_header"),
         (ONE_ONLY, scope("/v1/embeddings"), body("cold"), 403, "model_not_allowed"),
         (PROBE, scope("/v1/embeddings"), body("cold"), 404, "path_not_found"),
     ],
 )
-def test_rejections(key: KeyInfo | None, request_scope: Scope, content: bytes, status: int, code: str) -> None:
+def test_invalid_requests_are_rejected(
+    key: KeyInfo | None, request_scope: Scope, content: bytes, status: int, code: str
+) -> None:
     with pytest.raises(HTTPError) as error:
         admit(TABLE, key, request_scope, content)
     assert (error.value.status, error.value.code) == (status, code)
 
 
-def test_an_admission_has_all_that_the_request_flow_needs() -> None:
+def test_an_admission_has_the_target_the_wait_limit_and_the_limits() -> None:
     admission = admit(TABLE, PROBE, scope(x_llmrun_max_wait="2.5"), body("org/one", stream=True))
     assert (admission.target.model, admission.target.name, admission.target.adapter) == (MODELS["one"], "org/one", "")
     assert admission.request.stream and admission.max_wait == 2.5 and admission.probe
@@ -80,7 +82,7 @@ def test_a_request_without_a_key_is_admitted_with_the_models_limits() -> None:
     assert [limit.rpm for limit in admit(TABLE, None, scope(), body()).limits] == [5]
 
 
-def test_an_adapter_is_admitted_with_its_pin_or_to_be_resolved() -> None:
+def test_an_adapter_without_a_revision_is_admitted_with_its_pin() -> None:
     targets = [admit(TABLE, None, scope(), body(f"tuned:{name}")).target for name in ("sql", "sql@v2")]
     assert [(target.adapter, target.pin) for target in targets] == [("sql", "pin-1"), ("sql@v2", "")]
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from llmrun.decorator import build_spec
 from llmrun.errors import Refused
 from llmrun_runtime.control.autoscaling import autoscaler as autoscaler_module
 from llmrun_runtime.control.autoscaling.autoscaler import Autoscaler
@@ -19,8 +18,9 @@ from llmrun_runtime.control.keys import Keys
 from llmrun_runtime.control.state.database import Database
 from llmrun_runtime.control.state.models import Deployed, Models
 from llmrun_runtime.control.state.registry import Registry
-from llmrun_runtime.placement import Node, Placement
+from llmrun_runtime.placement import Node
 from llmrun_runtime.wire.reports import ReplicaReport, Traffic
+from tests.support import factories
 
 
 class FakeServe:
@@ -34,7 +34,7 @@ class FakeServe:
         return self.targets.get(model, 0)
 
     def is_confirmed(self, model: str, version: int) -> bool:
-        """Every target is."""
+        """Confirm every target."""
         return True
 
     async def set_target(self, row: Deployed, replicas: int) -> None:
@@ -63,24 +63,23 @@ class Cluster:
         """Return the node."""
         return [Node("n", "n", {"CPU": 1}, {"CPU": self.free})]
 
-    def deploy(self, name: str, **fields: Any) -> None:
-        """Activate an unproven version 1."""
-        spec = build_spec({"model": "org/model", "name": name, **fields})
-        self.autoscaler.activate(Deployed("app", 1, 1, spec, Placement(1, 0), proven=False))
+    def deploy(self, name: str, **options: Any) -> None:
+        """Activate version 1, which is not proven."""
+        self.autoscaler.activate(factories.deployed(factories.spec(name, **options), proven=False))
 
     def report(self, model: str, state: Any) -> ReplicaReport:
         """Report as the model's replica."""
-        report = ReplicaReport(f"{model}-r", model, 1, "n", "h", 1, 2, "t", state)
+        report = factories.report(state, f"{model}-r", model=model)
         self.registry.report(report, time.monotonic())
         return report
 
-    def wait_for(self, **waiting: int) -> None:
+    def report_waiting(self, **waiting: int) -> None:
         """Report the number of waiting requests by model."""
         traffic = {model: Traffic(count, 0, time.time() if count else 0) for model, count in waiting.items()}
         self.registry.report_traffic("ingress", traffic, time.monotonic())
 
     async def tick(self) -> None:
-        """Tick, and let targets be set."""
+        """Run one iteration of the loop, and wait until its targets are set."""
         await self.autoscaler.tick()
         await asyncio.sleep(0.01)
 
@@ -91,9 +90,9 @@ class Cluster:
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    made = Cluster(tmp_path)
-    monkeypatch.setattr(autoscaler_module, "cluster_nodes", made.nodes)
-    return made
+    cluster = Cluster(tmp_path)
+    monkeypatch.setattr(autoscaler_module, "cluster_nodes", cluster.nodes)
+    return cluster
 
 
 async def test_a_request_wakes_a_model_and_its_first_replica_proves_it(cluster: Cluster) -> None:
@@ -104,12 +103,12 @@ async def test_a_request_wakes_a_model_and_its_first_replica_proves_it(cluster: 
     await cluster.tick()
     assert cluster.status("one") == ("cold", "") and cluster.serve.targets == {}
     number = cluster.autoscaler.table.number
-    cluster.wait_for(one=1)
+    cluster.report_waiting(one=1)
     await cluster.tick()
     assert cluster.serve.targets == {"one": 1} and woken == ["one"] and not proven
     assert cluster.status("one") == ("waking", "")
     cluster.autoscaler.replica_ready(cluster.report("one", "ready"))
-    cluster.wait_for(one=0)
+    cluster.report_waiting(one=0)
     await cluster.tick()
     row = cluster.models.get("one")
     assert row and row.proven and proven == ["one"] and cluster.status("one") == ("hot", "")
@@ -123,7 +122,7 @@ async def test_a_request_wakes_a_model_and_its_first_replica_proves_it(cluster: 
 async def test_a_locked_model_keeps_its_target(cluster: Cluster) -> None:
     cluster.deploy("one")
     cluster.models.lock("one")
-    cluster.wait_for(one=1)
+    cluster.report_waiting(one=1)
     await cluster.tick()
     assert cluster.serve.targets == {} and cluster.status("one")[0] == "waking"
     with pytest.raises(Refused, match="locked by a running deploy"):
@@ -141,7 +140,7 @@ async def test_an_idle_replica_is_evicted_for_a_model_that_wakes(cluster: Cluste
     cluster.free = 0
     cluster.report("idle", "ready")
     cluster.report("kept", "ready")
-    cluster.wait_for(one=1)
+    cluster.report_waiting(one=1)
     await cluster.tick()
     assert cluster.serve.targets == {"idle": 0, "kept": 1, "one": 1}
     assert cluster.status("idle") == ("hot", "evicted to free resources for one")
@@ -157,7 +156,7 @@ async def test_an_idle_replica_is_evicted_for_a_model_that_wakes(cluster: Cluste
 
 async def test_a_failed_start_is_counted_and_its_cause_published(cluster: Cluster) -> None:
     cluster.deploy("one")
-    cluster.wait_for(one=1)
+    cluster.report_waiting(one=1)
     await cluster.tick()
     for _ in range(3):
         cluster.autoscaler.replica_failed(cluster.report("one", "starting"), "out of memory")

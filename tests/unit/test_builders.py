@@ -10,30 +10,29 @@ import pytest
 import yaml
 
 from llmrun import SpecError, llm
-from llmrun.decorator import build_spec
 from llmrun.errors import RequestError
 from llmrun.spec import Code, ModelSpec
 from llmrun.standalone import check_standalone
 from llmrun_runtime.builders import build_openai_app
 from llmrun_runtime.builders.read_model import read_model
 from tests.support.cluster import Home, write_app
+from tests.support.factories import spec
 
 
-def model(**more: Any) -> type:
-    """A class with `@llm`."""
-    return llm("org/model", name="one", **more)(type("One", (), {}))
+def model(**options: Any) -> type:
+    """Return a class with `@llm`."""
+    return llm("org/model", name="one", **options)(type("One", (), {}))
 
 
 def hooked(module: str) -> type:
-    """A model with a hook, in a class that claims to be in that module."""
+    """Return a model with a hook, whose class claims to be in that module."""
     members = {"__module__": module, "on_request": lambda self, request: request}
     return llm("org/model", name="one")(type("One", (), members))
 
 
-def deployed() -> ModelSpec:
-    """A model whose code is stored in control."""
-    spec = build_spec({"model": "org/model", "name": "one"})
-    return spec.model_copy(update={"code": Code(package="0" * 64, file="app.py", cls="One", hooks=("on_start",))})
+def with_stored_code() -> ModelSpec:
+    """Return a model whose code is stored in control."""
+    return spec().model_copy(update={"code": Code(package="0" * 64, file="app.py", cls="One", hooks=("on_start",))})
 
 
 class Outer:
@@ -69,7 +68,7 @@ FIELDS = {"name": "one", "model": "org/model"}
         ([FIELDS | {"app_file": "/app.py", "cls": "One"}], "app_file, cls, hooks must be given together"),
         ([FIELDS | {"app_file": "/app.py", "cls": "One", "hooks": ["on_end"]}], "Available: on_start, on_request"),
         ([FIELDS | {"app_file": "app.py", "cls": "One", "hooks": ["on_start"]}], "app.py must be an absolute path"),
-        ([deployed()], "the code of its class is stored in control"),
+        ([with_stored_code()], "the code of its class is stored in control"),
         ([hooked("__builtin_nowhere__")], "One has on_request but no source file"),
         ([Outer.inner()], "inner.<locals>.Inner: a class with hooks must be at the top level of its file"),
     ],
@@ -86,8 +85,8 @@ def test_paths_are_relative_to_the_file_of_the_class() -> None:
 
 
 def test_options_without_effect_are_named() -> None:
-    spec, _ = read_model(model(rpm=5, schedule="Mon-Fri 08:00-18:00 UTC"))
-    assert check_standalone(spec).startswith("one: schedule=, rpm= has no effect without control")
+    limited, _ = read_model(model(rpm=5, schedule="Mon-Fri 08:00-18:00 UTC"))
+    assert check_standalone(limited).startswith("one: schedule=, rpm= has no effect without control")
     assert check_standalone(read_model(model())[0]) == ""
 
 
@@ -115,7 +114,7 @@ class Other:
     assert home.ok("export", f"{tmp_path / 'app.py'}::Other").count("name: o") == 1
 
 
-def test_export_omits_models_that_require_control_and_names_options_without_effect(home: Home, tmp_path: Path) -> None:
+def test_export_skips_models_that_require_control(home: Home, tmp_path: Path) -> None:
     text = """
 import ray
 from llmrun_runtime.builders import build_openai_app
@@ -140,10 +139,11 @@ assert not ray.is_initialized()
     assert "skipped: adapted: lora= requires control" in done.stderr
     assert "one: rpm= has no effect without control" in done.stderr
     assert f"hooked: on_start needs {app} at the same path on every node" in done.stderr
+
+
+def test_export_errors(home: Home, tmp_path: Path) -> None:
+    app = write_app(tmp_path / "app.py", '@llm("org/model", lora="s3://acme/adapters")\nclass Adapted: ...\n')
     assert "no models to export" in home.fails("export", f"{app}::Adapted")
-
-
-def test_export_reports_missing_arguments_and_files(home: Home, tmp_path: Path) -> None:
     assert "exactly one of an app file" in home.fails("export")
     assert "exactly one of an app file" in home.fails("export", "app.py", "--all")
     assert "cannot reach llmrun at" in home.fails("export", "--all")

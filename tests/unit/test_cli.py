@@ -37,7 +37,7 @@ from tests.support.reference import commands
         ("import os\nos._exit(3)", ["Python exited with code 3"]),
     ],
 )
-def test_invalid_app_files(home: Home, tmp_path: Path, text: str, words: list[str]) -> None:
+def test_invalid_app_files_are_reported(home: Home, tmp_path: Path, text: str, words: list[str]) -> None:
     error = home.fails("deploy", write_app(tmp_path / "app.py", text))
     for word in words:
         assert word in error
@@ -63,17 +63,17 @@ def test_a_file_that_raises_shows_the_users_own_traceback(home: Home, tmp_path: 
         (["org/model", "--", "8192"], "flags start with '--'"),
     ],
 )
-def test_invalid_targets(home: Home, arguments: list[str], words: str) -> None:
+def test_invalid_targets_are_reported(home: Home, arguments: list[str], words: str) -> None:
     assert words in home.fails("deploy", *arguments)
 
 
-def test_a_model_name_that_is_not_in_the_file(home: Home, tmp_path: Path) -> None:
+def test_an_unknown_model_in_the_file_is_reported(home: Home, tmp_path: Path) -> None:
     app = write_app(tmp_path / "app.py", '@llm("a/b")\nclass Assistant: ...\n')
     error = home.fails("deploy", f"{app}::Asistant")
     assert "model 'Asistant' not found" in error and "available: Assistant (assistant)" in error
 
 
-def test_commands_without_a_cluster(home: Home, tmp_path: Path) -> None:
+def test_commands_without_a_cluster_name_its_address(home: Home, tmp_path: Path) -> None:
     app = write_app(tmp_path / "app.py", '@llm("a/b")\nclass A: ...\n')
     for command in (["status"], ["deploy", str(app)], ["delete", "a", "--yes"], ["logs", "a"], ["chat", "a", "Hi"]):
         error = home.fails(*command)
@@ -81,7 +81,7 @@ def test_commands_without_a_cluster(home: Home, tmp_path: Path) -> None:
     assert "LLMRUN_URL" in home.fails("status", LLMRUN_URL="nonsense://x")
 
 
-def test_a_port_that_another_server_uses(home: Home) -> None:
+def test_a_port_that_another_server_uses_is_reported(home: Home) -> None:
     server = subprocess.Popen(
         [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(home.port)],
         stdout=subprocess.DEVNULL,
@@ -149,10 +149,10 @@ class FakeControl:
 
 def test_a_deploy_shows_what_is_ready_and_then_fails(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(DeployError, match="two: out of memory"):
-        show_events(deployment.follow(cast(Client, FakeControl()), "1"), "http://here")
+        show_events(deployment.follow(cast(Client, FakeControl()), "1"), "http://cluster")
     shown = capsys.readouterr()
     assert "✓ one ready" in shown.err and "one: starting the engine" in shown.err
-    assert "curl http://here/v1/chat/completions" in shown.out and '"model": "one"' in shown.out
+    assert "curl http://cluster/v1/chat/completions" in shown.out and '"model": "one"' in shown.out
 
 
 def test_ctrl_c_detaches_from_a_deploy(capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,7 +161,7 @@ def test_ctrl_c_detaches_from_a_deploy(capsys: pytest.CaptureFixture[str]) -> No
         raise KeyboardInterrupt
 
     with pytest.raises(typer.Exit) as exited, exit_on_interrupt():
-        show_events(interrupted(), "http://here")
+        show_events(interrupted(), "http://cluster")
     assert exited.value.exit_code == 130
     shown = capsys.readouterr()
     assert "The deploy continues on the cluster" in shown.err and shown.out == ""

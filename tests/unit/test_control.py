@@ -1,4 +1,4 @@
-"""Control's pure modules: plans, placement, evictions, the models, the registry; and the database."""
+"""Plans, placement, evictions, models, the registry and the database of control, without Ray."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from llmrun.decorator import build_spec
 from llmrun.errors import Refused
 from llmrun.spec import ModelSpec
 from llmrun.weights import Weights
@@ -28,9 +27,9 @@ from llmrun_runtime.control.state.operation import Operation, Operations
 from llmrun_runtime.control.state.registry import Registry
 from llmrun_runtime.placement import Node, Placement, has_capacity, resolve, shortage
 from llmrun_runtime.weights.pin import File, Pin
-from llmrun_runtime.wire.reports import LEASE_S, ReplicaReport, Traffic
+from llmrun_runtime.wire.reports import LEASE_S, Traffic
+from tests.support.factories import CPU, deployed, report, spec
 
-CPU = Placement(1, 0)
 LAPTOP = Node("a", "10.0.0.1", {"CPU": 2}, {"CPU": 1})
 POOL = Node("", "pool", {"CPU": 8, "GPU": 8, "accelerator_type:H100": 1}, {})
 A10G = Node(
@@ -38,24 +37,14 @@ A10G = Node(
 )
 
 
-def spec(name: str = "one", **fields: Any) -> ModelSpec:
-    """Return a spec."""
-    return build_spec({"model": "org/model", "name": name, **fields})
-
-
-def deployed(made: ModelSpec, app: str = "app", placement: Placement = CPU) -> Deployed:
-    """Return the model with version 1 active."""
-    return Deployed(app, 1, 1, made, placement, proven=True)
-
-
 def plan(
-    *specs: ModelSpec, rows: tuple[Deployed, ...] = (), sources: dict[str, str] | None = None, **more: Any
+    *specs: ModelSpec, rows: tuple[Deployed, ...] = (), sources: dict[str, str] | None = None, **options: Any
 ) -> Plan:
-    """Return the plan of a deploy of app `app` from `here`."""
-    request = DeployRequest(app="app", source="here", specs=specs, **more)
+    """Return the plan of a deploy of app `app` from source `/apps/app.py`."""
+    request = DeployRequest(app="app", source="/apps/app.py", specs=specs, **options)
     before = {row.name: row for row in rows}
     check(request, before, sources or {})
-    return make_plan(request, before, {made.name: deployed(made) for made in specs})
+    return make_plan(request, before, {model.name: deployed(model) for model in specs})
 
 
 async def test_a_slow_listener_receives_all_events_of_an_operation() -> None:
@@ -64,14 +53,14 @@ async def test_a_slow_listener_receives_all_events_of_an_operation() -> None:
     async for event in operation.events():
         received.append(event.text or event.kind)
         if event.text == "1":
-            for here in (1, 2):
-                await operation.emit("progress", text="moving", here=here, total=2)
+            for complete in (1, 2):
+                await operation.emit("progress", text="moving", here=complete, total=2)
             await operation.emit("step", text="2")
             await operation.emit("end")
     assert received == ["1", "moving", "2", "end"]
 
 
-def test_a_plan_distinguishes_new_changed_tuned_same_and_missing_models() -> None:
+def test_a_plan_has_the_kind_of_change_of_each_model() -> None:
     rows = (
         deployed(spec("a")),
         deployed(spec("b")),
@@ -79,8 +68,8 @@ def test_a_plan_distinguishes_new_changed_tuned_same_and_missing_models() -> Non
         deployed(spec("d")),
         deployed(spec("x"), "other"),
     )
-    made = plan(spec("a"), spec("b", max_replicas=2), spec("c", cpus=2), spec("e"), rows=rows)
-    assert [(c.model, c.kind, c.lines) for c in made.changes] == [
+    planned = plan(spec("a"), spec("b", max_replicas=2), spec("c", cpus=2), spec("e"), rows=rows)
+    assert [(c.model, c.kind, c.lines) for c in planned.changes] == [
         ("a", "same", ()),
         ("b", "tune", ("max_replicas 1 → 2",)),
         ("c", "change", ("cpus 1 → 2",)),
@@ -88,24 +77,24 @@ def test_a_plan_distinguishes_new_changed_tuned_same_and_missing_models() -> Non
         ("d", "remove", ()),
     ]
     assert (
-        made.fingerprint
+        planned.fingerprint
         == plan(spec("a"), spec("b", max_replicas=2), spec("c", cpus=2), spec("e"), rows=rows).fingerprint
     )
-    assert made.fingerprint != plan(spec("a"), rows=rows).fingerprint
+    assert planned.fingerprint != plan(spec("a"), rows=rows).fingerprint
 
 
 def test_deploying_some_models_of_an_app_keeps_the_others() -> None:
-    made = plan(spec("a", cpus=2), rows=(deployed(spec("a")), deployed(spec("b"))), only=True)
-    assert [(c.model, c.kind) for c in made.changes] == [("a", "change")]
+    planned = plan(spec("a", cpus=2), rows=(deployed(spec("a")), deployed(spec("b"))), only=True)
+    assert [(c.model, c.kind) for c in planned.changes] == [("a", "change")]
 
 
 def test_another_placement_needs_a_new_engine() -> None:
-    made = plan(spec("a"), rows=(deployed(spec("a"), placement=Placement(1, 1)),))
-    assert made.changes[0].kind == "change" and made.changes[0].lines == ("runs on 1 × GPU → CPU",)
+    planned = plan(spec("a"), rows=(deployed(spec("a"), placement=Placement(1, 1)),))
+    assert planned.changes[0].kind == "change" and planned.changes[0].lines == ("runs on 1 × GPU → CPU",)
 
 
 class Agents:
-    """Replaces the node agents, and records the calls."""
+    """Fake node agents that record calls."""
 
     def __init__(self) -> None:
         self.warmed: list[tuple[str, str]] = []
@@ -117,7 +106,7 @@ class Agents:
         return SimpleNamespace(warm=remote)
 
 
-def test_permanent_nodes_are_warmed_and_idle_removable_nodes_released(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fixed_nodes_are_warmed_and_idle_removable_nodes_released(monkeypatch: pytest.MonkeyPatch) -> None:
     agents, registry = Agents(), Registry()
     monkeypatch.setattr(warm_nodes, "agent_on", agents.on)
     monkeypatch.setattr(warm_nodes, "stop_agent", agents.stopped.append)
@@ -128,16 +117,16 @@ def test_permanent_nodes_are_warmed_and_idle_removable_nodes_released(monkeypatc
     check_nodes([head, other], 0)
     assert agents.warmed == [("head", "vllm"), ("other", "vllm")] and not agents.stopped
     agents.warmed.clear()
-    kind = Node("", "group", {"CPU": 4}, {})
-    check_nodes([head, other, kind], 0)
-    check_nodes([head, other, kind], 59)
+    group = Node("", "group", {"CPU": 4}, {})
+    check_nodes([head, other, group], 0)
+    check_nodes([head, other, group], 59)
     assert agents.warmed == [("head", "vllm")] * 2 and not agents.stopped
-    registry.report(ReplicaReport("r", "a", 1, "other", "h", 1, 2, "t", "ready"), 59)
-    check_nodes([head, other, kind], 61)
+    registry.report(report(replica="r", model="a", node="other"), 59)
+    check_nodes([head, other, group], 61)
     registry.remove("r")
-    check_nodes([head, other, kind], 120)
+    check_nodes([head, other, group], 120)
     assert not agents.stopped
-    check_nodes([head, other, kind], 121)
+    check_nodes([head, other, group], 121)
     assert agents.stopped == ["other"]
     models.remove("a")
     agents.warmed.clear()
@@ -150,18 +139,18 @@ def test_a_models_state_follows_its_replicas_and_target() -> None:
     assert ModelView(row, state, registry, 0, locked=False).state() == "cold"
     waking = ModelView(row, state, registry, 1, locked=False)
     assert (waking.state(), waking.phase()) == ("waking", "placing a replica")
-    report = ReplicaReport("r", "a", 1, "n", "h", 0, 0, "t", "starting", moments={"placed": 1})
+    replica = report("starting", "r", model="a", moments={"placed": 1})
     for part, phase in (
         ("placed", "fetching weights"),
         ("weights", "starting the engine"),
         ("forked", "loading weights"),
     ):
-        report = replace(report, moments={**report.moments, part: 1})
-        registry.report(report, 0)
+        replica = replace(replica, moments={**replica.moments, part: 1})
+        registry.report(replica, 0)
         assert waking.phase() == phase
-    registry.report(replace(report, state="ready"), 0)
+    registry.report(replace(replica, state="ready"), 0)
     assert (waking.state(), waking.phase()) == ("hot", "")
-    registry.report(replace(report, state="draining"), 0)
+    registry.report(replace(replica, state="draining"), 0)
     assert ModelView(row, state, registry, 0, locked=False).state() == "draining"
     registry.remove("r")
     state.evicted_for = "b"
@@ -197,7 +186,7 @@ GPU = Placement(1, 1)
     [
         ([], []),
         ([("a", "n1", GPU, 5), ("b", "n1", GPU, 3), ("c", "n2", GPU, 4)], ["b"]),
-        ([("a", "n1", Placement(1, 0), 1), ("b", "n1", GPU, 3)], ["b"]),  # evicting a would not free a GPU
+        ([("a", "n1", Placement(1, 0), 1), ("b", "n1", GPU, 3)], ["b"]),  # evicting `a` would not free a GPU
         ([("a", "n3", GPU, 1)], []),  # on a node without GPUs
         ([("a", "n1", Placement(1, 0), 1)], []),
     ],
@@ -217,8 +206,8 @@ def test_two_small_replicas_are_evicted_for_a_large_one() -> None:
 
 
 def test_secrets_are_shown_by_name() -> None:
-    made = plan(spec("a", env={"K": {"secret": "MINE"}}), rows=(deployed(spec("a")),))
-    assert made.changes[0].lines == ("env {} → {K: Secret('MINE')}",)
+    planned = plan(spec("a", env={"K": {"secret": "MINE"}}), rows=(deployed(spec("a")),))
+    assert planned.changes[0].lines == ("env {} → {K: Secret('MINE')}",)
 
 
 @pytest.mark.parametrize("field", ["name", "aliases"])
@@ -233,22 +222,22 @@ def test_names_are_unique_on_a_cluster(field: str) -> None:
 
 def test_a_name_may_move_between_an_apps_own_models() -> None:
     rows = (deployed(spec("a", aliases=["org/m"])), deployed(spec("b")))
-    made = plan(spec("a"), spec("b", aliases=["org/m"]), rows=rows)
-    assert [c.kind for c in made.changes] == ["change", "change"]
+    planned = plan(spec("a"), spec("b", aliases=["org/m"]), rows=rows)
+    assert [c.kind for c in planned.changes] == ["change", "change"]
 
 
-def test_a_renamed_model_may_take_the_names_of_the_pruned_one() -> None:
+def test_a_renamed_model_may_take_the_names_of_a_pruned_one() -> None:
     rows = (deployed(spec("a", aliases=["org/m"])),)
     with pytest.raises(Refused, match=r"belongs to model a, which is no longer in the file \(--prune removes it\)"):
         plan(spec("b", aliases=["org/m"]), rows=rows)
-    made = plan(spec("b", aliases=["org/m"]), rows=rows, prune=True)
-    assert [(c.model, c.kind) for c in made.changes] == [("b", "add"), ("a", "remove")]
+    planned = plan(spec("b", aliases=["org/m"]), rows=rows, prune=True)
+    assert [(c.model, c.kind) for c in planned.changes] == [("b", "add"), ("a", "remove")]
 
 
 def test_an_app_from_another_source_is_refused_without_adopt() -> None:
-    with pytest.raises(Refused, match=r"last deployed from there, not from here.*--adopt"):
-        plan(spec("a"), sources={"app": "there"})
-    assert plan(spec("a"), sources={"app": "there"}, adopt=True).changes[0].kind == "add"
+    with pytest.raises(Refused, match=r"last deployed from /other/app.py, not from /apps/app.py.*--adopt"):
+        plan(spec("a"), sources={"app": "/other/app.py"})
+    assert plan(spec("a"), sources={"app": "/other/app.py"}, adopt=True).changes[0].kind == "add"
 
 
 @pytest.mark.parametrize(
@@ -315,20 +304,6 @@ def test_a_replica_that_spans_nodes_needs_capacity_on_each() -> None:
     assert choose_evictions(wide, busy, candidates[:1]) == [], "one of two nodes is not enough"
 
 
-def report(state: Any = "ready", replica: str = "r1", **more: Any) -> ReplicaReport:
-    """Return a replica's report."""
-    fields: dict[str, Any] = {
-        "model": "one",
-        "version": 1,
-        "node": "a",
-        "host": "h",
-        "port": 1,
-        "link": 2,
-        "token": "t",
-    }
-    return ReplicaReport(id=replica, state=state, **(fields | more))
-
-
 def test_the_registry_expires_replicas_and_ingresses_without_reports() -> None:
     registry = Registry()
     assert registry.report(report("starting"), now=0)
@@ -362,7 +337,7 @@ def test_the_database_keeps_models_versions_and_packages(tmp_path: Path, monkeyp
     url = f"sqlite:///{tmp_path / 'db'}"
     database = Database(url)
     coded = spec("two", code={"package": "p", "file": "app.py", "cls": "Two"})
-    database.put_app("app", "here")
+    database.put_app("app", "/apps/app.py")
     database.put_package("p", b"zip")
     database.put_package("q", b"unused")
     pin = Pin(weights=Weights("org/model"), revision="abc", files=(File(name="config.json", size=2),))
@@ -376,9 +351,9 @@ def test_the_database_keeps_models_versions_and_packages(tmp_path: Path, monkeyp
     again = Database(url)
     rows, sources = again.load()
     assert rows.keys() == {"one", "two"}
-    assert rows["one"] == row and sources == {"app": "here"}
+    assert rows["one"] == row and sources == {"app": "/apps/app.py"}
     again.remove(["one"])
-    assert again.next_version("one") == 3  # numbers name applications, which may still be draining
+    assert again.next_version("one") == 3  # old versions may still be draining under their numbers
     assert again.has_package("q")  # a running deploy may have uploaded it
     monkeypatch.setattr(database_module, "PACKAGE_GRACE_S", -1)
     again.remove([])

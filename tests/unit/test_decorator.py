@@ -34,7 +34,7 @@ def test_a_model_alone_is_enough() -> None:
     assert ModelSpec.model_validate_json(default.model_dump_json()) == default
 
 
-def test_the_public_names() -> None:
+def test_public_names() -> None:
     assert llmrun.__all__ == [
         "Deployment",
         "LLMOptions",
@@ -155,9 +155,7 @@ def test_help_loads_neither_ray_nor_engines() -> None:
         ({"requirements": "numpy"}, ["requirements='numpy'", "must be a list"]),
     ],
 )
-def test_an_invalid_argument_is_refused_with_its_name_value_and_fix(
-    arguments: dict[str, Any], words: list[str]
-) -> None:
+def test_an_invalid_argument_is_refused_with_a_fix(arguments: dict[str, Any], words: list[str]) -> None:
     with pytest.raises(SpecError) as error:
         spec(**arguments)
     text = str(error.value)
@@ -237,7 +235,7 @@ def test_invalid_secrets_and_models_are_refused() -> None:
         spec("../x")
 
 
-def test_a_spec_is_frozen_and_its_fingerprint_shows_what_needs_a_restart() -> None:
+def test_fingerprints_show_whether_a_change_needs_a_restart() -> None:
     one, two = spec(), spec(max_replicas=2)
     with pytest.raises(ValueError, match="frozen"):
         one.name = "x"  # type: ignore[misc]
@@ -264,11 +262,11 @@ def test_a_spec_is_frozen_and_its_fingerprint_shows_what_needs_a_restart() -> No
         ("x" * 80, "x" * 63),
     ],
 )
-def test_labels(text: str, label: str) -> None:
+def test_names_become_labels(text: str, label: str) -> None:
     assert to_label(text) == label
 
 
-def test_paths_are_told_from_other_sources() -> None:
+def test_paths_are_distinguished_from_other_sources() -> None:
     assert all(map(is_path, ["/models/x", "./x", "~/x", "file:///x"]))
     assert not any(map(is_path, ["org/name", "s3://bucket/x", "hf://org/name", "org/name@main"]))
 

@@ -1,4 +1,4 @@
-"""When an engine may be stopped: it reports nothing in flight for a while, and no request is lost at the end."""
+"""Draining: an engine is stopped only after it has been idle for a while, and no request is lost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.ingress import Bench, Engine, route
 
 
 class Counts:
-    """An engine that reports these counts, the last one repeatedly; each response may block the whole process."""
+    """An engine that reports these counts and repeats the last; each response may block the whole process."""
 
     def __init__(self, counts: Sequence[int | None], blocked_s: float = 0) -> None:
         self.counts, self.leave_calls, self._blocked_s = list(counts), list[bool](), blocked_s
@@ -30,31 +30,31 @@ class Counts:
         return count
 
 
-async def test_an_engine_is_drained_when_it_has_been_idle_and_accepts_no_more() -> None:
+async def test_an_engine_that_stays_idle_is_drained() -> None:
     engine = Counts([1, 0, None, 0])
-    begun = time.monotonic()
+    started = time.monotonic()
     assert await wait_until_drained(engine, 5, linger=0.3) == ""
-    assert time.monotonic() - begun > 0.6, "no response counts as busy: the idle time starts again"
+    assert time.monotonic() - started > 0.6, "a missing response counts as busy and restarts the idle time"
     assert engine.leave_calls[-1] and not any(engine.leave_calls[:-1])
 
 
-async def test_a_delayed_process_does_not_stop_an_engine_with_a_request_in_flight() -> None:
+async def test_a_delayed_process_does_not_stop_a_busy_engine() -> None:
     """Elapsed time since the last poll once counted as idle time, and stopped an engine that had a request."""
     engine = Counts([1, 1, 0, 1, 0], blocked_s=0.15)
     assert await wait_until_drained(engine, 10, linger=0.1) == ""
     assert engine.leave_calls == [False, False, False, True, False, True], (
-        "asked to leave only after it has reported that it is idle"
+        "the leave request follows only a report of an idle engine"
     )
 
 
-async def test_draining_gives_up_on_long_requests_and_unresponsive_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_draining_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "still in flight after 0.3 s (LLMRUN_DRAIN_TIMEOUT)" in await wait_until_drained(Counts([1]), 0.3)
     monkeypatch.setattr(drain, "UNRESPONSIVE_S", 0.2)
     assert "has not responded for 0.2 s" in await wait_until_drained(Counts([None]), 5)
 
 
 async def get(shim: Shim, path: str) -> tuple[int, dict[str, str]]:
-    """The status and headers of a response."""
+    """Return the status and headers of a response."""
     messages: list[Message] = []
 
     async def send(message: Message) -> None:
@@ -65,7 +65,7 @@ async def get(shim: Shim, path: str) -> tuple[int, dict[str, str]]:
     return messages[0]["status"], {key.decode(): value.decode() for key, value in messages[0]["headers"]}
 
 
-async def test_an_idle_engine_accepts_no_requests_after_it_was_asked_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_idle_engine_rejects_requests_after_a_leave_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TOKEN_ENV, "t")
     monkeypatch.setenv(SHIM_ENV, ShimConfig(model="m").to_json())
     during: list[Any] = []
@@ -76,14 +76,14 @@ async def test_an_idle_engine_accepts_no_requests_after_it_was_asked_to_leave(mo
 
     shim = Shim(app)
     assert (await get(shim, "/v1/completions"))[0] == 200 and during[0][0] == 200
-    assert (await get(shim, "/v1/completions"))[0] == 200, "it was busy when it was asked to leave"
+    assert (await get(shim, "/v1/completions"))[0] == 200, "it was busy at the first leave request"
     assert (await get(shim, LEAVE_PATH))[0] == 200
     status, headers = await get(shim, "/v1/completions")
     assert status == 503 and headers[GONE_HEADER] == "1" and len(during) == 2
     assert (await get(shim, "/metrics"))[0] == 200
 
 
-async def test_a_request_at_the_very_end_goes_to_another_replica(bench: Bench, engine: Engine) -> None:
+async def test_a_late_request_goes_to_another_replica(bench: Bench, engine: Engine) -> None:
     async with Engine().running() as ending:
         ending.shutting_down = True
         bench.table(route(ending.port, engine.port))

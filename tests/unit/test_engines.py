@@ -30,9 +30,9 @@ from tests.support.cluster import until
 VLLM = get_engine("vllm")
 
 
-def launch(**more: Any) -> Launch:
-    """A launch with some defaults."""
-    fields: dict[str, Any] = {
+def launch(**fields: Any) -> Launch:
+    """Return a launch with defaults."""
+    defaults: dict[str, Any] = {
         "names": ("one", "org/one"),
         "weights": "/w",
         "members": (Member("n", "10.0.0.1", ("0", "1")),),
@@ -46,10 +46,10 @@ def launch(**more: Any) -> Launch:
         },
         "python": sys.executable,
     }
-    return Launch(**(fields | more))
+    return Launch(**(defaults | fields))
 
 
-def test_the_command_carries_names_host_shim_and_flags() -> None:
+def test_the_command_has_names_host_shim_and_flags() -> None:
     line = " ".join(VLLM.command(launch()))
     assert "--model /w --served-model-name one org/one --host 10.0.0.1 --port 0" in line
     assert "--middleware llmrun_runtime.engines.shim.middleware.Shim" in line
@@ -60,7 +60,7 @@ def test_the_command_carries_names_host_shim_and_flags() -> None:
     assert to_flags({"none": None}) == []
 
 
-def test_gpus_are_divided_by_what_works_in_parallel() -> None:
+def test_tensor_parallelism_uses_the_remaining_gpus() -> None:
     one = (Member("n", "h", ("0", "1", "2", "3")),)
 
     def flags(engine_args: dict[str, Any], **more: Any) -> str:
@@ -74,7 +74,7 @@ def test_gpus_are_divided_by_what_works_in_parallel() -> None:
     assert "--gpu-memory-utilization" not in flags({"kv_cache_memory_bytes": "4G"}, gpu_share=0.5)
 
 
-def test_members_of_an_engine_get_each_others_address() -> None:
+def test_members_get_the_address_of_member_0() -> None:
     members = (Member("a", "10.0.0.1", ("0", "1")), Member("b", "10.0.0.2", ("0", "1")))
     first, second = (" ".join(VLLM.command(launch(members=members, member_rank=rank, port=7))) for rank in (0, 1))
     address = "--master-addr 10.0.0.1 --master-port 7 --distributed-executor-backend mp"
@@ -92,7 +92,7 @@ def test_members_of_an_engine_get_each_others_address() -> None:
         (set(), "ext4", ""),
     ],
 )
-def test_the_load_format_depends_on_the_filesystem_and_installed_packages(
+def test_the_load_format_depends_on_filesystem_and_packages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: set[str], filesystem: str, chosen: str
 ) -> None:
     monkeypatch.setattr(vllm, "filesystem", lambda path: filesystem)
@@ -159,7 +159,7 @@ def test_a_sidecars_server_gets_its_own_flags_and_a_port(monkeypatch: pytest.Mon
         ({}, ""),
     ],
 )
-def test_an_engine_refuses_what_it_cannot_serve(arguments: dict[str, Any], words: str) -> None:
+def test_an_engine_refuses_unsupported_options(arguments: dict[str, Any], words: str) -> None:
     spec = ModelSpec.model_validate({"name": "one", "model": "org/one", "engine": "transformers", **arguments})
     refusal = get_engine("transformers").refuses(spec)
     assert words in refusal and bool(words) == bool(refusal)
@@ -219,18 +219,18 @@ def test_root_causes(log: str, cause: str) -> None:
     assert VLLM.root_cause(log) == cause
 
 
-def hooks(tmp_path: Path, text: str, timeout: float = 2.5) -> Hooks:
-    """The hooks of a class `Mine` with this body."""
+def hooks(tmp_path: Path, text: str, timeout: float = 1.2) -> Hooks:
+    """Return the hooks of a class `Mine` with this body."""
     path = tmp_path / "app.py"
     path.write_text("import asyncio, time\n\nclass Mine:\n" + text)
-    return Hooks(ShimConfig("mine", str(path), "Mine", ("on_start", "on_request"), timeout))
+    return Hooks(ShimConfig("mine", str(path), "Mine", ("on_start", "on_request"), timeout), probe_timeout=0.2)
 
 
 PLAIN = """
     def on_start(self): self.seen = 0
     def on_request(self, request):
         if request["do"] == "raise": raise ValueError("no such thing")
-        if request["do"] == "block": time.sleep(6)
+        if request["do"] == "block": time.sleep(4)
         if request["do"] == "nothing": return None
         if request["do"] == "a set": return {"x": {1}}
         if request["do"] == "exit": raise SystemExit(3)
@@ -242,14 +242,14 @@ ASYNC = """
     async def on_start(self): self.lock = asyncio.Lock()
     async def on_request(self, request):
         if request["do"] == "raise": raise ValueError("no such thing")
-        if request["do"] == "block": time.sleep(6)
+        if request["do"] == "block": time.sleep(4)
         if request["do"] == "wait": await asyncio.sleep(60)
         async with self.lock: return {**request, "seen": 1}
 """
 
 
 async def seen(mine: Hooks) -> Any:
-    """The count that a working hook adds to a request."""
+    """Return the count that a working hook adds to a request."""
     return json.loads(await mine.apply({"do": "x"}))["seen"]
 
 
@@ -267,7 +267,7 @@ async def test_plain_hooks_share_one_instance(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("body", [PLAIN, ASYNC], ids=["plain", "async"])
-async def test_a_hook_that_raises_or_blocks_fails_its_own_request_only(
+async def test_a_hook_that_raises_or_blocks_fails_only_its_own_request(
     tmp_path: Path, body: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     mine = hooks(tmp_path, body)
@@ -280,7 +280,7 @@ async def test_a_hook_that_raises_or_blocks_fails_its_own_request_only(
     blocked = asyncio.create_task(mine.apply({"do": "block"}))
     await asyncio.sleep(0.05)  # so that the next request arrives while the first one blocks
     assert await seen(mine) == 1
-    with pytest.raises(HookError, match=r"timed out after 2.5 s"):
+    with pytest.raises(HookError, match=r"timed out after 1.2 s"):
         await blocked
     assert "time.sleep(" in capfd.readouterr().err
 
@@ -353,7 +353,7 @@ time.sleep(600)
 
 
 def pids(log: Path, count: int) -> list[int]:
-    """The process ids in the log, once it has `count` of them."""
+    """Return the process ids in the log, once it has `count` of them."""
 
     def logged() -> list[int] | None:
         lines = [int(line.split()[1]) for line in log.read_text().splitlines() if line.startswith("pid ")]
@@ -392,7 +392,7 @@ asyncio.run(main())
 """
 
 
-def test_kill_9_of_the_replica_kills_every_process_of_its_engine(tmp_path: Path) -> None:
+def test_kill_9_of_the_replica_ends_all_processes_of_its_engine(tmp_path: Path) -> None:
     root = str(Path(__file__).parent.parent.parent)
     replica = subprocess.Popen(
         [sys.executable, "-c", REPLICA, tmp_path / "log"],
@@ -405,7 +405,7 @@ def test_kill_9_of_the_replica_kills_every_process_of_its_engine(tmp_path: Path)
     finally:
         replica.kill()
         replica.wait()
-    until(lambda: not any(map(alive, started)), 5, "the engine's processes have ended")
+    until(lambda: not any(map(alive, started)), 5, "the engine's processes have exited")
 
 
 async def test_an_engine_that_exits_early_fails_with_its_root_cause(tmp_path: Path) -> None:
@@ -421,7 +421,7 @@ async def test_an_engine_that_exits_early_fails_with_its_root_cause(tmp_path: Pa
     await killed.end()
 
 
-async def test_the_start_of_an_engine_that_never_answers_times_out(tmp_path: Path) -> None:
+async def test_the_start_of_an_unresponsive_engine_times_out(tmp_path: Path) -> None:
     engine = EngineProcess(Script("import time; time.sleep(600)"), launch(log=tmp_path / "log"))
     await engine.start()
     started = time.monotonic()
@@ -444,7 +444,7 @@ async def test_messages_without_the_token_are_ignored(tmp_path: Path) -> None:
     await engine.end()
 
 
-async def test_a_failure_that_names_the_fork_is_told_apart_from_others(tmp_path: Path) -> None:
+async def test_a_failure_caused_by_the_fork_is_recognized(tmp_path: Path) -> None:
     """A forked engine can fail because it was forked; a plain one cannot, whatever its log says."""
     text = "raise RuntimeError('Cannot re-initialize CUDA in forked subprocess')"
     engine = EngineProcess(Script(text), launch(log=tmp_path / "log"))

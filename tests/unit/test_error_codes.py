@@ -17,7 +17,7 @@ PAGES = (REPO / "docs" / "reference" / "endpoint.md", REPO / "docs" / "endpoint.
 
 
 def code_arguments(tree: ast.AST) -> Iterator[ast.expr]:
-    """The arguments `code` of all calls in CALLS."""
+    """Yield the argument `code` of each call of a function in CALLS."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CALLS:
             keywords = [keyword.value for keyword in node.keywords if keyword.arg == "code"]
@@ -25,7 +25,7 @@ def code_arguments(tree: ast.AST) -> Iterator[ast.expr]:
 
 
 def assigned_to(name: str, tree: ast.AST) -> Iterator[ast.expr]:
-    """The values that are assigned to a name anywhere in a file, also as part of a tuple."""
+    """Yield the values that are assigned to a name anywhere in a file, also as part of a tuple."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.Assign):
             continue
@@ -41,7 +41,7 @@ def assigned_to(name: str, tree: ast.AST) -> Iterator[ast.expr]:
 
 
 def strings(value: ast.expr, tree: ast.AST) -> set[str]:
-    """The strings that an expression can have: constants, conditionals and names that are assigned to."""
+    """Return the possible values of an expression of constants, conditionals and assigned names."""
     if isinstance(value, ast.Constant) and isinstance(value.value, str):
         return {value.value}
     if isinstance(value, ast.IfExp):
@@ -52,7 +52,7 @@ def strings(value: ast.expr, tree: ast.AST) -> set[str]:
 
 
 def error_codes() -> dict[str, Path]:
-    """Every error code in the source, with a file that uses it."""
+    """Return every error code in the source, with a file that uses it."""
     constants = ast.parse((RUNTIME / "ingress" / "errors.py").read_text())
     codes: dict[str, Path] = {}
     for path in sorted(RUNTIME.rglob("*.py")):
@@ -60,9 +60,9 @@ def error_codes() -> dict[str, Path]:
             continue
         tree = ast.parse(path.read_text())
         for argument in code_arguments(tree):
-            found = strings(argument, tree) or strings(argument, constants)
-            assert found, f"{path}:{argument.lineno}: this test cannot resolve the error code"
-            codes |= dict.fromkeys(found, path)
+            values = strings(argument, tree) or strings(argument, constants)
+            assert values, f"{path}:{argument.lineno}: this test cannot resolve the error code"
+            codes |= dict.fromkeys(values, path)
     return codes
 
 

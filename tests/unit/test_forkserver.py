@@ -1,4 +1,4 @@
-"""The fork server and its supervisor, with a server of a few lines; `e2e/test_cold_starts.py` tests vLLM's."""
+"""The fork server and its supervisor, with a small server; `e2e/test_cold_starts.py` tests vLLM's."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class Node:
         return child, report
 
     def launch(self, log: Path) -> Launch:
-        """The launch of an engine that holds its lease."""
+        """Return the launch of an engine that holds its lease."""
         return Launch(
             names=("one",),
             weights="hold",
@@ -136,7 +136,7 @@ class Node:
         )
 
     def servers(self) -> list[psutil.Process]:
-        """The running fork servers."""
+        """Return the running fork servers."""
         servers = []
         for process in psutil.Process().children():
             try:
@@ -148,7 +148,7 @@ class Node:
 
 
 def contains(path: Path, text: str) -> bool:
-    """Whether the file contains the text."""
+    """Return whether the file contains the text."""
     return text in path.read_text()
 
 
@@ -168,7 +168,7 @@ async def node(tmp_path: Path) -> AsyncIterator[Node]:
     assert not list(node.socket.parent.glob("*"))
 
 
-async def test_a_child_is_like_a_process_that_was_started(node: Node) -> None:
+async def test_a_child_is_like_a_plain_process(node: Node) -> None:
     first, report = await node.fork("--x", "1", NAME="one", TMPDIR=str(node.folder), CUDA_VISIBLE_DEVICES="3")
     other, other_report = await node.fork()
     assert node.socket.stat().st_mode & 0o777 == 0o600 and node.socket.parent.stat().st_mode & 0o777 == 0o700
@@ -196,7 +196,7 @@ async def test_exit_codes_and_tracebacks_are_delivered(node: Node) -> None:
     assert "ValueError: no such dtype" in "".join(log.read_text() for log in node.folder.glob("*.log"))
 
 
-async def test_children_outlive_their_fork_server_and_the_supervisor_backs_off(node: Node) -> None:
+async def test_children_outlive_their_fork_server(node: Node) -> None:
     child, _ = await node.fork()
     (server,) = node.servers()
     server.kill()
@@ -303,7 +303,7 @@ async def test_an_engine_that_cannot_be_forked_starts_as_a_plain_process(node: N
 
 
 def alive(pid: int) -> bool:
-    """Whether the process is running."""
+    """Return whether the process is running."""
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
@@ -354,11 +354,11 @@ async def test_an_engine_exits_without_its_starter_and_its_replica(node: Node) -
 
 
 async def test_the_fork_server_survives_invalid_clients(node: Node) -> None:
-    with socket.socket(socket.AF_UNIX) as caller:
-        caller.connect(os.path.relpath(node.socket))
-        caller.sendall(b"hello\n")
-    with socket.socket(socket.AF_UNIX) as caller:
-        caller.connect(os.path.relpath(node.socket))
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(os.path.relpath(node.socket))
+        client.sendall(b"hello\n")
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(os.path.relpath(node.socket))
         child, _ = await node.fork()
     child.send_signal(signal.SIGKILL)
     assert await asyncio.to_thread(child.wait, 5)

@@ -1,4 +1,4 @@
-"""The ingress on a real port, in front of a fake engine that fails in ways a real one cannot be made to."""
+"""The ingress on a real port, in front of a fake engine that fails on request."""
 
 from __future__ import annotations
 
@@ -48,10 +48,12 @@ async def test_streams_pass_through_byte_for_byte(bench: Bench, engine: Engine) 
         (b'{"model": "one", "x": "' + b"y" * 2**20 + b'"}', 413, "body_too_large", "larger than 1 MiB"),
     ],
 )
-async def test_invalid_bodies(bench: Bench, engine: Engine, body: bytes, status: int, code: str, words: str) -> None:
+async def test_invalid_bodies_are_rejected(
+    bench: Bench, engine: Engine, body: bytes, status: int, code: str, words: str
+) -> None:
     bench.table(route(engine.port))
-    got, headers, answer = await bench.post(body)
-    assert (got, answer["error"]["code"], answer["error"]["type"]) == (status, code, "invalid_request_error")
+    actual, headers, answer = await bench.post(body)
+    assert (actual, answer["error"]["code"], answer["error"]["type"]) == (status, code, "invalid_request_error")
     assert words in answer["error"]["message"] and headers["x-request-id"]
     assert engine.requests == []
 
@@ -72,7 +74,7 @@ async def test_nested_model_keys_are_ignored(bench: Bench, engine: Engine) -> No
     assert (await bench.post(b'{"model": "one", "x": [{"model": 1}, {"model": 2, "model": 3}]}'))[0] == 200
 
 
-async def test_unknown_paths_and_methods(bench: Bench, engine: Engine) -> None:
+async def test_unknown_paths_and_methods_are_rejected(bench: Bench, engine: Engine) -> None:
     assert "no models are available" in (await bench.post())[2]["error"]["message"]
     assert (await bench.post(b"{nonsense"))[0] == 400
     bench.table(route(engine.port), route(engine.port, name="two", names=("two",), paths=frozenset({"/v1/embeddings"})))
@@ -109,7 +111,7 @@ async def test_a_request_for_a_cold_model_waits_for_a_replica(bench: Bench, engi
     assert bench.queue.traffic() == {}
 
 
-async def test_a_failed_start_fails_waiting_requests_and_a_paused_model_new_ones(bench: Bench, engine: Engine) -> None:
+async def test_a_failed_start_fails_waiting_requests(bench: Bench, engine: Engine) -> None:
     bench.table(route(state="cold", failures=1, cause="an older one"))
     pending = asyncio.create_task(bench.post())
     while not bench.queue.traffic():
@@ -149,7 +151,7 @@ async def test_an_unreachable_replica_is_replaced_by_another(bench: Bench, engin
     assert (await bench.post())[0] == 200
 
 
-async def test_replicas_that_die_before_the_first_byte(bench: Bench, engine: Engine) -> None:
+async def test_a_replica_that_dies_before_the_first_byte_fails_the_request(bench: Bench, engine: Engine) -> None:
     bench.table(route(engine.port))
     status, _, answer = await bench.post({"model": "one", "die_early": True})
     assert (status, answer["error"]["code"]) == (503, "replica_gone")
@@ -181,7 +183,7 @@ async def test_an_interrupted_stream_ends_with_an_error_event(bench: Bench, engi
     assert json.loads(error.removeprefix("data: "))["error"]["code"] == "stream_broken_off"
 
 
-async def test_an_engine_error_in_one_request_does_not_affect_others(bench: Bench, engine: Engine) -> None:
+async def test_an_engine_error_does_not_affect_other_requests(bench: Bench, engine: Engine) -> None:
     bench.table(route(engine.port))
     other = await bench.session.post(bench.url + CHAT, json={"model": "one", "hang": True})
     status, _, answer = await bench.post({"model": "one", "fail": True})
@@ -190,7 +192,7 @@ async def test_an_engine_error_in_one_request_does_not_affect_others(bench: Benc
     other.close()
 
 
-async def test_headers_that_are_too_large_do_not_affect_other_requests(bench: Bench, engine: Engine) -> None:
+async def test_headers_that_are_too_large_are_rejected(bench: Bench, engine: Engine) -> None:
     bench.table(route(engine.port))
     other = await bench.session.post(bench.url + CHAT, json={"model": "one", "hang": True})
     status, _, answer = await bench.post(headers={"x-large": "x" * 300_000})
@@ -255,7 +257,7 @@ def test_routing_chooses_the_least_busy_free_replica() -> None:
     assert choose(replace(model, replicas=()), {}) is None
 
 
-def test_equal_prompt_prefixes_go_to_the_same_replica_when_load_allows() -> None:
+def test_equal_prompt_prefixes_go_to_the_same_replica() -> None:
     model = route(*range(1, 5), max_ongoing=100)
     prefixes = [f"prompt {number}".encode() for number in range(40)]
     homes = {prefix: choose(model, {}, prefix=prefix) for prefix in prefixes}
@@ -270,7 +272,7 @@ def test_equal_prompt_prefixes_go_to_the_same_replica_when_load_allows() -> None
     assert choose(model, {}, avoid=[home.id], prefix=prefixes[0]) != home
 
 
-def test_the_prefix_of_a_long_prompt_is_parsed() -> None:
+def test_the_prefix_of_a_prompt_is_limited() -> None:
     turn = {"model": "one", "messages": [{"role": "user", "content": "x" * 2000}]}
     longer = {**turn, "messages": [*turn["messages"], {"role": "assistant", "content": "y"}]}
     first, second = (parse_request(json.dumps(body).encode()).prefix for body in (turn, longer))
@@ -278,13 +280,13 @@ def test_the_prefix_of_a_long_prompt_is_parsed() -> None:
     assert parse_request(b'{"model": "one", "messages": []}').prefix == b""
 
 
-async def test_a_client_that_does_not_wait_gets_retry_after_and_the_wake_continues(bench: Bench) -> None:
+async def test_a_client_that_does_not_wait_gets_retry_after(bench: Bench) -> None:
     bench.table(route(state="waking", usual_start=3.2))
-    for limit, least in (("0", 0.0), ("0.3", 0.3)):
+    for limit, seconds in (("0", 0.0), ("0.3", 0.3)):
         started = time.monotonic()
         status, headers, answer = await bench.post(headers={"X-LLMRun-Max-Wait": limit})
         assert (status, answer["error"]["code"]) == (503, "model_not_ready")
-        assert least <= time.monotonic() - started < least + 0.3
+        assert seconds <= time.monotonic() - started < seconds + 0.3
         assert headers["retry-after"] == {"0": "4", "0.3": "3"}[limit]
     assert bench.queue.traffic()["one"].waiting == 1  # one placeholder for both
     bench.table(route(9))
@@ -292,9 +294,9 @@ async def test_a_client_that_does_not_wait_gets_retry_after_and_the_wake_continu
     assert bench.queue.traffic() == {}
     bench.table(route(state="waking", usual_start=900))
     assert (await bench.post(headers={"X-LLMRun-Max-Wait": "0"}))[1]["retry-after"] == "120"
-    for wrong in ("soon", "-1", "inf", "nan"):
-        status, _, answer = await bench.post(headers={"X-LLMRun-Max-Wait": wrong})
-        assert status == 400 and f"{wrong!r} must be a number of seconds" in answer["error"]["message"]
+    for invalid in ("soon", "-1", "inf", "nan"):
+        status, _, answer = await bench.post(headers={"X-LLMRun-Max-Wait": invalid})
+        assert status == 400 and f"{invalid!r} must be a number of seconds" in answer["error"]["message"]
 
 
 async def test_a_full_queue_rejects_requests(bench: Bench, engine: Engine) -> None:
@@ -310,14 +312,14 @@ async def test_a_full_queue_rejects_requests(bench: Bench, engine: Engine) -> No
 
 
 @pytest.fixture
-async def impatient() -> AsyncIterator[Bench]:
-    """An ingress that sends comments every 0.2 s."""
+async def keepalive_bench() -> AsyncIterator[Bench]:
+    """An ingress that sends keepalive comments every 0.2 s."""
     async with running_ingress(keepalive=KeepaliveTiming(0.2, 0.2)) as bench:
         yield bench
 
 
-async def test_a_waiting_stream_gets_comments_and_then_the_engines_bytes(impatient: Bench, engine: Engine) -> None:
-    bench = impatient
+async def test_a_waiting_stream_gets_keepalive_comments(keepalive_bench: Bench, engine: Engine) -> None:
+    bench = keepalive_bench
     bench.table(route(state="waking", phase="loading weights"))
     pending = asyncio.create_task(bench.post({"model": "one", "stream": True}))
     plain = asyncio.create_task(bench.post())
@@ -331,8 +333,8 @@ async def test_a_waiting_stream_gets_comments_and_then_the_engines_bytes(impatie
     assert (await plain)[2] == b"".join(CHUNKS)
 
 
-async def test_an_error_after_the_first_comment_is_an_event(impatient: Bench, engine: Engine) -> None:
-    bench = impatient
+async def test_an_error_after_the_first_comment_is_an_event(keepalive_bench: Bench, engine: Engine) -> None:
+    bench = keepalive_bench
     bench.table(route(state="waking"))
     body = (await bench.post({"model": "one", "stream": True}))[2]
     assert body.startswith(b": waking one, 0 s\n\n")
@@ -345,7 +347,7 @@ async def test_an_error_after_the_first_comment_is_an_event(impatient: Bench, en
     assert status == 200 and json.loads(body.rpartition(b"data: ")[2]) == {"error": {"message": "no\nsuch"}}
 
 
-async def test_each_slot_at_a_replica_is_given_once(bench: Bench, engine: Engine) -> None:
+async def test_a_replica_never_gets_more_requests_than_max_ongoing(bench: Bench, engine: Engine) -> None:
     bench.table(route(state="waking", max_ongoing=1))
     hanging = [asyncio.create_task(bench.post({"model": "one", "hang": True})) for _ in range(3)]
     while bench.queue.traffic().get("one", Traffic()).waiting < 3:

@@ -1,4 +1,4 @@
-"""`llmrun init`: the app files that it creates, and its suggestions."""
+"""`llmrun init`: its app files and suggestions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.servers import hub_server
 
 
 def init(path: Path, *args: str) -> Any:
-    """Run `llmrun init PATH ARGS`; raises its LLMRunError."""
+    """Run `llmrun init PATH ARGS` in this process. Raises its LLMRunError."""
     done = CliRunner().invoke(app, ["init", str(path), *args])
     if isinstance(done.exception, LLMRunError):
         raise done.exception
@@ -69,7 +69,7 @@ def test_flags_are_written_to_the_file(tmp_path: Path) -> None:
         (["--model", "Qwen/Qwen3-8B", "--name", "A B"], "must be a DNS label"),
     ],
 )
-def test_errors(args: list[str], message: str | None, tmp_path: Path) -> None:
+def test_invalid_flags_are_reported(args: list[str], message: str | None, tmp_path: Path) -> None:
     if message is None:
         init(tmp_path / "app.py", *args)
         return
@@ -116,9 +116,9 @@ def test_the_size_of_another_model_is_read_from_its_files(tmp_path: Path, monkey
         size_of(str(folder), "")
 
 
-def test_prompts_on_a_terminal(tmp_path: Path) -> None:
+def test_missing_flags_are_prompted_for_on_a_terminal(tmp_path: Path) -> None:
     path = tmp_path / "app.py"
-    code, shown = Home(tmp_path / "home", 1).on_a_terminal("init", path, answers="chat\n4\nA10G\n1\n-\n2\ny\n")
+    code, shown = Home(tmp_path / "home", 1).run_on_a_terminal("init", path, answers="chat\n4\nA10G\n1\n-\n2\ny\n")
     assert code == 0, shown
     (loaded,) = load_app(path)
     assert loaded.spec.model.source == "Qwen/Qwen3-8B" and str(loaded.spec.accelerator) == "A10G"

@@ -1,4 +1,4 @@
-"""What an engine's members are started from, for models with adapters that span nodes."""
+"""The launches of an engine's members, for a model with adapters on two nodes."""
 
 from __future__ import annotations
 
@@ -7,23 +7,21 @@ from pathlib import Path
 import pytest
 
 from llmrun import LoRA
-from llmrun.decorator import build_spec
 from llmrun_runtime.engines.base import Launch, Member
 from llmrun_runtime.engines.registry import get_engine
 from llmrun_runtime.node.launch import make_launch
 from llmrun_runtime.wire.replica_config import ReplicaConfig
+from tests.support.factories import spec
 
 MEMBERS = (Member("a", "10.0.0.1", ("0",)), Member("b", "10.0.0.2", ("0",)))
 
 
 @pytest.fixture
 def launches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    """The launches of both members of a model with adapters on two nodes."""
+    """Return the launches of both members."""
     monkeypatch.setenv("LLMRUN_HOME", str(tmp_path))
-    spec = build_spec(
-        {"model": str(tmp_path), "name": "one", "gpus": 2, "nodes": 2, "lora": LoRA("s3://acme/loras", max_rank=32)}
-    )
-    config = ReplicaConfig(spec=spec, version=1, pin=None, start_timeout=1, drain_timeout=1, hook_timeout=1)
+    two_nodes = spec(model=str(tmp_path), gpus=2, nodes=2, lora=LoRA("s3://acme/loras", max_rank=32))
+    config = ReplicaConfig(spec=two_nodes, version=1, pin=None, start_timeout=1, drain_timeout=1, hook_timeout=1)
     return [
         make_launch(
             config,

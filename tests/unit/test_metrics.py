@@ -29,6 +29,7 @@ from llmrun_runtime.metric_labels import MAX_ADAPTERS, OTHERS, AdapterLabels
 from llmrun_runtime.wire.reports import AdapterRevision, ReplicaReport
 from llmrun_runtime.wire.usage import PACE_BUCKETS, PaceRow
 from tests.support.cluster import Home
+from tests.support.factories import report
 from tests.support.ingress import CHAT, Bench, Engine, route, running_ingress
 
 RESPONSES = "/v1/responses"
@@ -58,10 +59,10 @@ def test_pages_are_merged() -> None:
     two = '# HELP a_total Other.\n# TYPE a_total counter\na_total{x="{ model=",model="\\"m"} 3.0\n'
     two += "# EOF\nc{} 4 1700000000000\n"
     text = merge([(one, {"model": 'q"\\'}), ("", {"model": "none"}), (two, {"model": "n", "replica": "r"}), (one, {})])
-    found = parsed(text)
-    assert found[key("a_total", x="1", model='q"\\')] == found[key("a_total", x="1")] == 1
-    assert found[key("a_total", x="{ model=", exported_model='"m', model="n", replica="r")] == 3
-    assert found[key("b", model='q"\\')] == found[key("b")] == 2 and found[key("c", model="n", replica="r")] == 4
+    samples = parsed(text)
+    assert samples[key("a_total", x="1", model='q"\\')] == samples[key("a_total", x="1")] == 1
+    assert samples[key("a_total", x="{ model=", exported_model='"m', model="n", replica="r")] == 3
+    assert samples[key("b", model='q"\\')] == samples[key("b")] == 2 and samples[key("c", model="n", replica="r")] == 4
     assert text.count("# HELP a_total ") == text.count("# TYPE a_total ") == 1 and "Text of a." in text
     assert merge([]) == merge([("", {"a": "b"})]) == ""
 
@@ -83,46 +84,46 @@ async def test_requests_are_counted_by_model_and_adapter(bench: Bench, engine: E
     assert (await bench.post({"model": "one", "refuse": 1, "stream": True}))[0] == 400
     assert (await bench.post({"model": "one", "stream": True}, RESPONSES))[0] == 200
     assert (await bench.post({"model": "one:nobody"}))[0] == 404
-    found = await page(bench)
+    samples = await page(bench)
     mine = {"ingress": "ingress", "model": "one"}
-    assert found[key("llmrun_requests_total", **mine, adapter="sql", status="200")] == 2
-    assert found[key("llmrun_requests_total", **mine, adapter="", status="200")] == 2
-    assert found[key("llmrun_requests_total", **mine, adapter="", status="400")] == 1
-    assert found[key("llmrun_requests_total", ingress="ingress", model="", adapter="", status="404")] == 1
+    assert samples[key("llmrun_requests_total", **mine, adapter="sql", status="200")] == 2
+    assert samples[key("llmrun_requests_total", **mine, adapter="", status="200")] == 2
+    assert samples[key("llmrun_requests_total", **mine, adapter="", status="400")] == 1
+    assert samples[key("llmrun_requests_total", ingress="ingress", model="", adapter="", status="404")] == 1
     first = "llmrun_time_to_first_token_seconds_count"  # not counted: refusals, and events before the first token
-    assert found[key(first, **mine, adapter="sql")] == 2 and found[key(first, **mine, adapter="")] == 1
-    assert found[key("llmrun_time_to_first_byte_seconds_count", **mine)] == 5
-    asked = [asyncio.create_task(bench.post({"model": f"one:{name}", "stall": 0.3})) for name in ("sql", "legal")]
+    assert samples[key(first, **mine, adapter="sql")] == 2 and samples[key(first, **mine, adapter="")] == 1
+    assert samples[key("llmrun_time_to_first_byte_seconds_count", **mine)] == 5
+    requests = [asyncio.create_task(bench.post({"model": f"one:{name}", "stall": 0.3})) for name in ("sql", "legal")]
     while not bench.queue.by_adapter()[0]:
         await asyncio.sleep(0.01)
-    found = await page(bench)
-    assert found[key("llmrun_requests_in_flight", **mine, adapter="sql")] == 1
-    assert found[key("llmrun_requests_waiting", **mine, adapter="legal")] == 1
-    assert found[key("llmrun_requests_waiting", **mine, adapter="")] == 0
-    await asyncio.gather(*asked)
+    samples = await page(bench)
+    assert samples[key("llmrun_requests_in_flight", **mine, adapter="sql")] == 1
+    assert samples[key("llmrun_requests_waiting", **mine, adapter="legal")] == 1
+    assert samples[key("llmrun_requests_waiting", **mine, adapter="")] == 0
+    await asyncio.gather(*requests)
     assert bench.queue.by_adapter() == ({}, {})
 
 
-async def test_an_engine_that_does_not_respond_blocks_neither_the_page_nor_requests(engine: Engine) -> None:
+async def test_an_unresponsive_engine_blocks_neither_metrics_nor_requests(engine: Engine) -> None:
     class UnresponsiveEngine(Engine):
         async def respond(self, request: Request, send: Send) -> None:
             if request.url.path == "/metrics":
                 await asyncio.sleep(60)
             await super().respond(request, send)
 
-    async with UnresponsiveEngine().running() as silent, running_ingress(metrics_timeout=1) as bench:
+    async with UnresponsiveEngine().running() as unresponsive, running_ingress(metrics_timeout=1) as bench:
         control = ("127.0.0.1", engine.http_port)
-        bench.table(route(engine.port), route(silent.port, name="two", names=("two",)), control=control)
+        bench.table(route(engine.port), route(unresponsive.port, name="two", names=("two",)), control=control)
         started = time.monotonic()
-        asked = asyncio.create_task(page(bench))
-        while not silent.requests:
+        pending = asyncio.create_task(page(bench))
+        while not unresponsive.requests:
             await asyncio.sleep(0.01)
-        assert (await bench.post({"model": "two"}))[0] == 200 and not asked.done()
-        found = await asked
+        assert (await bench.post({"model": "two"}))[0] == 200 and not pending.done()
+        samples = await pending
         assert 0.9 < time.monotonic() - started < 3
     replica = bench.queue.table.models["one"].replicas[0].id
-    assert found[key("vllm:tokens_total", model="one", replica=replica, model_name="one")] == 7
-    assert not [labels for name, labels in found if name == "vllm:tokens_total" and ("model", "two") in labels]
+    assert samples[key("vllm:tokens_total", model="one", replica=replica, model_name="one")] == 7
+    assert not [labels for name, labels in samples if name == "vllm:tokens_total" and ("model", "two") in labels]
 
 
 def test_the_time_per_output_token_of_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +141,7 @@ def test_the_time_per_output_token_of_a_stream(monkeypatch: pytest.MonkeyPatch) 
     assert json.loads(json.dumps(row)) == list(row)
 
 
-def test_the_pace_of_an_answer_whose_bits_are_no_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pace_of_chunks_that_are_not_single_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 10.1, 11.0, 12.0, 12.5])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     before = {row[0]: row for row in usage_meter.paces()}.get("", ("", 0.0))
@@ -162,52 +163,52 @@ def pace(total: float, *counts: int) -> PaceRow:
     return row
 
 
-def reported(row: PaceRow, previous: PaceRow | None, replica: str = "r1") -> ReplicaReport:
+def pace_report(row: PaceRow, previous: PaceRow | None, replica: str = "r1") -> ReplicaReport:
     """Return a replica's report with that row."""
-    return ReplicaReport(replica, "one", 1, "node", "host", 1, 2, "t", "ready", paces=((row, previous),))
+    return report(replica=replica, paces=((row, previous),))
 
 
 def times(paces: Paces) -> tuple[float, float]:
     """Return the sum and the number of the times."""
 
-    class Given(Collector):
+    class PacesCollector(Collector):
         def collect(self) -> list[Metric]:
             return [paces.family(["cold"])]
 
-    found = parsed(generate_latest(Given()).decode())
+    samples = parsed(generate_latest(PacesCollector()).decode())
     name, labels = "llmrun_time_per_output_token_seconds", {"model": "one", "adapter": "sql"}
-    assert found[key(f"{name}_count", model="cold", adapter="")] == 0
-    assert found[key(f"{name}_bucket", **labels, le="+Inf")] == found[key(f"{name}_count", **labels)]
-    return found[key(f"{name}_sum", **labels)], found[key(f"{name}_count", **labels)]
+    assert samples[key(f"{name}_count", model="cold", adapter="")] == 0
+    assert samples[key(f"{name}_bucket", **labels, le="+Inf")] == samples[key(f"{name}_count", **labels)]
+    return samples[key(f"{name}_sum", **labels)], samples[key(f"{name}_count", **labels)]
 
 
-def test_times_are_added_up_once_over_replicas_new_engines_and_controls() -> None:
+def test_paces_are_added_up_once_despite_restarts() -> None:
     paces = Paces(AdapterLabels())
-    paces.report(reported(pace(1, 2), None))
-    paces.report(reported(pace(1, 2), None))  # control's reply was late: reported again
-    paces.report(reported(pace(3, 2, 3), pace(1, 2)))
-    paces.report(reported(pace(1, 1), None, "r2"))
+    paces.report(pace_report(pace(1, 2), None))
+    paces.report(pace_report(pace(1, 2), None))  # control's reply was late: reported again
+    paces.report(pace_report(pace(3, 2, 3), pace(1, 2)))
+    paces.report(pace_report(pace(1, 1), None, "r2"))
     assert times(paces) == (4, 6)
-    paces.report(reported(pace(0.5, 0, 1), None))  # it restarted its engine
+    paces.report(pace_report(pace(0.5, 0, 1), None))  # it restarted its engine
     paces.keep(["r1"])
     assert times(paces) == (4.5, 7)
     again = Paces(AdapterLabels())  # a restarted control does not count again what the first one received
-    again.report(reported(pace(0.75, 0, 2), pace(0.5, 0, 1)))
-    again.report(reported(pace(1.0, 0, 3), pace(0.75, 0, 2)))
+    again.report(pace_report(pace(0.75, 0, 2), pace(0.5, 0, 1)))
+    again.report(pace_report(pace(1.0, 0, 3), pace(0.75, 0, 2)))
     assert times(again) == (0.5, 2)
 
 
-def test_wakes_are_counted_by_how_they_end(tmp_path: Path) -> None:
+def test_wakes_are_counted_by_outcome(tmp_path: Path) -> None:
     registry = CollectorRegistry()
     starts = ColdStarts(Database(f"sqlite:///{tmp_path / 'test.db'}"), registry)
     starts.create_series(["one"])
 
     def wakes() -> dict[str, float]:
-        found = parsed(generate_latest(registry).decode())
-        return {dict(labels)["outcome"]: n for (name, labels), n in found.items() if name == "llmrun_wakes_total"}
+        samples = parsed(generate_latest(registry).decode())
+        return {dict(labels)["outcome"]: n for (name, labels), n in samples.items() if name == "llmrun_wakes_total"}
 
     assert wakes() == {"ready": 0, "failed": 0, "withdrawn": 0}
-    ready = ReplicaReport("r1", "one", 1, "node", "host", 1, 2, "t", "ready")
+    ready = report("ready")
     starts.begin("one", 1, time.time())
     starts.begin("one", 1, time.time())
     starts.replica_ready(ready)
@@ -221,23 +222,23 @@ def test_wakes_are_counted_by_how_they_end(tmp_path: Path) -> None:
     assert wakes() == {"ready": 1, "failed": 1, "withdrawn": 1}
 
 
-def laid_out(panels: list[dict[str, Any]]) -> set[tuple[int, int]]:
-    """The places of the grid that panels take; none may be taken twice."""
-    taken: set[tuple[int, int]] = set()
+def grid_cells(panels: list[dict[str, Any]]) -> set[tuple[int, int]]:
+    """Return the grid cells of the panels, which must not overlap or exceed the width."""
+    cells: set[tuple[int, int]] = set()
     for panel in panels:
         at = panel["gridPos"]
-        mine = {(at["x"] + x, at["y"] + y) for x in range(at["w"]) for y in range(at["h"])}
-        assert not mine & taken and at["x"] + at["w"] <= 24, panel["title"]
-        taken |= mine
-    return taken
+        own = {(at["x"] + x, at["y"] + y) for x in range(at["w"]) for y in range(at["h"])}
+        assert not own & cells and at["x"] + at["w"] <= 24, panel["title"]
+        cells |= own
+    return cells
 
 
 def test_the_dashboard_can_be_imported() -> None:
-    made = json.loads(json.dumps(dashboard()))
-    panels = made["panels"]
-    assert len({panel["id"] for panel in panels}) == len(panels) and laid_out(panels)
+    loaded = json.loads(json.dumps(dashboard()))
+    panels = loaded["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels) and grid_cells(panels)
     assert len({panel["title"] for panel in panels}) == len(panels)
-    names = {variable["name"]: variable for variable in made["templating"]["list"]}
+    names = {variable["name"]: variable for variable in loaded["templating"]["list"]}
     assert names["model"]["query"]["query"] == "label_values(llmrun_model_state, model)"
     for panel in panels:
         if panel["type"] != "row":
@@ -245,7 +246,7 @@ def test_the_dashboard_can_be_imported() -> None:
             assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
 
 
-def test_what_is_written_names_the_cluster_and_where_all_lies(home: Home, tmp_path: Path) -> None:
+def test_the_written_files_name_the_cluster_and_their_own_paths(home: Home, tmp_path: Path) -> None:
     folder = tmp_path / "with space" / "ops"
     out = home.run("dashboards", "--out", folder, "--scrape-interval", "5")
     names = files(folder, home.url, "http://127.0.0.1:9090", 5)
@@ -259,20 +260,20 @@ def test_what_is_written_names_the_cluster_and_where_all_lies(home: Home, tmp_pa
     provider = yaml.safe_load((folder / "grafana/provisioning/dashboards/llmrun.yaml").read_text())["providers"][0]
     assert (Path(provider["options"]["path"]) / "llmrun.json").is_file()
     source = yaml.safe_load((folder / "grafana/provisioning/datasources/llmrun.yaml").read_text())["datasources"][0]
-    shown = json.loads((folder / "grafana/llmrun.json").read_text())
-    assert source["uid"] == shown["templating"]["list"][0]["current"]["value"]
+    written = json.loads((folder / "grafana/llmrun.json").read_text())
+    assert source["uid"] == written["templating"]["list"][0]["current"]["value"]
     assert home.ok("dashboards", "--out", folder, "--scrape-interval", "5").count("unchanged") == len(names)
-    said = home.fails("dashboards", "--out", folder)
-    assert "already contains a different prometheus.yml" in said and "--force" in said and "llmrun.json" not in said
+    error = home.fails("dashboards", "--out", folder)
+    assert "already contains a different prometheus.yml" in error and "--force" in error and "llmrun.json" not in error
     assert home.ok("dashboards", "--out", folder, "--force").count("overwritten") == 2
 
 
 def test_an_address_behind_a_proxy() -> None:
-    found = files(Path("/x"), "https://llm.example/base/", "http://prometheus:9090", 60)["prometheus.yml"]
-    (job,) = yaml.safe_load(found)["scrape_configs"]
+    config = files(Path("/x"), "https://llm.example/base/", "http://prometheus:9090", 60)["prometheus.yml"]
+    (job,) = yaml.safe_load(config)["scrape_configs"]
     assert (job["scheme"], job["metrics_path"]) == ("https", "/base/metrics")
     assert job["static_configs"] == [{"targets": ["llm.example"]}]
-    assert "scrape_timeout: 10s" in found
+    assert "scrape_timeout: 10s" in config
 
 
 @pytest.mark.parametrize(
@@ -288,9 +289,9 @@ def test_an_address_behind_a_proxy() -> None:
         (["--out", "new", "--prometheus", "prometheus"], "--prometheus prometheus: not a valid URL"),
     ],
 )
-def test_what_cannot_be_written(home: Home, tmp_path: Path, arguments: list[str], words: str) -> None:
+def test_dashboards_that_cannot_be_written(home: Home, tmp_path: Path, arguments: list[str], words: str) -> None:
     (tmp_path / "file").write_text("mine")
-    said = home.fails(
+    error = home.fails(
         "dashboards", *(str(tmp_path / a) if a in ("file", "file/below", "new") else a for a in arguments)
     )
-    assert words in said and not (tmp_path / "new").exists() and (tmp_path / "file").read_text() == "mine"
+    assert words in error and not (tmp_path / "new").exists() and (tmp_path / "file").read_text() == "mine"

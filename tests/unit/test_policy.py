@@ -11,9 +11,9 @@ from llmrun_runtime.control.autoscaling.policy import Decision, Demand, Failure,
 LIMITS = ScalingLimits(min_replicas=0, max_replicas=4, target_ongoing_requests=10, idle_timeout=60)
 
 
-def demand(**given: Any) -> Demand:
-    """Return the demand of an idle model at t=1000, last used at that time, with the fields in `given`."""
-    fields: dict[str, Any] = {
+def demand(**fields: Any) -> Demand:
+    """Return the demand of an idle model that was last used now, at t=1000, with these fields."""
+    defaults: dict[str, Any] = {
         "now": 1000.0,
         "target": 0,
         "ready": 0,
@@ -22,11 +22,11 @@ def demand(**given: Any) -> Demand:
         "last_used": 1000.0,
         "low_since": 1000.0,
     }
-    return Demand(**(fields | given))
+    return Demand(**(defaults | fields))
 
 
 @pytest.mark.parametrize(
-    ("given", "decision"),
+    ("fields", "decision"),
     [
         ({"waiting": 1}, Decision(1, 3)),
         ({"waiting": 35}, Decision(4, 3)),
@@ -50,11 +50,11 @@ def demand(**given: Any) -> Demand:
         ({"waiting": 1, "unloaded": True}, Decision(1, 3)),
     ],
 )
-def test_steps(given: dict[str, Any], decision: Decision) -> None:
-    assert decide(LIMITS, demand(**given)) == decision
+def test_decisions(fields: dict[str, Any], decision: Decision) -> None:
+    assert decide(LIMITS, demand(**fields)) == decision
 
 
-def test_min_replicas_stay() -> None:
+def test_min_replicas_keep_running() -> None:
     limits = ScalingLimits(min_replicas=2, max_replicas=4, target_ongoing_requests=10, idle_timeout=60)
     assert decide(limits, demand()) == Decision(2, 3)
     assert decide(limits, demand(target=4, last_used=0)) == Decision(2, 6)
@@ -74,7 +74,7 @@ def test_a_failed_scale_up_keeps_ready_replicas() -> None:
     assert decide(LIMITS, demand(now=1001, target=2, ready=1, in_flight=15, failure=failed)) == Decision(1, 1)
 
 
-def test_after_three_failures_in_a_row_requests_are_refused_during_the_back_off() -> None:
+def test_after_three_failures_requests_are_refused_during_the_back_off() -> None:
     failed = Failure(count=3, cause="no", at=1000)
     assert failed.refuses(1019) and not failed.refuses(1021)
     assert decide(LIMITS, demand(now=1019, waiting=1, failure=failed)) == Decision(0, 1)
@@ -83,7 +83,7 @@ def test_after_three_failures_in_a_row_requests_are_refused_during_the_back_off(
     assert not Failure(count=50, cause="no", at=0).backs_off(1801)
 
 
-def test_after_three_failures_it_retries_by_itself_when_the_back_off_ends() -> None:
+def test_after_three_failures_it_retries_when_the_back_off_ends() -> None:
     failed = Failure(count=3, cause="no", at=1000)
     assert decide(LIMITS, demand(now=1019, failure=failed)) == Decision(0, 1)
     assert decide(LIMITS, demand(now=1021, failure=failed)) == Decision(1, 4)

@@ -1,4 +1,4 @@
-"""The pages of docs/reference are current."""
+"""The generated pages of docs/reference are current."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from tests.support.reference import FOLDER, PAGES
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_the_page_is_what_the_code_generates(name: str) -> None:
+def test_generated_pages_are_current(name: str) -> None:
     assert (FOLDER / name).read_text() == PAGES[name](), "run `just reference`"

@@ -1,4 +1,4 @@
-"""Schedule windows, at given times."""
+"""The windows of schedules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def at(text: str, zone: str = "Europe/Berlin") -> float:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "when", "open_"),
+    ("schedule", "when", "covered"),
     [
         ("Mon-Fri 08:00-18:00 Europe/Berlin", "2026-11-23 08:00", True),  # a Monday
         ("Mon-Fri 08:00-18:00 Europe/Berlin", "2026-11-23 07:59", False),
@@ -32,8 +32,8 @@ def at(text: str, zone: str = "Europe/Berlin") -> float:
         ("08:00-18:00", "2026-11-23 09:30", True),
     ],
 )
-def test_a_window_covers_these_times(schedule: str, when: str, open_: bool) -> None:
-    assert parse_window(schedule).covers(at(when)) is open_
+def test_a_window_covers_these_times(schedule: str, when: str, covered: bool) -> None:
+    assert parse_window(schedule).covers(at(when)) is covered
 
 
 @pytest.mark.parametrize(

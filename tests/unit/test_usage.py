@@ -18,6 +18,7 @@ from llmrun_runtime.engines.shim import usage_meter
 from llmrun_runtime.wire.reports import ReplicaReport
 from llmrun_runtime.wire.routing_table import digest_of
 from llmrun_runtime.wire.usage import Row
+from tests.support import factories
 
 
 @pytest.fixture
@@ -25,22 +26,22 @@ def database(tmp_path: Path) -> Database:
     return Database(f"sqlite:///{tmp_path / 'test.db'}")
 
 
-def report(*usage: Row, replica: str = "r1", model: str = "one") -> ReplicaReport:
-    """Return a replica's report."""
-    return ReplicaReport(replica, model, 1, "node", "host", 1, 2, "token", "ready", usage=usage)
+def report(*usage: Row, replica: str = "r1") -> ReplicaReport:
+    """Return a replica's report with these rows."""
+    return factories.report(replica=replica, usage=usage)
 
 
 def test_a_key_is_shown_once_and_only_its_hash_is_stored(database: Database, tmp_path: Path) -> None:
     keys, changes = Keys(database), []
     keys.on_change = lambda: changes.append(1)
-    made = keys.create(KeyInfo(name="ci", models=("one",), rpm=5, wake=False))
-    assert made.key.startswith("sk-llmrun-") and len(made.key) > 50
-    assert made.key.encode() not in (tmp_path / "test.db").read_bytes()
+    created = keys.create(KeyInfo(name="ci", models=("one",), rpm=5, wake=False))
+    assert created.key.startswith("sk-llmrun-") and len(created.key) > 50
+    assert created.key.encode() not in (tmp_path / "test.db").read_bytes()
     again = Keys(database)
     again.load()
-    route = again.routes[digest_of(made.key)]
+    route = again.routes[digest_of(created.key)]
     assert (route.name, route.models, route.rpm, route.wake) == ("ci", ("one",), 5, False)
-    assert again.rows() == [made.facts] and abs(made.facts.created - time.time()) < 10
+    assert again.rows() == [created.facts] and abs(created.facts.created - time.time()) < 10
     with pytest.raises(Refused, match="key 'ci' already exists"):
         keys.create(KeyInfo(name="ci"))
     with pytest.raises(Refused, match="its expiry is in the past"):
@@ -53,7 +54,7 @@ def test_a_key_is_shown_once_and_only_its_hash_is_stored(database: Database, tmp
     assert Keys(database).rows() == []
 
 
-async def test_replicas_counts_are_added_up_once(database: Database) -> None:
+async def test_usage_of_replicas_is_added_up_once(database: Database) -> None:
     first = Usage(database)
     first.report(report(("a", "", 1, 10, 5, 0), ("b", "sql", 1, 3, 3, 2)), 1000)
     first.report(report(("a", "", 2, 20, 11, 8)), 1001)

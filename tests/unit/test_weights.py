@@ -25,7 +25,7 @@ from tests.support.adapters import make_adapter
 from tests.support.servers import S3, Hub, Proxy, gcs_server, s3_server
 from tests.support.weights import MIB, Node, make_model, on_s3, read_files
 
-# `LLMRUN_TEST_ADAPTERS=10000` is the size of docs/performance.md.
+# `LLMRUN_TEST_ADAPTERS=10000` is the size of docs/explanation/performance.md.
 MANY = int(os.environ.get("LLMRUN_TEST_ADAPTERS", "600"))
 
 
@@ -114,6 +114,7 @@ def test_s3_over_tls_needs_the_servers_certificate(node: Node, buckets: Path, tm
     certificate.write_text(certificate.read_text() + public.read_text())
     server = S3(buckets, certificate=certificate)
     server.start()
+    node.env["AWS_MAX_ATTEMPTS"] = "1"
     try:
         assert "SSL" in node.pin_error(on_s3(server))
         node.env["AWS_CA_BUNDLE"] = str(certificate)

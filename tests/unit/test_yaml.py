@@ -37,7 +37,7 @@ models:
     lora: {legal: acme/legal@v3}
 """
 # Examples from the guide of Ray 2.60 (docs.ray.io, serve/llm), in one file.
-RAYS = """\
+RAY = """\
 proxy_location: EveryNode
 http_options: {host: 0.0.0.0, port: 8000}
 applications:
@@ -72,14 +72,14 @@ placement_group_config: {bundles: [{CPU: 2, GPU: 1}], strategy: STRICT_PACK}
 
 
 def write(folder: Path, text: str, name: str = "app.yaml") -> Path:
-    """Write a file."""
+    """Write a file and return its path."""
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     return path
 
 
-def test_own_files_take_the_arguments_of_the_decorator(tmp_path: Path) -> None:
+def test_own_files_have_the_options_of_the_decorator(tmp_path: Path) -> None:
     (first, chat, vectors), warnings = read_yaml(write(tmp_path, OWN))
     assert warnings == [] and first.name == "qwen2-5-0-5b-instruct"
     assert chat == build_spec(
@@ -114,9 +114,9 @@ def test_the_schema_accepts_only_valid_files() -> None:
             jsonschema.validate(content, json_schema)
 
 
-def test_ray_serve_llm_files(tmp_path: Path) -> None:
+def test_ray_serve_llm_files_are_converted(tmp_path: Path) -> None:
     write(tmp_path, SMALL, "models/small.yaml")
-    (qwen, small), warnings = read_yaml(write(tmp_path, RAYS))
+    (qwen, small), warnings = read_yaml(write(tmp_path, RAY))
     assert qwen == build_spec(
         {
             "name": "qwen-0-5b",
@@ -154,7 +154,7 @@ def test_a_ray_model_file_keeps_one_replica_like_serve(tmp_path: Path) -> None:
 
 
 def test_every_field_of_ray_serve_llm_is_handled() -> None:
-    """Checks the installed Ray. Its module is parsed, not imported: it needs packages that llmrun does not."""
+    """Check the installed Ray. Its module is parsed, not imported, because it needs other packages."""
     file = Path(ray.__file__).parent / "llm" / "_internal" / "serve" / "core" / "configs" / "llm_config.py"
     classes = {node.name: node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)}
     text = (REPO / "cli" / "llmrun_cli" / "app_files" / "ray_serve_llm.py").read_text()
@@ -171,7 +171,7 @@ def test_every_field_of_ray_serve_llm_is_handled() -> None:
 ONE: dict[str, Any] = {"model_loading_config": {"model_id": "m"}}
 
 
-def test_bundles_that_spread_are_nodes(tmp_path: Path) -> None:
+def test_spread_bundles_become_nodes(tmp_path: Path) -> None:
     group = {"bundles": [{"CPU": 1, "GPU": 2}] * 2, "strategy": "STRICT_SPREAD"}
     (spec,), _ = read_yaml(write(tmp_path, json.dumps(ONE | {"placement_group_config": group})))
     assert (spec.nodes, spec.gpus, spec.cpus) == (2, 4, 1)
@@ -226,9 +226,9 @@ def test_errors_are_one_line(tmp_path: Path, content: Any, message: str) -> None
     assert "\n" not in str(raised.value).partition("\n\n    models:")[0]
 
 
-def test_missing_files(tmp_path: Path) -> None:
+def test_missing_files_are_reported(tmp_path: Path) -> None:
     application = {"import_path": "ray.serve.llm:build_openai_app", "args": {"llm_configs": ["./nowhere.yaml"]}}
     with pytest.raises(AppError, match=r"llm_configs\[0\]: file not found: ./nowhere.yaml"):
         read_yaml(write(tmp_path, json.dumps({"applications": [application]})))
     with pytest.raises(AppError, match="cannot read the file: No such file"):
-        read_yaml(tmp_path / "gone.yaml")
+        read_yaml(tmp_path / "missing.yaml")

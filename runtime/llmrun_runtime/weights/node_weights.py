@@ -113,7 +113,7 @@ class NodeWeights:
         except WeightsError:
             self._outcomes["failed"] += first
             raise
-        self._outcomes["brought"] += first
+        self._outcomes["fetched"] += first
         return Path(folder)
 
     def count_cache_hit(self) -> None:
@@ -126,7 +126,7 @@ class NodeWeights:
         if self._sized_at is None or now - self._sized_at > SIZE_REFRESH_S:
             self._sized_at = now
             self._cache_bytes = await asyncio.to_thread(self.cache.used_bytes)
-        return CacheInfo(self._cache_bytes, *(self._outcomes[outcome] for outcome in ("found", "brought", "failed")))
+        return CacheInfo(self._cache_bytes, *(self._outcomes[outcome] for outcome in ("found", "fetched", "failed")))
 
     async def import_folder(
         self, folder: str, weights: Weights, keep: Collection[str], env: Mapping[str, str]

@@ -23,7 +23,7 @@ from llmrun.app_file import load_file
 from llmrun.errors import HookError
 from llmrun_runtime.engines.base import ShimConfig
 
-PROBE_S = 1.0  # a loop that does not respond within this time is blocked
+PROBE_TIMEOUT_S = 1.0  # a loop that does not respond within this time is blocked
 
 
 @dataclass
@@ -54,18 +54,19 @@ class LoopThread:
     def __post_init__(self) -> None:
         threading.Thread(target=self.loop.run_forever, name="llmrun-hooks", daemon=True).start()
 
-    async def is_responsive(self) -> bool:
-        """Return whether the loop runs a callback within PROBE_S."""
+    async def is_responsive(self, timeout: float) -> bool:
+        """Return whether the loop runs a callback within `timeout` seconds."""
         pong = Call(asyncio.Event(), asyncio.get_running_loop())
         self.loop.call_soon_threadsafe(pong.finish)
-        return await _within(PROBE_S, pong.done)
+        return await _within(timeout, pong.done)
 
 
 class Hooks:
     """One instance of the user's class, and the threads that run its hooks."""
 
-    def __init__(self, config: ShimConfig) -> None:
+    def __init__(self, config: ShimConfig, *, probe_timeout: float = PROBE_TIMEOUT_S) -> None:
         self._config = config
+        self._probe_timeout = probe_timeout
         self._file = Path(config.file)
         self._instance: Any = None
         self._loop: LoopThread | None = None
@@ -135,9 +136,9 @@ class Hooks:
                     call.finish(error=error)
 
             future = asyncio.run_coroutine_threadsafe(run(), hook_loop.loop)
-            while not await _within(_remaining(deadline, PROBE_S), call.done):
+            while not await _within(_remaining(deadline, self._probe_timeout), call.done):
                 expired = deadline is not None and time.monotonic() >= deadline
-                if not call.started and not await hook_loop.is_responsive() and not call.started:
+                if not call.started and not await hook_loop.is_responsive(self._probe_timeout) and not call.started:
                     future.cancel()
                     if self._loop is hook_loop:
                         self._loop = None
@@ -145,7 +146,7 @@ class Hooks:
                 if expired:
                     call.timed_out = True
                     future.cancel()
-                    if self._loop is hook_loop and not await hook_loop.is_responsive():
+                    if self._loop is hook_loop and not await hook_loop.is_responsive(self._probe_timeout):
                         self._loop = None
                     return call
             else:

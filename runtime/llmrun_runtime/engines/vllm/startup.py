@@ -1,7 +1,7 @@
 """Starts vLLM's server in this process: default flags on CPU, and steps that make vLLM 0.32 start faster.
 
-Each step states what it saves (2 cores, SmolLM2; docs/performance.md). None changes what the server does, only when it
-is ready. Other versions of vLLM start without them.
+Each step states what it saves (2 cores, SmolLM2; docs/explanation/performance.md). None changes what the server does,
+only when it is ready. Other versions of vLLM start without them.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ def run(argv: list[str]) -> None:
     if current_platform.is_cpu():
         argv = argv + cpu_defaults(argv)
         # On CPU vLLM otherwise runs a single worker in its own process: one more import of torch and vLLM, a fifth of
-        # the start (docs/performance.md).
+        # the start (docs/explanation/performance.md).
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     if _prepared.from_forkserver:
         plugins.plugins_loaded = False  # each process must load them: the lease is a plugin

@@ -14,7 +14,7 @@ POLL_S = 0.05
 
 @contextlib.contextmanager
 def locked(path: Path, timeout_s: float | None = None) -> Iterator[bool]:
-    """Hold the lock at `path`. Yield False if another process holds it for `timeout_s` seconds (None: wait forever)."""
+    """Hold the lock at `path`. Yield False if another process holds it for `timeout_s` seconds (None: no limit)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     while True:

@@ -1,6 +1,7 @@
 """S3, GCS and every other object store with an fsspec package: listing and uploads through fsspec.
 
-S3 and GCS are read by ranged GETs from URLs that s3fs and gcsfs make (docs/performance.md says why), others by fsspec.
+S3 and GCS are read by ranged GETs from URLs that s3fs and gcsfs make, others by fsspec
+(docs/explanation/decisions.md says why).
 """
 
 from __future__ import annotations

@@ -18,8 +18,7 @@ from llmrun.errors import WeightsError
 from llmrun_runtime.weights.pin import File
 
 CHUNK_BYTES = 2**20
-CONNECT_TIMEOUT_S = 10
-READ_TIMEOUT_S = 60
+TIMEOUT_S = 10  # to connect, and for each read
 # Too many requests, and the answers of servers that are busy or restarting.
 RETRYABLE = frozenset({408, 429, 500, 502, 503, 504})
 # S3's ETag: an MD5, or the MD5 of the parts' MD5s with their number. GCS's generation: a number.
@@ -73,7 +72,7 @@ class HttpReader:
         self._locator = locator
         options: dict[str, Any] = {
             "maxsize": connections,
-            "timeout": urllib3.Timeout(CONNECT_TIMEOUT_S, READ_TIMEOUT_S),
+            "timeout": urllib3.Timeout(TIMEOUT_S),
             "ca_certs": next(
                 (os.environ[name] for name in CA_BUNDLE_VARIABLES if os.environ.get(name)), certifi.where()
             ),
@@ -106,7 +105,11 @@ class HttpReader:
             raise TransferError(f"{type(error).__name__}") from error
         finally:
             # A connection with unread bytes of this response cannot serve the next request.
-            response.release_conn() if not has_unread_body(response) else response.close()
+            if response.length_remaining == 0:
+                response.drain_conn()  # an empty body must be read too before the connection is reused
+                response.release_conn()
+            else:
+                response.close()
 
     def _get(self, url: str, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
         parsed = urllib3.util.parse_url(url)
@@ -160,11 +163,6 @@ def _proxy(scheme: str, url: str, options: dict[str, Any]) -> urllib3.ProxyManag
         raise WeightsError(
             f"invalid value {scheme}_proxy={url!r} ({error}): it must be like http://host:port"
         ) from None
-
-
-def has_unread_body(response: urllib3.BaseHTTPResponse) -> bool:
-    """Whether part of the response's body was not read."""
-    return bool(response.length_remaining)
 
 
 def _seconds(text: str) -> float:

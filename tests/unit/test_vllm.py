@@ -1,0 +1,39 @@
+"""The installed vLLM: the tool parsers that llmrun selects, and the patch of its CPU kernels."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+from llmrun_runtime.engines.vllm import patches
+from llmrun_runtime.engines.vllm.tool_parsers import BY_TEMPLATE, BY_TYPE
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from importing torch
+
+
+def test_every_tool_parser_exists() -> None:
+    from vllm.tool_parsers import ToolParserManager
+
+    available = set(ToolParserManager.list_registered())
+    assert {*BY_TYPE.values(), *(name for _, name in BY_TEMPLATE)} <= available
+
+
+def test_rows_of_the_base_model_are_not_changed_by_an_adapter() -> None:
+    import torch
+
+    kernels = importlib.reload(importlib.import_module("vllm.lora.ops.torch_ops.lora_ops"))
+    assert patches.changes_base_rows(kernels), "vLLM has fixed this: remove the patch"
+    patches.patch_cpu_kernels()
+    assert not patches.changes_base_rows(kernels)
+    rows, stacked, indices = torch.ones(3, 4), torch.ones(2, 5, 4), torch.tensor([-1, 0, 1])
+    stacked[1] *= 2
+    shrunk = torch.full((3, 5), 9.0)
+    kernels.bgmv_shrink(rows, stacked, shrunk, indices, 0.5)
+    assert shrunk[:, 0].tolist() == [0, 2, 4]
+    for kernel, more in ((kernels.bgmv_expand, (True,)), (kernels.bgmv_expand_slice, (0, 5, True))):
+        out = torch.ones(3, 5)
+        kernel(rows, stacked, out, indices, *more)
+        assert out[:, 0].tolist() == [1, 5, 9]
+        kernel(torch.ones(7, 4), stacked, rest := torch.ones(7, 5), indices, *more)
+        assert rest.tolist() == torch.ones(7, 5).tolist(), "rows with an unspecified adapter"
