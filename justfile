@@ -83,7 +83,7 @@ smoke: setup _smollm2
 
 # run the tests that need a cluster and real engines (12 minutes)
 e2e *args: setup _smollm2 _prometheus
-    pytest tests/e2e {{args}}
+    python -m tests.support.side_by_side {{args}}
 
 # measure what the unit tests cover
 coverage: setup _smollm2

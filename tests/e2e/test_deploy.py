@@ -128,7 +128,7 @@ def test_an_idle_cluster_takes_less_than_2_gib_beside_its_engines_and_their_warm
         ("s3://acme/model", "", ["s3://acme/model: access denied", "set AWS_ACCESS_KEY_ID", "on node 127.0.0.2"]),
         ("org/model", "", ["org/model: ", "cannot reach the Hub at", "llmrun weights import DIR --as org/model"]),
         ("./nowhere", "", ["nowhere'", "path not found"]),
-        ("org/model", 'engine="tgi"', ["engine='tgi'", "available: sglang, transformers, vllm"]),
+        ("org/model", 'engine="tgi"', ["engine='tgi'", "available: sglang, stub, transformers, vllm"]),
         ("org/model", 'aliases=["smollm2"]', ["'smollm2' belongs to model smollm2 of app smollm2"]),
     ],
 )

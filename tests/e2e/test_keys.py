@@ -25,6 +25,7 @@ from schemathesis.core.result import Ok
 from llmrun.wire import KeyInfo
 from tests.e2e.test_cold_starts import titled
 from tests.support.cluster import ENGINE_START_S, Home, free_port, until, write_app
+from tests.support.stub_engine import install
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
@@ -78,7 +79,7 @@ def test_keys_are_made_listed_and_revoked(cluster: Home, keyed: str) -> None:
     assert ask(cluster, keyed).status_code == 200
     cluster.ok("key", "revoke", "bob")
     until(lambda: ask(cluster, bob).status_code == 401, 2, "a revoked key is refused")
-    assert "there is a key 'alice': revoke it first" in cluster.fails("key", "create", "alice")
+    assert "key 'alice' already exists. Revoke it first" in cluster.fails("key", "create", "alice")
     assert "model 'nobody' not found" in cluster.fails("key", "create", "carol", "--model", "nobody")
     assert "invalid key name" in cluster.fails("key", "create", "No Good")
     assert "invalid time; write a duration" in cluster.fails("key", "create", "carol", "--expires", "soon")
@@ -154,7 +155,9 @@ def test_the_engines_other_paths(cluster: Home, keyed: str) -> None:
     client = openai.OpenAI(api_key=keyed, base_url=f"{cluster.url}/v1", max_retries=0)
     said = client.responses.create(model="keyed", input="Hi", max_output_tokens=4)
     assert said.object == "response"
-    with pytest.raises(openai.NotFoundError, match=r"keyed has no /v1/embeddings: it has .*/v1/chat/completions"):
+    with pytest.raises(
+        openai.NotFoundError, match=r"keyed does not support /v1/embeddings. Available: .*/v1/chat/completions"
+    ):
         client.embeddings.create(model="keyed", input="Hi")
     for path in ("/v1/load_lora_adapter", "/sleep", "/reset_prefix_cache", "/collective_rpc", "/pause", "/v1/nothing"):
         answer = http.post(path, json={"model": "keyed"})
@@ -228,7 +231,8 @@ def test_what_the_openapi_document_allows_never_breaks_it(cluster: Home, keyed: 
 
 
 def test_two_ingresses_agree_one_may_die_and_beyond_loopback_needs_a_key(tmp_path: Path, tiny_weights: Path) -> None:
-    home, other = Home(tmp_path / "two", free_port()), Home(tmp_path / "other", free_port())
+    home = Home(tmp_path / "two", free_port(), install(tmp_path / "packages") | {"LLMRUN_FORKSERVER": "0"})
+    other = Home(tmp_path / "other", free_port())
     everywhere = ("up", "--host", "0.0.0.0")
     assert "--host 0.0.0.0 requires an API key" in home.fails(*everywhere)
     assert not (home.path / "cluster.json").exists()
@@ -236,7 +240,7 @@ def test_two_ingresses_agree_one_may_die_and_beyond_loopback_needs_a_key(tmp_pat
     try:
         said = other.fails("up", "--port", str(home.port), LLMRUN_INGRESSES="2")
         assert "cannot listen on" in said and not (other.path / "cluster.json").exists()
-        text = f"@llm({str(tiny_weights)!r}, cpus=0.2, min_replicas=1)\nclass Keyed: ...\n"
+        text = f"@llm({str(tiny_weights)!r}, engine='stub', cpus=0.2, min_replicas=1)\nclass Keyed: ...\n"
         home.ok("deploy", write_app(tmp_path / "keyed" / "app.py", text))
         key = create(home, "both", "--rpm", "40")
 

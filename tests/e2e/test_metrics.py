@@ -163,6 +163,8 @@ def test_dashboards_says_what_is_wrong_with_its_arguments(home: Home, tmp_path: 
         return home.fails("dashboards", "--out", *args)
 
     (tmp_path / "file").write_text("")
-    assert "file: it is a file: name a folder" in wrong(tmp_path / "file")
-    assert "--url ftp://x: it is no address like http://10.0.0.5:8000" in wrong(tmp_path / "a", "--url", "ftp://x")
+    assert "file: not a folder" in wrong(tmp_path / "file")
+    assert "--url ftp://x: not a valid URL; must be like http://10.0.0.5:8000" in wrong(
+        tmp_path / "a", "--url", "ftp://x"
+    )
     assert not (tmp_path / "a").exists()

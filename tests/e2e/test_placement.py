@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,7 @@ A10G, H100S = "127.0.0.6", ("127.0.0.7", "127.0.0.8")
 
 @dataclass
 class StubHome(Home):
-    """A home whose cluster knows the engine `stub`, as an installed package would bring it."""
-
-    knowing: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def env(self) -> dict[str, str]:
-        """See `install`."""
-        return {**super().env, **self.knowing}
+    """A home whose models run on the stub engine."""
 
     def places(self, model: str) -> list[dict[str, Any]]:
         """Where the members of the engine that answers are."""
@@ -41,7 +34,8 @@ class StubHome(Home):
 @pytest.fixture(scope="module")
 def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StubHome]:
     """A cluster of a head without GPUs, a node with two A10Gs, and two with two H100s each."""
-    home = StubHome(tmp_path_factory.mktemp("stub"), free_port(), install(tmp_path_factory.mktemp("packages")))
+    more_env = install(tmp_path_factory.mktemp("packages")) | {"LLMRUN_FORKSERVER": "0"}  # it would import vLLM
+    home = StubHome(tmp_path_factory.mktemp("stub"), free_port(), more_env)
     home.ok("up", "--node-ip", "127.0.0.5")
     try:
         with contextlib.ExitStack() as nodes:
@@ -145,7 +139,7 @@ def test_what_no_set_of_nodes_can_give_is_refused(stub: StubHome, tmp_path: Path
 
     assert "nodes=3: no node has 3 nodes × 2 × H100" in refused('accelerator="H100", gpus=6, nodes=3')
     assert "accelerator='H100:3': no node has 3 × H100" in refused('accelerator="H100:3"')
-    assert "each gets the same number of GPUs" in refused('accelerator="H100", gpus=3, nodes=2')
+    assert "every node needs the same number of GPUs" in refused('accelerator="H100", gpus=3, nodes=2')
 
 
 def is_replica(process: psutil.Process) -> bool:

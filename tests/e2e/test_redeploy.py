@@ -115,6 +115,8 @@ def module_state() -> dict[str, Any]:
 def plain(cluster: Home, deployed: dict[str, Any]) -> dict[str, Any]:
     """`plain` is hot; its status."""
     cluster.make_hot("plain")
+    until(lambda: len(cluster.status("plain")["details"]) == 1, 60, "the replica of an earlier version has ended")
+    until(lambda: len(family_of_title(cluster, "ray::ServeReplica:llmrun-plain")) == 1, 30, "its process as well")
     return cluster.status("plain")
 
 
@@ -260,12 +262,16 @@ def family_of(pid: int, title: str) -> list[psutil.Process]:
     return [p for p in psutil.Process(pid).children(recursive=True) if alive(p) and title in " ".join(p.cmdline())]
 
 
+def family_of_title(cluster: Home, title: str) -> list[psutil.Process]:
+    """The processes of this cluster's actors whose titles start so."""
+    parent = psutil.Process(json.loads((cluster.path / "cluster.json").read_text())["pid"])
+    return [process for process in family_of(parent.pid, title) if " ".join(process.cmdline()).startswith(title)]
+
+
 def find_actor(cluster: Home, title: str) -> psutil.Process:
     """The process of one of this cluster's actors."""
-    parent = psutil.Process(json.loads((cluster.path / "cluster.json").read_text())["pid"])
-    found = [p for p in parent.children(recursive=True) if " ".join(p.cmdline()).startswith(title)]
-    assert len(found) == 1, found
-    return found[0]
+    (actor,) = family_of_title(cluster, title)
+    return actor
 
 
 def healthy(cluster: Home) -> bool:

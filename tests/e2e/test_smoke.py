@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
 
 def test_a_real_model_goes_from_deploy_to_zero_and_back(cluster: Home, tmp_path: Path) -> None:
-    text = f"@llm({str(SMOLLM2)!r}, cpus=0.2, idle_timeout=2)\nclass Smoke: ...\n"
+    text = f"@llm({str(SMOLLM2)!r}, accelerator='cpu', cpus=0.2, idle_timeout=2)\nclass Smoke: ...\n"
     assert "+ smoke" in cluster.ok("deploy", write_app(tmp_path / "smoke" / "app.py", text))
     with OpenAI(base_url=f"{cluster.url}/v1", api_key="none", timeout=ENGINE_START_S, max_retries=0) as client:
 

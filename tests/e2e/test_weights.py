@@ -63,14 +63,15 @@ def remove(cluster: Home) -> None:
     """Delete the model, and all weights that nothing needs."""
     if cluster.find("tiny"):
         cluster.ok("delete", "tiny", "--yes")
-    cluster.ok("weights", "prune", "--yes")
+    # A node that another test has just killed is one of the cluster's for some seconds.
+    until(lambda: cluster.run("weights", "prune", "--yes").returncode == 0, 60, "the weights are removed")
 
 
 @pytest.fixture
 def deployed_from_s3(cluster: Home, tmp_path: Path, s3: Proxy) -> int:
     """The model is deployed with the weights of S3; its version."""
     remove(cluster)
-    deploy(cluster, write_weights_app(tmp_path / "before.py", "s3://acme/models/tiny", endpoint_url=s3.url), "--lazy")
+    deploy(cluster, write_weights_app(tmp_path / "before.py", "s3://acme/models/tiny", endpoint_url=s3.url))
     return int(cluster.status("tiny")["version"])
 
 

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,8 @@ class Home:
 
     path: Path
     port: int
+    more_env: dict[str, str] = field(default_factory=dict)
+    """Variables of its commands and its cluster, over the usual ones."""
 
     @property
     def url(self) -> str:
@@ -64,7 +66,8 @@ class Home:
     def env(self) -> dict[str, str]:
         """The environment of commands, without the caller's `LLMRUN_*` and `RAY_*` variables."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("LLMRUN_", "RAY_"))}
-        return {**clean, "LLMRUN_HOME": str(self.path), "LLMRUN_URL": self.url, "WORD_FOR_TESTS": "sesame"}
+        own = {"LLMRUN_HOME": str(self.path), "LLMRUN_URL": self.url, "WORD_FOR_TESTS": "sesame"}
+        return {**clean, **own, **self.more_env}
 
     def run(self, *args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
         """Run `llmrun ARGS`."""
@@ -195,10 +198,9 @@ class Home:
             try:
                 command = process.cmdline()
                 plain = "llmrun_runtime.engines.vllm.server" in command and model in command
-                sidecar = "llmrun_runtime.engines.sidecar.server" in command and f'"name": "{model}"' in " ".join(
-                    command
-                )
-                if plain or sidecar or " ".join(command).strip() == f"llmrun: vllm {model}":
+                modules = {"llmrun_runtime.engines.sidecar.server", "tests.support.stub_engine"}
+                configured = modules & set(command) and f'"name": "{model}"' in " ".join(command)
+                if plain or configured or " ".join(command).strip() == f"llmrun: vllm {model}":
                     processes.append(process)
             except psutil.Error:
                 continue

@@ -1,4 +1,4 @@
-"""An example of a third-party engine, which generates no text: it answers with the places and devices of its members.
+"""An example of a third-party engine that starts in a second: its answers contain where its members run.
 
 `python -m tests.support.stub_engine` is one member. Members other than member 0 connect to member 0 and report to it,
 as those of real engines do. A request with `"hold": PATH` gets a stream that lasts until its client disconnects; until
@@ -26,18 +26,17 @@ from starlette.types import Receive, Scope, Send
 from llmrun_runtime.engines.api import EngineError, Launch, ModelSpec, Shim, hold, notify
 
 REPO = Path(__file__).parent.parent.parent
-CHAT = "/v1/chat/completions"
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 CONNECT_TIMEOUT_S = 30
 
 
 def install(folder: Path) -> dict[str, str]:
-    """Install this engine as a package would; return the variables that make it visible."""
+    """Install this engine as a package would; return the variable that makes it visible."""
     info = folder / "llmrun_stub-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: llmrun-stub\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[llmrun.engines]\nstub = tests.support.stub_engine:Stub\n")
-    # Fork servers would import vLLM.
-    return {"PYTHONPATH": os.pathsep.join([str(folder), str(REPO)]), "LLMRUN_FORKSERVER": "0"}
+    return {"PYTHONPATH": os.pathsep.join([str(folder), str(REPO)])}
 
 
 def stubs() -> list[psutil.Process]:
@@ -54,7 +53,7 @@ class Stub:
     """See `llmrun_runtime.engines.api.Engine`."""
 
     name = "stub"
-    paths = frozenset({CHAT})
+    paths = frozenset({CHAT, COMPLETIONS})
     module = ""
 
     def refuses(self, spec: ModelSpec) -> str:
@@ -68,7 +67,13 @@ class Stub:
     def arguments(self, launch: Launch) -> list[str]:
         """Return the member's configuration as JSON."""
         hosts = [member.host for member in launch.members]
-        config = {"hosts": hosts, "rank": launch.member_rank, "port": launch.port, "share": launch.gpu_share}
+        config: dict[str, Any] = {
+            "name": launch.names[0],
+            "hosts": hosts,
+            "rank": launch.member_rank,
+            "port": launch.port,
+            "share": launch.gpu_share,
+        }
         return [json.dumps({**config, "weights": launch.weights})]
 
     def libraries(self) -> tuple[str, ...]:
@@ -118,6 +123,21 @@ async def stream_until_disconnect(file: Path, receive: Receive, send: Send) -> N
         disconnected.cancel()
 
 
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Answer a chat completion or a completion in OpenAI's shape, with one word per requested token."""
+    tokens = int(request.get("max_tokens") or 1)
+    text = " ".join(["stub"] * tokens)
+    return {
+        "id": "stub-1",
+        "object": "chat.completion" if "messages" in request else "text_completion",
+        "model": request.get("model", ""),
+        "choices": [
+            {"index": 0, "finish_reason": "length", "text": text, "message": {"role": "assistant", "content": text}}
+        ],
+        "usage": {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": tokens + 1},
+    }
+
+
 async def serve(config: dict[str, Any], others: list[dict[str, Any]]) -> None:
     """Answer requests with the places of all members."""
     places = [place(config), *sorted(others, key=lambda other: int(other["rank"]))]
@@ -137,7 +157,7 @@ async def serve(config: dict[str, Any], others: list[dict[str, Any]]) -> None:
             if "hold" in request:
                 await stream_until_disconnect(Path(request["hold"]), receive, send)
             else:
-                await JSONResponse({"places": places})(scope, receive, send)
+                await JSONResponse({**answer(request), "places": places})(scope, receive, send)
 
     with socket.create_server((config["hosts"][0], 0)) as sock:
         notify(port=sock.getsockname()[1])

@@ -132,6 +132,7 @@ class ForkServer:
         gc.collect()
         gc.freeze()
         self._baseline_bytes = max(self._baseline_bytes, private_bytes())
+        print(f"fork server {os.getpid()} has cached the last model", flush=True)
 
     def _exit_reason(self) -> str:
         """Return why this fork server must be replaced; "" if it is still good."""
