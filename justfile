@@ -81,9 +81,9 @@ unit *args: setup _smollm2
 smoke: setup _smollm2
     pytest tests/e2e/test_smoke.py
 
-# run the tests that need a cluster and real engines (12 minutes)
+# run the tests that need a cluster and real engines (16 minutes)
 e2e *args: setup _smollm2 _prometheus
-    python -m tests.support.side_by_side {{args}}
+    pytest tests/e2e {{args}}
 
 # measure what the unit tests cover
 coverage: setup _smollm2

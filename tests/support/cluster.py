@@ -21,6 +21,8 @@ from typing import Any
 import httpx
 import psutil
 
+from tests.support import cli_server
+
 REPO = Path(__file__).parent.parent.parent
 SMOLLM2 = REPO / "examples/smollm2/SmolLM2-135M-Instruct"
 BIN = Path(sys.executable).parent
@@ -70,20 +72,16 @@ class Home:
         return {**clean, **own, **self.more_env}
 
     def run(self, *args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
-        """Run `llmrun ARGS`."""
-        command = [str(BIN / "llmrun"), *map(str, args)]
-        try:
-            return subprocess.run(
-                command,
-                env={**self.env, **env},
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=2 * ENGINE_START_S,
-                check=False,
-            )
-        except subprocess.TimeoutExpired as error:
-            raise AssertionError(f"{error}\n{self.recent_logs()}") from None
+        """Run `llmrun ARGS` in a process forked by `cli_server`."""
+        command = list(map(str, args))
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            try:
+                code = cli_server.run(command, {**self.env, **env}, 2 * ENGINE_START_S, out, err)
+            except subprocess.TimeoutExpired as error:
+                raise AssertionError(f"{error}\n{self.recent_logs()}") from None
+            for file in (out, err):
+                file.seek(0)
+            return subprocess.CompletedProcess(command, code, out.read(), err.read())
 
     def recent_logs(self) -> str:
         """Return the ends of all logs of the last 15 minutes, to explain a timeout."""

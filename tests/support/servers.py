@@ -181,6 +181,8 @@ class Proxy:
     """The method, path and range of each request."""
     sent: int = 0
     """Bytes of objects that were sent to clients."""
+    connections: int = 0
+    """Open connections of clients."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def take(self, name: str) -> bool:
@@ -199,6 +201,15 @@ def proxy_to(upstream: str) -> Iterator[Proxy]:
     target = urlsplit(upstream)
 
     class Handler(Quiet):
+        def handle(self) -> None:
+            with proxy.lock:
+                proxy.connections += 1
+            try:
+                super().handle()
+            finally:
+                with proxy.lock:
+                    proxy.connections -= 1
+
         def do_GET(self) -> None:
             byte_range = self.headers.get("Range", "")
             with proxy.lock:

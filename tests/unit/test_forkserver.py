@@ -111,7 +111,7 @@ class Node:
         self.env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **env}
         self.socket = forkserver_socket(folder, "node", "thing")
         self.output = folder / "forkserver.log"
-        self.supervisor = ForkServerSupervisor(ThingEngine(), self.socket, self.output, self.env)
+        self.supervisor = ForkServerSupervisor(ThingEngine(), self.socket, self.output, self.env, poll_s=0.2)
 
     async def fork(self, *argv: str, **env: str) -> tuple[Forked, dict[str, Any]]:
         """Fork a child; return it and its report."""

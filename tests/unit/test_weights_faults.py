@@ -88,11 +88,6 @@ def test_requests_to_a_busy_server_are_retried(node: Node, buckets: Path, proxy:
     assert proxy.fault.times == 0 and proxy.fault.cut == 0
 
 
-def proxy_connections() -> int:
-    """Return the number of threads that serve connections in this process."""
-    return sum("process_request_thread" in thread.name for thread in threading.enumerate())
-
-
 def test_the_fetch_after_a_killed_worker_resumes(node: Node, buckets: Path, proxy: Proxy) -> None:
     files = read_files(large_model(buckets))
     pin = node.pin(on_s3(proxy))
@@ -108,7 +103,7 @@ def test_the_fetch_after_a_killed_worker_resumes(node: Node, buckets: Path, prox
     worker.wait(10)
     have = parts()
     assert not node.cache.find(pin.id) and not (node.home / "weights" / "models").exists()
-    until(lambda: not proxy_connections(), 10, "the proxy has noticed")
+    until(lambda: not proxy.connections, 10, "the proxy has closed the worker's connections")
     proxy.sent, proxy.fault = 0, Fault()
     assert read_files(node.fetch(pin)) == files and node.partial_files() == []
     assert proxy.sent <= pin.total - have * PART_BYTES
@@ -198,6 +193,26 @@ def test_a_large_file_of_two_pins_is_downloaded_once(node: Node, buckets: Path, 
     for worker in [node.start(FetchTask(pin=pin)) for pin in pins]:
         assert "result" in node.wait(worker)
     assert proxy.sent < 3 * PART_BYTES + MIB and all(node.cache.find(pin.id) for pin in pins)
+
+
+def test_a_file_that_arrives_before_the_lock_is_taken_is_reused(
+    node: Node, buckets: Path, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_model(buckets / "acme" / "model", (2 * PART_BYTES,))
+    shutil.copytree(buckets / "acme" / "model", buckets / "acme" / "other")
+    (buckets / "acme" / "other" / "config.json").write_text('{"seed": 2}')
+    first, second = node.pin(on_s3(proxy)), node.pin(on_s3(proxy, "acme/other"))
+    for name, value in AWS.items():
+        monkeypatch.setenv(name, value)
+    readers = Fetcher._readers
+
+    def fetch_first(fetcher: Fetcher) -> object:
+        node.fetch(first)  # after the second fetch has looked for local files
+        return readers(fetcher)
+
+    monkeypatch.setattr(Fetcher, "_readers", fetch_first)
+    Fetcher(node.cache, second).run()
+    assert proxy.sent < 2 * PART_BYTES + MIB and node.cache.find(second.id)
 
 
 def test_a_full_cache_is_reported_before_a_download_and_unused_pins_are_evicted(

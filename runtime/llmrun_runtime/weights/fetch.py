@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from llmrun.errors import WeightsError
 from llmrun_runtime.weights.cache.cache import Cache, Manifest, ManifestEntry
-from llmrun_runtime.weights.cache.digests import hash_file, mismatch
+from llmrun_runtime.weights.cache.digests import blob_names, hash_file, mismatch
 from llmrun_runtime.weights.cache.local_files import LocalFiles
 from llmrun_runtime.weights.cache.locks import locked
 from llmrun_runtime.weights.pin import File, Pin
@@ -162,14 +162,15 @@ class Fetcher:
         return readers, digests
 
     def _download(self, missing: list[File], in_use: Collection[str]) -> dict[str, ManifestEntry]:
-        """Download files. A large file that another process is downloading is left to it and reused.
+        """Download files. A large file that another process downloads, or has just downloaded, is reused.
 
         `in_use`: blobs of the pin that the cache has already.
         """
         readers, peer_digests = self._readers()
         entries: dict[str, ManifestEntry] = {}
+        rechecked: set[str] = set()
         while missing:
-            elsewhere: list[File] = []  # being downloaded by another process
+            elsewhere: list[File] = []  # downloaded by another process
             with contextlib.ExitStack() as locks:
                 downloads = []
                 for file in missing:
@@ -177,6 +178,10 @@ class Fetcher:
                     digests = {**file.digests, **peer_digests.get(file.name, {})}
                     data = self._cache.partial / self._partial_name(file)
                     if file.size > PART_BYTES and not locks.enter_context(locked(data.with_suffix(".lock"), 0)):
+                        elsewhere.append(file)
+                        continue
+                    if file.size > PART_BYTES and file.name not in rechecked and self._has_blob(file):
+                        rechecked.add(file.name)  # another process finished after this one looked
                         elsewhere.append(file)
                         continue
                     checked = file.model_copy(update={"digests": digests})
@@ -204,6 +209,9 @@ class Fetcher:
                 else:
                     missing.append(file)
         return entries
+
+    def _has_blob(self, file: File) -> bool:
+        return any((self._cache.blobs / name).exists() for name in blob_names(file.digests))
 
     def _partial_name(self, file: File) -> str:
         """The name of a file's partial download, equal for equal bytes in all processes."""

@@ -1,4 +1,4 @@
-"""`python -m llmrun_runtime.engines.forkserver.server MODULE FD`: imports an engine's server once, and forks it.
+"""`python -m llmrun_runtime.engines.forkserver.server MODULE FD POLL_S`: imports an engine's server once, and forks it.
 
 MODULE is the module that the engine's command runs. The fork server uses these names of it:
 
@@ -9,7 +9,7 @@ MODULE is the module that the engine's command runs. The fork server uses these 
 - `fork_problem()`: return why children could not serve; "" if they can
 - `main()`: in a child, serve `sys.argv`
 
-FD is a listening Unix socket. The node agent owns it, so requests queue while a fork server imports or is replaced.
+Every POLL_S seconds it checks whether it is out of date. FD is a listening Unix socket. The node agent owns it, so requests queue while a fork server imports or is replaced.
 A request is one JSON line, with a file descriptor for the child's output. The reply is `{"pid": …}` with a pidfd and
 later `{"exit": …}`; or `{"refused": reason}`, and the client starts the engine as a plain process.
 
@@ -46,7 +46,6 @@ PER_CHILD = frozenset({"TMPDIR", "CUDA_VISIBLE_DEVICES", "PYTHONUNBUFFERED"})
 LD_PRELOAD_BEFORE = "LLMRUN_LD_PRELOAD"
 # numpy's OpenBLAS starts its threads when it is loaded; OpenMP starts its own in a child's first parallel loop.
 SINGLE_THREAD = {"OPENBLAS_NUM_THREADS": "1"}
-POLL_S = 5.0
 REQUEST_TIMEOUT_S = 2.0
 # A child has started by then and no longer needs all cores.
 CACHE_DELAY_S = 10.0
@@ -86,10 +85,18 @@ class ForkRequest:
 class ForkServer:
     """Forks a child per request. `env_reads`: variables that imports have read, so children cannot change them."""
 
-    def __init__(self, module: Any, listener: socket.socket, env_reads: frozenset[str], env: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        module: Any,
+        listener: socket.socket,
+        env_reads: frozenset[str],
+        env: Mapping[str, str],
+        poll_s: float,
+    ) -> None:
         self._module = module
         self._listener = listener
         self._env_reads = env_reads
+        self._poll_s = poll_s
         self._env = dict(env)
         changed = {key: value for key, value in os.environ.items() if env.get(key) != value}
         self._env_writes = {key: value for key, value in changed.items() if key not in SINGLE_THREAD}
@@ -110,7 +117,7 @@ class ForkServer:
         signal.signal(signal.SIGCHLD, lambda *_: None)
         while True:
             sources = [0, self._listener.fileno(), self._wakeup.fileno()]
-            ready, _, _ = select.select(sources, [], [], POLL_S)
+            ready, _, _ = select.select(sources, [], [], self._poll_s)
             if self._wakeup.fileno() in ready:
                 with contextlib.suppress(BlockingIOError):
                     self._wakeup.recv(4096)
@@ -286,7 +293,7 @@ def private_bytes() -> int:
 
 def main() -> None:
     """Import, then serve; in a child, run the engine."""
-    name, descriptor = sys.argv[1:]
+    name, descriptor, poll_s = sys.argv[1:]
     set_title(f"llmrun: fork server of {name}")  # before the environment changes: the title overwrites its memory
     listener = socket.socket(fileno=int(descriptor))
     started = time.monotonic()
@@ -305,7 +312,7 @@ def main() -> None:
     gc.collect()
     gc.freeze()  # excludes what was imported from collections, so children keep sharing its pages
     print(f"fork server {os.getpid()} has imported {name} in {time.monotonic() - started:.1f} s", flush=True)
-    request = ForkServer(module, listener, frozenset(env_reads), env).serve()
+    request = ForkServer(module, listener, frozenset(env_reads), env, float(poll_s)).serve()
     if request:
         request.become(name)
         module.main()

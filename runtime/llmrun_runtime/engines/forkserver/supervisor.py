@@ -19,6 +19,7 @@ log = logging.getLogger("ray.serve")
 SERVER = "llmrun_runtime.engines.forkserver.server"
 # A server that exits sooner has failed: engines start as plain processes until the back-off is over.
 MIN_LIFE_S = 60.0
+POLL_S = 5.0
 BACKOFF_S, MAX_BACKOFF_S = 5.0, 300.0
 
 
@@ -28,12 +29,18 @@ def forkserver_socket(root: Path, node: str, engine: str) -> Path:
 
 
 class ForkServerSupervisor:
-    """The supervisor of one engine's fork server. `env`: the engines' environment without their models' variables."""
+    """The supervisor of one engine's fork server. `env`: the engines' environment without their models' variables.
 
-    def __init__(self, engine: Engine, path: Path, output: Path, env: Mapping[str, str]) -> None:
+    The server checks every `poll_s` seconds whether it must be replaced.
+    """
+
+    def __init__(
+        self, engine: Engine, path: Path, output: Path, env: Mapping[str, str], *, poll_s: float = POLL_S
+    ) -> None:
         self._engine = engine
         self._path = path
         self._output = output
+        self._poll_s = poll_s
         self._env = {**env, **engine.environment(env, None)}
         self._listener: socket.socket | None = None
         self._task: asyncio.Task[None] | None = None
@@ -83,7 +90,7 @@ class ForkServerSupervisor:
         self._output.parent.mkdir(parents=True, exist_ok=True)
         with self._output.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", SERVER, self._engine.module, str(descriptor)),
+                *(sys.executable, "-m", SERVER, self._engine.module, str(descriptor), str(self._poll_s)),
                 pass_fds=[descriptor],
                 stdin=asyncio.subprocess.PIPE,  # the server exits when this closes
                 stdout=output,
