@@ -9,13 +9,13 @@ MODULE is the module that the engine's command runs. The fork server uses these 
 - `fork_problem()`: return why children could not serve; "" if they can
 - `main()`: in a child, serve `sys.argv`
 
-Every POLL_S seconds it checks whether it is out of date. FD is a listening Unix socket. The node agent owns it, so requests queue while a fork server imports or is replaced.
+FD is a listening Unix socket. The node agent owns it, so requests queue while a fork server imports or is replaced.
 A request is one JSON line, with a file descriptor for the child's output. The reply is `{"pid": …}` with a pidfd and
 later `{"exit": …}`; or `{"refused": reason}`, and the client starts the engine as a plain process.
 
 The process has a single thread, so no lock is held at a fork, and it never touches a device. It exits when its
-standard input closes (the agent has exited), when PACKAGE was reinstalled, and when its memory has grown. The agent
-then starts another one.
+standard input closes (the agent has exited), when PACKAGE was reinstalled, and when its memory has grown; it checks the
+last two every POLL_S seconds. The agent then starts another one.
 """
 
 from __future__ import annotations
