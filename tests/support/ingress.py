@@ -43,8 +43,8 @@ class Engine:
         """Its shim accepts no requests."""
         self.port = 0
         """The port for links."""
-        self.http_port = 0
         self._links: list[Server] = []
+        self._serving: list[asyncio.Task[None]] = []
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond unless the client disconnects."""
@@ -104,15 +104,19 @@ class Engine:
         """Serve during the block."""
         server = await asyncio.get_running_loop().create_server(self._accept, "127.0.0.1", 0, backlog=1024)
         self.port = server.sockets[0].getsockname()[1]
-        sock = http.bind("127.0.0.1", 0)
-        self.http_port = sock.getsockname()[1]
-        serving = asyncio.create_task(http.serve(self, sock))
         yield self
         self.die()
         server.close()
         await server.wait_closed()
-        serving.cancel()
-        await asyncio.gather(serving, return_exceptions=True)
+        for task in self._serving:
+            task.cancel()
+        await asyncio.gather(*self._serving, return_exceptions=True)
+
+    def serve_http(self) -> tuple[str, int]:
+        """Serve HTTP too, as control does, until the end of `running`; return the address."""
+        sock = http.bind("127.0.0.1", 0)
+        self._serving.append(asyncio.create_task(http.serve(self, sock)))
+        return "127.0.0.1", sock.getsockname()[1]
 
 
 class Bench:

@@ -294,9 +294,7 @@ async def test_cors_is_off_unless_origins_are_set(engine: Engine) -> None:
 
 
 async def test_metrics_cover_all_models_and_their_engines(bench: Bench, engine: Engine) -> None:
-    bench.table(
-        route(engine.port), route(name="two", names=("two",), state="cold"), control=("127.0.0.1", engine.http_port)
-    )
+    bench.table(route(engine.port), route(name="two", names=("two",), state="cold"), control=engine.serve_http())
     await bench.post()
     await bench.post({"model": "nobody"})
     await bench.post({"model": "two", "refuse": 1}, headers={"X-LLMRun-Max-Wait": "0"})

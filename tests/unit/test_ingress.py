@@ -239,7 +239,7 @@ async def test_requests_above_max_ongoing_are_queued(bench: Bench, engine: Engin
 
 
 async def test_requests_for_control_are_forwarded(bench: Bench, engine: Engine) -> None:
-    bench.table(control=("127.0.0.1", engine.http_port))
+    bench.table(control=engine.serve_http())
     status, _, raw = await bench.post(path="/llmrun/v1/plan", headers={"authorization": "Bearer key"})
     assert (status, raw) == (200, b"".join(CHUNKS))
     assert engine.requests[0].headers["authorization"] == "Bearer key"

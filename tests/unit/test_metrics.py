@@ -112,8 +112,9 @@ async def test_an_unresponsive_engine_blocks_neither_metrics_nor_requests(engine
             await super().respond(request, send)
 
     async with UnresponsiveEngine().running() as unresponsive, running_ingress(metrics_timeout=1) as bench:
-        control = ("127.0.0.1", engine.http_port)
-        bench.table(route(engine.port), route(unresponsive.port, name="two", names=("two",)), control=control)
+        bench.table(
+            route(engine.port), route(unresponsive.port, name="two", names=("two",)), control=engine.serve_http()
+        )
         started = time.monotonic()
         pending = asyncio.create_task(page(bench))
         while not unresponsive.requests:

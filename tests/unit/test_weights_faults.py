@@ -83,7 +83,7 @@ def test_an_etag_that_is_not_an_md5_is_not_compared(node: Node, buckets: Path, p
 def test_requests_to_a_busy_server_are_retried(node: Node, buckets: Path, proxy: Proxy, status: int) -> None:
     files = read_files(make_model(buckets / "acme" / "model", (2 * PART_BYTES + 1,)))
     pin = node.pin(on_s3(proxy))
-    proxy.fault = Fault(status=status, times=6, cut=2)
+    proxy.fault = Fault(status=status, times=3, cut=2)
     assert read_files(node.fetch(pin)) == files
     assert proxy.fault.times == 0 and proxy.fault.cut == 0
 
@@ -343,7 +343,7 @@ def test_files_that_were_not_synced_before_a_reboot_are_hashed_again(node: Node,
 def test_a_workers_memory_does_not_grow_with_the_model(node: Node, buckets: Path, s3: S3) -> None:
     folder = make_model(buckets / "acme" / "model", ())
     with (folder / "model.safetensors").open("wb") as file:
-        file.truncate(450 * MIB)
+        file.truncate(360 * MIB)
     pin = node.pin(on_s3(s3))
     script = "import resource, subprocess, sys; subprocess.run(sys.argv[1:]); "
     script += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)"

@@ -26,7 +26,8 @@ def fork(forkserver: Path, argv: Sequence[str], env: Mapping[str, str], output: 
         with short_path(forkserver) as name:
             connection.connect(name)
         sent = socket.send_fds(connection, [request], [output.fileno()])
-        connection.sendall(request[sent:])
+        if sent < len(request):  # even an empty write fails if the fork server has already refused and closed
+            connection.sendall(request[sent:])
         data, pidfds, _, _ = socket.recv_fds(connection, 65536, 1)
         reply: dict[str, Any] = json.loads(data or b'{"refused": "the fork server exited"}')
         if "pid" not in reply:
