@@ -1,4 +1,4 @@
-"""Models in Serve applications of the caller's own: the examples, and what `llmrun export` prints, on a plain Ray."""
+"""Models in user-owned Serve applications, on plain Ray: the examples and the output of `llmrun export`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ START_S = 150
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
-    """No cluster of llmrun's, nor of anybody's."""
+    """Return an environment that points to no llmrun or Ray cluster."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("LLMRUN_", "RAY_"))}
     clean |= {"PATH": f"{BIN}:{clean['PATH']}", "LLMRUN_HOME": str(home), "MODEL": str(SMOLLM2)}
     return {**clean, "RAY_enable_worker_prestart": "0", **more}
@@ -37,7 +37,7 @@ def environment(home: Path, **more: str) -> dict[str, str]:
 
 @contextlib.contextmanager
 def running(script: Path, home: Path, **more: str) -> Iterator[int]:
-    """An example, with a Ray of its own; the port of Serve's proxy. Nothing is left of it."""
+    """Run an example on its own Ray and yield the port of Serve's proxy. Check that nothing is left afterwards."""
     files, port = leftovers(), free_port()
     with (home.parent / f"{script.stem}.log").open("w+") as log:
         process = subprocess.Popen(
@@ -65,43 +65,43 @@ def running(script: Path, home: Path, **more: str) -> Iterator[int]:
             finally:
                 process.kill()
     assert len(family) > 5
-    until(lambda: not any(map(alive, family)), 30, "its processes have ended")
+    until(lambda: not any(map(alive, family)), 30, "its processes exit")
     assert leftovers() - files == set()
 
 
-def test_two_models_behind_an_endpoint_of_serves_own(tmp_path: Path) -> None:
+def test_two_models_share_one_serve_endpoint(tmp_path: Path) -> None:
     with running(EXAMPLES / "builder.py", tmp_path / "home") as port:
         url = f"http://127.0.0.1:{port}"
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", timeout=120, max_retries=0) as client:
             assert [model.id for model in client.models.list()] == ["assistant", "short"]
-            asked = {"messages": PARIS, "temperature": 0, "max_tokens": 20}
-            whole = client.chat.completions.create(model="assistant", **asked)  # type: ignore[call-overload]
+            body = {"messages": PARIS, "temperature": 0, "max_tokens": 20}
+            whole = client.chat.completions.create(model="assistant", **body)  # type: ignore[call-overload]
             assert "Paris" in whole.choices[0].message.content
-            chunks = list(client.chat.completions.create(model="acme/assistant", stream=True, **asked))  # type: ignore[call-overload]
+            chunks = list(client.chat.completions.create(model="acme/assistant", stream=True, **body))  # type: ignore[call-overload]
             assert len(chunks) > 4 and "Paris" in "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
-            hooked = client.chat.completions.create(model="short", **asked)  # type: ignore[call-overload]
+            hooked = client.chat.completions.create(model="short", **body)  # type: ignore[call-overload]
             assert hooked.usage.completion_tokens == 3
             with pytest.raises(openai.NotFoundError, match="Did you mean 'assistant'"):
-                client.chat.completions.create(model="asistant", **asked)  # type: ignore[call-overload]
+                client.chat.completions.create(model="asistant", **body)  # type: ignore[call-overload]
             with pytest.raises(openai.BadRequestError):
-                client.chat.completions.create(**asked | {"model": "assistant", "messages": "none"})  # type: ignore[call-overload]
+                client.chat.completions.create(**body | {"model": "assistant", "messages": "none"})  # type: ignore[call-overload]
         assert httpx.post(f"{url}/v1/embeddings", json={"model": "assistant"}, timeout=60).status_code == 404
         invalid = httpx.post(f"{url}/v1/completions", content="{", timeout=60).json()
         assert "is not valid JSON" in invalid["error"]["message"]
         assert httpx.delete(f"{url}/v1/completions", timeout=60).status_code == 405
 
 
-def test_models_bound_to_an_ingress_by_hand(tmp_path: Path) -> None:
+def test_models_can_be_bound_to_an_ingress_manually(tmp_path: Path) -> None:
     with running(EXAMPLES / "bind.py", tmp_path / "home") as port:
         url = f"http://127.0.0.1:{port}/llm/v1"
         with openai.OpenAI(base_url=url, api_key="none", timeout=120, max_retries=0) as client:
             assert client.models.retrieve("acme/assistant").id == "acme/assistant"
-            asked = {"messages": PARIS, "temperature": 0, "max_tokens": 20}
-            whole = client.chat.completions.create(model="acme/assistant", **asked)  # type: ignore[call-overload]
+            body = {"messages": PARIS, "temperature": 0, "max_tokens": 20}
+            whole = client.chat.completions.create(model="acme/assistant", **body)  # type: ignore[call-overload]
             assert "Paris" in whole.choices[0].message.content
             schema = {"type": "object", "properties": {"city": {"enum": ["Paris"]}}, "required": ["city"]}
-            bare = {"type": "json_schema", "json_schema": schema}  # as Ray Serve LLM's guide has it
-            whole = client.chat.completions.create(model="assistant", response_format=bare, **asked)  # type: ignore[call-overload]
+            bare = {"type": "json_schema", "json_schema": schema}  # the form in Ray Serve LLM's guide
+            whole = client.chat.completions.create(model="assistant", response_format=bare, **body)  # type: ignore[call-overload]
             assert json.loads(whole.choices[0].message.content) == {"city": "Paris"}
 
 
@@ -137,7 +137,7 @@ serve.shutdown()
 """
 
 
-def test_weights_by_name_callers_that_leave_a_kill_and_zero(tmp_path: Path, s3: S3, buckets: Path) -> None:
+def test_serve_app_handles_downloads_disconnects_crashes_and_idling(tmp_path: Path, s3: S3, buckets: Path) -> None:
     make_model(buckets / "acme" / "model")
     (script := tmp_path / "served.py").write_text(STUB)
     more = install(tmp_path / "packages") | AWS | {"AWS_ENDPOINT_URL": s3.url}
@@ -157,13 +157,13 @@ def test_weights_by_name_callers_that_leave_a_kill_and_zero(tmp_path: Path, s3: 
         message = "one does not support /v1/embeddings"
         assert refused[0] == 404 and message in refused[1] and refused[2] == "path_not_found"
 
-        asked = {"model": "one", "hold": str(held), "stream": True}
-        with httpx.stream("POST", url, json=asked, timeout=60) as stream:
+        body = {"model": "one", "hold": str(held), "stream": True}
+        with httpx.stream("POST", url, json=body, timeout=60) as stream:
             assert next(stream.iter_lines()).startswith("data: ")
             assert held.exists()
-        until(lambda: not held.exists(), 10, "the engine has heard that its caller left")
+        until(lambda: not held.exists(), 10, "the engine is notified that the client disconnected")
 
-        with httpx.stream("POST", url, json=asked, timeout=60) as stream:
+        with httpx.stream("POST", url, json=body, timeout=60) as stream:
             lines = stream.iter_lines()
             assert next(lines).startswith("data: ")
             engine = psutil.Process(int(held.read_text()))
@@ -172,7 +172,7 @@ def test_weights_by_name_callers_that_leave_a_kill_and_zero(tmp_path: Path, s3: 
             replica.kill()
             *_, last = (line for line in lines if line)
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "stream_broken_off"
-        until(lambda: not alive(engine), 10, "its engine ends with it")
+        until(lambda: not alive(engine), 10, "the engine exits with its replica")
 
         def again() -> bool:
             answer = ask()
@@ -180,17 +180,17 @@ def test_weights_by_name_callers_that_leave_a_kill_and_zero(tmp_path: Path, s3: 
             return answer.status_code == 200
 
         until(again, 60, "another replica answers")
-        until(lambda: not stubs(), 90, "nobody asks: zero")
+        until(lambda: not stubs(), 90, "the model scales to zero without requests")
         assert ask().status_code == 200
 
 
-def test_a_model_in_an_application_of_ones_own(tmp_path: Path) -> None:
+def test_a_model_runs_inside_a_custom_application(tmp_path: Path) -> None:
     with running(EXAMPLES / "composed.py", tmp_path / "home") as port:
         verse = httpx.post(f"http://127.0.0.1:{port}/", content="rain", timeout=120)
         assert verse.status_code == 200 and len(verse.text.split()) > 5
 
 
-def test_serve_runs_what_export_prints(tmp_path: Path, home: Home) -> None:
+def test_serve_runs_the_output_of_export(tmp_path: Path, home: Home) -> None:
     app = write_app(
         tmp_path / "exported" / "app.py",
         f"@llm({str(SMOLLM2)!r}, name='one', engine='stub', accelerator='cpu', cpus=0.2, env={{'T': Secret('T')}})\n"
@@ -217,16 +217,16 @@ def test_serve_runs_what_export_prints(tmp_path: Path, home: Home) -> None:
             until(lambda: '"places"' in answer(), START_S, "the stub engine answers")
         finally:
             family = psutil.Process(serving.pid).children(recursive=True)
-            serving.send_signal(signal.SIGINT)  # as Ctrl-C does
+            serving.send_signal(signal.SIGINT)  # same as Ctrl-C
             try:
                 serving.wait(60)
             finally:
                 serving.kill()
-    until(lambda: not any(map(alive, family)), 30, "its processes have ended")
+    until(lambda: not any(map(alive, family)), 30, "its processes exit")
     assert leftovers() - files == set()
 
 
-def test_a_class_deploys_itself(cluster: Home) -> None:
+def test_a_class_can_deploy_itself(cluster: Home) -> None:
     env = {**cluster.env, "MODEL": str(SMOLLM2)}
     done = subprocess.run(
         [sys.executable, EXAMPLES / "deploy.py"], env=env, capture_output=True, text=True, timeout=200, check=False

@@ -1,4 +1,4 @@
-"""Clients that people use, and what they ask for beside plain text: tools, JSON schemas, embeddings, scores."""
+"""Popular clients, and requests beyond plain text: tools, JSON schemas, embeddings and scores."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from tests.support.cluster import ENGINE_START_S, SMOLLM2, Home, write_app
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
-# It pins other versions of openai and huggingface_hub than this project: so a script in an environment of its own.
+# LiteLLM pins versions of openai and huggingface_hub that conflict with ours, so it runs in a separate environment.
 LITELLM = """
 import json, sys
 import litellm
@@ -41,7 +41,7 @@ except litellm.NotFoundError as error:
 
 @pytest.fixture(scope="module")
 def client(cluster: Home, tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> Iterator[openai.OpenAI]:
-    """OpenAI's, before `talker` (SmolLM2, with tools) and `embedder` (a tiny model that pools)."""
+    """An OpenAI client for `talker` (SmolLM2 with tools) and `embedder` (a tiny pooling model)."""
     tools = '"enable_auto_tool_choice": True, "tool_call_parser": "hermes"'
     text = f"""
 @llm({str(SMOLLM2)!r}, cpus=0.2, idle_timeout=600, engine_args={{{tools}}})
@@ -58,13 +58,13 @@ class Embedder: ...
 
 
 class Capital(BaseModel):
-    """What the model has to fill in."""
+    """The structured output that the model must produce."""
 
     city: str
     country: str
 
 
-def test_answers_after_a_schema(client: Any) -> None:
+def test_responses_follow_a_schema(client: Any) -> None:
     messages = [{"role": "user", "content": "Which city is the capital of France? Answer as JSON."}]
     parsed = client.chat.completions.parse(
         model="talker", messages=messages, response_format=Capital, temperature=0, max_tokens=60
@@ -84,13 +84,13 @@ def test_answers_after_a_schema(client: Any) -> None:
 
 
 @pytest.mark.parametrize("bare", [False, True])
-def test_every_answer_parses(client: Any, bare: bool) -> None:
-    """`bare`: the schema alone, as in Ray Serve LLM's guide. Half of them streamed."""
+def test_every_response_parses(client: Any, bare: bool) -> None:
+    """`bare` sends only the schema, as in Ray Serve LLM's guide. Half of the requests are streamed."""
     schema: dict[str, Any] = Capital.model_json_schema()
-    # At so small a model's temperature of 1 some go on for ever inside a string: bounded, as it can be.
+    # At temperature 1, so small a model may never close a string, so the lengths are bounded.
     for field in schema["properties"].values():
         field["maxLength"] = 20
-    wanted = schema if bare else {"name": "capital", "schema": schema}
+    requested = schema if bare else {"name": "capital", "schema": schema}
 
     def ask(number: int) -> str:
         messages = [
@@ -99,7 +99,7 @@ def test_every_answer_parses(client: Any, bare: bool) -> None:
         answer = client.chat.completions.create(
             model="talker",
             messages=messages,
-            response_format={"type": "json_schema", "json_schema": wanted},
+            response_format={"type": "json_schema", "json_schema": requested},
             max_tokens=120,
             seed=number,
             stream=bool(number % 2),
@@ -113,7 +113,7 @@ def test_every_answer_parses(client: Any, bare: bool) -> None:
             Capital.model_validate_json(text)
 
 
-def test_json_of_any_shape_regex_and_choice(client: Any) -> None:
+def test_structured_output_as_json_regex_and_choice(client: Any) -> None:
     messages = [{"role": "user", "content": "Is Paris in France?"}]
 
     def text(**more: Any) -> str:
@@ -122,16 +122,16 @@ def test_json_of_any_shape_regex_and_choice(client: Any) -> None:
 
     assert text(extra_body={"structured_outputs": {"choice": ["yes", "no"]}}) in ("yes", "no")
     assert re.fullmatch(r"[a-f]{3}-\d{2}", text(extra_body={"structured_outputs": {"regex": r"[a-f]{3}-\d{2}"}}))
-    wanted = {"type": "object", "properties": {"sure": {"type": "boolean"}}, "required": ["sure"]}
-    assert json.loads(text(extra_body={"structured_outputs": {"json": wanted}})).keys() == {"sure"}
+    shape = {"type": "object", "properties": {"sure": {"type": "boolean"}}, "required": ["sure"]}
+    assert json.loads(text(extra_body={"structured_outputs": {"json": shape}})).keys() == {"sure"}
     started = text(response_format={"type": "json_object"}).lstrip()
     assert started.startswith("{"), "the model may not come to an end, but it is JSON as far as it goes"
 
 
-def test_tools_are_on_for_a_model_whose_template_shows_how(
+def test_tools_are_enabled_if_the_chat_template_supports_them(
     cluster: Home, tmp_path: Path, client: openai.OpenAI
 ) -> None:
-    """`client`: so that these engines do not start beside each other."""
+    """Request `client` so that these engines do not start at the same time."""
     weights = tmp_path / "weights"
     shutil.copytree(SMOLLM2, weights, copy_function=os.link)
     template = (weights / "chat_template.jinja").read_text()
@@ -168,14 +168,14 @@ def test_a_named_tool_is_called(client: Any, stream: bool) -> None:
     else:
         (call,) = answer.choices[0].message.tool_calls
         name, arguments = call.function.name, call.function.arguments
-    assert name == "weather" and "Paris" in str(json.loads(arguments))  # what is in them is so small a model's business
+    assert name == "weather" and "Paris" in str(json.loads(arguments))
 
 
 def test_embeddings_and_scores(cluster: Home, client: openai.OpenAI) -> None:
     texts = ["a small town", "a small town", "the theory of numbers"]
-    found = client.embeddings.create(model="embedder", input=texts, encoding_format="float")
-    one, same, other = (row.embedding for row in found.data)
-    assert math.isclose(math.hypot(*one), 1, rel_tol=1e-3) and found.usage.prompt_tokens > 0
+    result = client.embeddings.create(model="embedder", input=texts, encoding_format="float")
+    one, same, other = (row.embedding for row in result.data)
+    assert math.isclose(math.hypot(*one), 1, rel_tol=1e-3) and result.usage.prompt_tokens > 0
 
     def distance(left: list[float], right: list[float]) -> float:
         return math.dist(left, right)
@@ -197,13 +197,13 @@ def test_embeddings_and_scores(cluster: Home, client: openai.OpenAI) -> None:
         client.chat.completions.create(model="embedder", messages=[{"role": "user", "content": "Hi"}])
 
 
-def test_litellm(cluster: Home, client: openai.OpenAI, tmp_path: Path) -> None:
+def test_litellm_completes_and_streams(cluster: Home, client: openai.OpenAI, tmp_path: Path) -> None:
     uv = shutil.which("uv")
     assert uv
     script = tmp_path / "ask.py"
     script.write_text(LITELLM)
     command = [uv, "run", "--no-project", "--isolated", "--with", "litellm", str(script), f"{cluster.url}/v1", "talker"]
-    env = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # it would fetch prices
+    env = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # otherwise it downloads prices
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
     assert done.returncode == 0, done.stderr
     whole, streamed, missing = json.loads(done.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""From zero and back, through the real command line, Ray and vLLM: forks, waits, room, and kills on the way."""
+"""Wakes and scaling to zero with the real CLI, Ray and vLLM: forks, queueing, capacity and crashes."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ import pytest
 from llmrun.wire import START_PARTS
 from tests.support.cluster import ENGINE_START_S, Home, leftovers, second_node, until, write_app
 
-# 0→1→0 of two models at random overlaps: `just soak` sets 100.
+# Number of 0→1→0 cycles of two models with random overlap. `just soak` sets 100.
 CYCLES = int(os.environ.get("LLMRUN_TEST_CYCLES", "4"))
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600 + 20 * CYCLES)]
-# Seconds into a wake when something is killed: all three with `just soak`.
+# Seconds from the start of a wake until a process is killed. `just soak` runs all three.
 DELAYS = [0.0, 0.7, 1.4] if CYCLES > 4 else [0.7]
 
 
 @pytest.fixture(scope="module")
 def tiny(cluster: Home, tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> Iterator[str]:
-    """Two tiny models, never started; the path of their weights."""
+    """Deploy two tiny models without starting them; yield the path of their weights."""
     weights = repr(str(tiny_weights))
     app = write_app(
         tmp_path_factory.mktemp("cold") / "cold" / "app.py",
@@ -42,66 +42,66 @@ def tiny(cluster: Home, tmp_path_factory: pytest.TempPathFactory, tiny_weights: 
 
 
 def family(cluster: Home) -> list[psutil.Process]:
-    """Every process of the cluster but its engines, which have sessions of their own."""
+    """Return all processes of the cluster except its engines, which run in separate sessions."""
     parent = psutil.Process(json.loads((cluster.path / "cluster.json").read_text())["pid"])
     return [parent, *parent.children(recursive=True)]
 
 
 def titled(cluster: Home, title: str) -> list[psutil.Process]:
-    """Those whose command line has these words."""
-    found = []
+    """Return the cluster processes whose command line contains `title`."""
+    processes = []
     for process in family(cluster):
         try:
             if title in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
+                processes.append(process)
         except psutil.Error:
             continue
-    return found
+    return processes
 
 
-def warm_parents(cluster: Home) -> list[psutil.Process]:
-    """The warm parents."""
+def fork_servers(cluster: Home) -> list[psutil.Process]:
+    """Return the fork server processes."""
     return titled(cluster, "llmrun: fork server")
 
 
 def asking(cluster: Home, model: str, **more: Any) -> Future[httpx.Response]:
-    """Ask in a thread; `.result()` is the answer."""
+    """Send a request from a thread; `.result()` returns the response."""
     pool = ThreadPoolExecutor(1)
     future = pool.submit(cluster.ask, model, **more)
     pool.shutdown(wait=False)
     return future
 
 
-def test_a_wake_is_a_fork_and_its_parts_are_told(cluster: Home, tiny: str) -> None:
+def test_a_wake_forks_an_engine_and_reports_its_parts(cluster: Home, tiny: str) -> None:
     def counted(series: str) -> float:
         lines = httpx.get(f"{cluster.url}/metrics").text.splitlines()
         return sum(float(line.removeprefix(series)) for line in lines if line.startswith(series + " "))
 
     forked = 'llmrun_cold_start_part_seconds_count{model="one",part="forked"}'
     whole = 'llmrun_cold_start_seconds_bucket{le="1800.0",model="one"}'
-    until(lambda: warm_parents(cluster), 60, "the warm parent came by itself")
+    until(lambda: fork_servers(cluster), 60, "the fork server starts on its own")
     cluster.unload("one")
     rows, before = len(cluster.starts("one")), (counted(forked), counted(whole))
     assert cluster.ask("one").status_code == 200
-    row = until(lambda: len(cluster.starts("one")) > rows and cluster.starts("one"), 10, "the start is noted")[0]
+    row = until(lambda: len(cluster.starts("one")) > rows and cluster.starts("one"), 10, "the start is recorded")[0]
     assert row["forked"] and tuple(row["parts"]) == START_PARTS
     parts = row["parts"]
     times = [parts[part] for part in START_PARTS if part != "forked"]
     assert times == sorted(times) and times[0] <= 0.2
     assert parts["decided"] <= parts["forked"] <= parts["ready"]
     cluster.wait_for("one", "cold", 30)
-    until(lambda: titled(cluster, "ray::IDLE"), 30, "there is a spare worker")
-    begun = time.monotonic()
+    until(lambda: titled(cluster, "ray::IDLE"), 30, "a spare worker is available")
+    started = time.monotonic()
     assert cluster.ask("one").status_code == 200
-    assert time.monotonic() - begun < 8  # 2 s on a quiet machine; a plain start takes 20
+    assert time.monotonic() - started < 8  # 2 s on an idle machine; a start without a fork takes 20 s
     parts = cluster.starts("one")[0]["parts"]
-    assert parts["forked"] < parts["placed"]  # the engine had a head start
+    assert parts["forked"] < parts["placed"]  # the engine was prestarted
     shown = cluster.ok("status", "one")
     assert "FIRST TOKEN" in shown and "median" in shown and "forked" in shown
     assert (counted(forked) - before[0], counted(whole) - before[1]) == (2, 2)
 
 
-def test_warm_and_unload_by_hand(cluster: Home, tiny: str, tmp_path: Path) -> None:
+def test_warm_and_unload_commands(cluster: Home, tiny: str, tmp_path: Path) -> None:
     app = write_app(
         tmp_path / "kept" / "app.py", f"@llm({tiny}, engine='stub', cpus=0.2, min_replicas=1)\nclass Kept: ...\n"
     )
@@ -116,13 +116,13 @@ def test_warm_and_unload_by_hand(cluster: Home, tiny: str, tmp_path: Path) -> No
     assert "Deleted kept" in cluster.ok("delete", "kept", "--yes")
 
 
-def test_a_schedule_keeps_warm(cluster: Home, tiny: str, tmp_path: Path) -> None:
+def test_a_schedule_keeps_a_model_hot(cluster: Home, tiny: str, tmp_path: Path) -> None:
     options = "engine='stub', cpus=0.2, idle_timeout=1, schedule='00:00-24:00'"
     text = f"@llm({tiny}, {options})\nclass Office: ...\n"
     app = write_app(tmp_path / "office" / "app.py", text)
     cluster.ok("deploy", app, "--lazy")
     cluster.wait_for("office", "hot", 60)
-    time.sleep(2.5)  # beyond its idle_timeout
+    time.sleep(2.5)  # longer than its idle_timeout
     assert cluster.status("office")["state"] == "hot"
     app.write_text(app.read_text().replace("schedule='00:00-24:00'", "schedule=None"))
     assert "without a restart" in cluster.ok("deploy", app)
@@ -130,7 +130,7 @@ def test_a_schedule_keeps_warm(cluster: Home, tiny: str, tmp_path: Path) -> None
     cluster.ok("delete", "office", "--yes")
 
 
-def test_a_caller_who_streams_hears_of_a_long_wait(cluster: Home, tiny: str, tmp_path: Path) -> None:
+def test_a_streaming_client_gets_keepalives_during_a_long_wake(cluster: Home, tiny: str, tmp_path: Path) -> None:
     text = f"""
 import time
 
@@ -148,7 +148,7 @@ class Slow:
     cluster.ok("delete", "slow", "--yes")
 
 
-def test_who_leaves_takes_a_wake_back_that_found_no_place(cluster: Home, tiny: str, tmp_path: Path) -> None:
+def test_a_disconnect_withdraws_a_wake_that_waits_for_capacity(cluster: Home, tiny: str, tmp_path: Path) -> None:
     cluster.unload()
     cpus = (os.cpu_count() or 2) - 0.1
     options = f"engine='stub', cpus={cpus}"
@@ -171,22 +171,22 @@ def test_who_leaves_takes_a_wake_back_that_found_no_place(cluster: Home, tiny: s
     cluster.ok("delete", "--app", "room", "--yes")
 
 
-def test_two_models_on_one_gpu_make_room_for_one_another(cluster: Home, tiny: str, tmp_path: Path) -> None:
+def test_two_models_on_one_gpu_evict_each_other(cluster: Home, tiny: str, tmp_path: Path) -> None:
     options = "engine='stub', accelerator='A10G', idle_timeout=300, min_uptime=1"
     text = f"@llm({tiny}, {options})\nclass Left: ...\n\n\n@llm({tiny}, {options})\nclass Right: ...\n"
     app = write_app(tmp_path / "gpu" / "app.py", text)
     with second_node(cluster, tmp_path / "second"):
-        until(lambda: cluster.run("deploy", app, "--lazy").returncode == 0, 60, "the node joined")
+        until(lambda: cluster.run("deploy", app, "--lazy").returncode == 0, 60, "the node joins the cluster")
         for model, other in (("left", "right"), ("right", "left"), ("left", "right")):
             assert cluster.ask(model).status_code == 200
             assert cluster.status(model)["state"] == "hot"
             assert cluster.status(other)["state"] in ("cold", "draining")
         assert f"evicted to free resources for {model}" in cluster.status(other)["cause"]
         cluster.unload()
-        both = [asking(cluster, model) for model in ("left", "right")]  # at once, and one GPU
+        both = [asking(cluster, model) for model in ("left", "right")]  # at the same time, on one GPU
         assert [one.result().status_code for one in both] == [200, 200]
         cluster.ok("delete", "--app", "gpu", "--yes")
-        until(lambda: not cluster.engines("left") + cluster.engines("right"), 30, "the engines have ended")
+        until(lambda: not cluster.engines("left") + cluster.engines("right"), 30, "the engines exit")
 
 
 Victims = Callable[[Home], list[psutil.Process]]
@@ -196,19 +196,19 @@ Victims = Callable[[Home], list[psutil.Process]]
 @pytest.mark.parametrize(
     ("who", "find"),
     [
-        ("the warm parent", warm_parents),
+        ("the warm parent", fork_servers),
         ("the engine", lambda cluster: cluster.engines("one")),
         ("the replica", lambda cluster: titled(cluster, "ray::ServeReplica:llmrun-one")),
         ("the node agent", lambda cluster: titled(cluster, "ray::NodeAgent")),
     ],
 )
-def test_what_is_killed_during_a_wake_costs_time_and_no_request(
+def test_a_process_killed_during_a_wake_fails_no_request(
     cluster: Home, tiny: str, who: str, find: Victims, delay: float
 ) -> None:
     cluster.unload("one")
     answer = asking(cluster, "one")
     time.sleep(delay)
-    victims = until(lambda: find(cluster) or (answer.done() and "late"), 60, f"{who} is there")
+    victims = until(lambda: find(cluster) or (answer.done() and "late"), 60, f"{who} is running")
     assert victims != "late"
     for process in victims:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -216,25 +216,25 @@ def test_what_is_killed_during_a_wake_costs_time_and_no_request(
     assert answer.result().status_code == 200, answer.result().text
 
 
-def test_a_fork_while_another_loads(cluster: Home, tiny: str) -> None:
+def test_an_engine_forks_while_another_loads(cluster: Home, tiny: str) -> None:
     cluster.unload()
-    until(lambda: warm_parents(cluster), 60, "there is a warm parent")
+    until(lambda: fork_servers(cluster), 60, "the fork server is running")
     answers = [asking(cluster, model) for model in ("one", "two", "one")]
     assert [answer.result().status_code for answer in answers] == [200, 200, 200]
 
 
 def measured(cluster: Home) -> dict[str, tuple[int, float]]:
-    """Open files and private MiB of each process of the cluster that stays."""
-    found = {}
+    """Return the open files and private memory (MiB) of each long-lived cluster process."""
+    usage = {}
     for process in family(cluster):
         try:
             name = " ".join(process.cmdline())[:60]
             if not name.startswith(("ray::ServeReplica", "ray::IDLE")):
                 memory = process.memory_info()
-                found[f"{process.pid} {name}"] = (process.num_fds(), (memory.rss - memory.shared) / 2**20)
+                usage[f"{process.pid} {name}"] = (process.num_fds(), (memory.rss - memory.shared) / 2**20)
         except psutil.Error:
             continue
-    return found
+    return usage
 
 
 def test_cycles_leave_nothing_behind(cluster: Home, tiny: str) -> None:
@@ -242,7 +242,7 @@ def test_cycles_leave_nothing_behind(cluster: Home, tiny: str) -> None:
         codes = []
         while not stop.is_set():
             codes.append(cluster.ask(model, max_tokens=dice.choice([1, 8, 200])).status_code)
-            stop.wait(dice.choice([0, 0.5, 2, 2.2, 2.5, 3, 4, 5]))  # before, at, and after the end of idle_timeout
+            stop.wait(dice.choice([0, 0.5, 2, 2.2, 2.5, 3, 4, 5]))  # before, at and after idle_timeout
         return codes
 
     def woken() -> int:
@@ -255,30 +255,30 @@ def test_cycles_leave_nothing_behind(cluster: Home, tiny: str) -> None:
     cached = log.read_text().count("has cached")
     assert [cluster.ask(model).status_code for model in ("one", "two")] == [200, 200]
     cluster.unload()
-    until(lambda: log.read_text().count("has cached") > cached, 30, "the fork server has cached what it will")
+    until(lambda: log.read_text().count("has cached") > cached, 30, "the fork server has filled its cache")
     seed = random.randrange(2**32)
     print(f"seed {seed}")
-    stop, begun, before, files = threading.Event(), woken(), {}, leftovers()
+    stop, before_cycles, before, files = threading.Event(), woken(), {}, leftovers()
     with ThreadPoolExecutor(4) as pool:
         work = [
             pool.submit(cycle_through, model, random.Random(seed + n), stop)
             for n, model in enumerate(("one", "two", "one", "two"))
         ]
         try:
-            until(lambda: woken() - begun >= min(CYCLES, 10) // 2, 600, "half of the first cycles")
+            until(lambda: woken() - before_cycles >= min(CYCLES, 10) // 2, 600, "half of the first cycles have run")
             before = measured(cluster)
-            until(lambda: woken() - begun >= CYCLES, 60 * CYCLES, "all cycles")
+            until(lambda: woken() - before_cycles >= CYCLES, 60 * CYCLES, "all cycles have run")
         finally:
             stop.set()
     codes = [code for one in work for code in one.result()]
     assert len(codes) >= CYCLES and set(codes) == {200}
     cluster.unload()
-    until(lambda: not titled(cluster, "ray::ServeReplica"), 30, "the replicas have ended")
-    until(lambda: leftovers() <= files, 30, f"no file is left beside {files}")
+    until(lambda: not titled(cluster, "ray::ServeReplica"), 30, "the replicas exit")
+    until(lambda: leftovers() <= files, 30, f"no files are left except {files}")
     assert not cluster.engines("one") and not cluster.engines("two")
-    until(lambda: titled(cluster, "ray::IDLE"), 30, "there is a spare worker again")
+    until(lambda: titled(cluster, "ray::IDLE"), 30, "a spare worker is available again")
     after = measured(cluster)
-    assert len(after) <= len(before) + 1  # a runtime's helper may come late
+    assert len(after) <= len(before) + 1  # a runtime environment helper may start late
     for name, (fds, mib) in after.items():
         if name in before:
             assert fds <= before[name][0] + 12, (name, fds, before[name])

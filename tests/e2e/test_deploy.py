@@ -1,4 +1,4 @@
-"""Deploying the example, through the real command line, a real Ray and real vLLM on CPU."""
+"""Deploy the example with the real CLI, Ray and vLLM on CPU."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ from tests.support.cluster import (
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 EXAMPLE = REPO / "examples/smollm2/app.py"
-# By a wide margin: kernels of different CPUs round differently (AMX or not), and a 135M model is easily turned.
+# The answer must win by a wide margin: CPUs round differently (with or without AMX), which can sway a 135M model.
 PARIS = "Name the capital of France."
 
 
 @pytest.fixture(scope="module")
 def openai(cluster: Home) -> Iterator[OpenAI]:
-    """OpenAI's own client."""
+    """The official OpenAI client."""
     with OpenAI(base_url=f"{cluster.url}/v1", api_key="none", timeout=ENGINE_START_S, max_retries=0) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def imported(cluster: Home) -> str:
-    """The example's weights are on the node; the command's output."""
+    """Import the example's weights; return the output of the command."""
     return cluster.ok("weights", "import", SMOLLM2, "--as", "HuggingFaceTB/SmolLM2-135M-Instruct")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cleanup(cluster: Home) -> Iterator[None]:
-    """The example is deleted after the last test."""
+    """Delete the example after the last test."""
     yield
     if cluster.find("smollm2"):
         cluster.ok("delete", "smollm2", "--yes")
@@ -58,18 +58,18 @@ def cleanup(cluster: Home) -> Iterator[None]:
 
 @pytest.fixture
 def smollm2(cluster: Home, imported: str) -> dict[str, Any]:
-    """The example is deployed as its file has it, and hot; its status. A test may change it."""
+    """Deploy the unmodified example, make it hot and return its status. Tests may change the deployment."""
     cluster.ok("deploy", EXAMPLE, "--adopt")
     cluster.make_hot("smollm2")
     return cluster.status("smollm2")
 
 
-def test_the_example_answers_any_openai_client(cluster: Home, imported: str, openai: OpenAI) -> None:
+def test_the_example_works_with_the_openai_client(cluster: Home, imported: str, openai: OpenAI) -> None:
     if cluster.find("smollm2"):
         cluster.ok("delete", "smollm2", "--yes")
     assert "imported" in imported
-    said = cluster.ok("deploy", EXAMPLE)
-    assert "+ smollm2" in said and f"{cluster.url}/v1" in said and "curl " in said
+    output = cluster.ok("deploy", EXAMPLE)
+    assert "+ smollm2" in output and f"{cluster.url}/v1" in output and "curl " in output
 
     messages: Any = [{"role": "user", "content": PARIS}]
     answer = openai.chat.completions.create(model="smollm2", messages=messages, temperature=0, max_tokens=20)
@@ -85,32 +85,30 @@ def test_the_example_answers_any_openai_client(cluster: Home, imported: str, ope
     assert openai.models.retrieve("HuggingFaceTB/SmolLM2-135M-Instruct").object == "model"
 
 
-def test_a_second_deploy_changes_nothing_and_is_quick(cluster: Home, smollm2: dict[str, Any]) -> None:
+def test_a_second_deploy_changes_nothing_and_is_fast(cluster: Home, smollm2: dict[str, Any]) -> None:
     (engine,) = cluster.engines("smollm2")
-    begun = time.monotonic()
-    said = cluster.ok("deploy", EXAMPLE)
-    assert time.monotonic() - begun < 3
-    assert "no changes" in said
+    started = time.monotonic()
+    output = cluster.ok("deploy", EXAMPLE)
+    assert time.monotonic() - started < 3
+    assert "no changes" in output
     assert [p.pid for p in cluster.engines("smollm2")] == [engine.pid]
 
 
-def test_numbers_change_without_a_restart(cluster: Home, tmp_path: Path, smollm2: dict[str, Any]) -> None:
+def test_scaling_options_change_without_a_restart(cluster: Home, tmp_path: Path, smollm2: dict[str, Any]) -> None:
     (engine,) = cluster.engines("smollm2")
     text = EXAMPLE.read_text()
     other = tmp_path / "smollm2" / "app.py"
     other.parent.mkdir()
     other.write_text(text.replace("aliases=", "max_replicas=2, idle_timeout=600, aliases="))
     assert "last deployed from" in cluster.fails("deploy", other)
-    said = cluster.ok("deploy", other, "--adopt")
-    assert "~ smollm2  (no restart)" in said and "max_replicas 1 → 2" in said and "idle_timeout 300 → 600" in said
+    output = cluster.ok("deploy", other, "--adopt")
+    assert "~ smollm2  (no restart)" in output and "max_replicas 1 → 2" in output and "idle_timeout 300 → 600" in output
     assert [p.pid for p in cluster.engines("smollm2")] == [engine.pid]
     assert cluster.status("smollm2")["version"] == smollm2["version"] + 1
     assert "max_replicas 2 → 1" in cluster.ok("deploy", EXAMPLE, "--adopt")
 
 
-def test_an_idle_cluster_takes_less_than_2_gib_beside_its_engines_and_their_warm_parent(
-    cluster: Home, smollm2: dict[str, Any]
-) -> None:
+def test_idle_cluster_uses_under_2_gib_besides_engines_and_fork_server(cluster: Home, smollm2: dict[str, Any]) -> None:
     parent = psutil.Process(json.loads((cluster.path / "cluster.json").read_text())["pid"])
     engines = {p.pid for engine in cluster.engines("smollm2") for p in (engine, *engine.children(recursive=True))}
     family = [process for process in (parent, *parent.children(recursive=True)) if process.pid not in engines]
@@ -132,24 +130,24 @@ def test_an_idle_cluster_takes_less_than_2_gib_beside_its_engines_and_their_warm
         ("org/model", 'aliases=["smollm2"]', ["'smollm2' belongs to model smollm2 of app smollm2"]),
     ],
 )
-def test_what_can_be_known_to_fail_is_refused_at_deploy(
+def test_deploy_rejects_foreseeable_failures(
     cluster: Home, tmp_path: Path, smollm2: dict[str, Any], model: str, arguments: str, words: list[str]
 ) -> None:
-    said = cluster.fails("deploy", write_app(tmp_path / "bad.py", f"@llm({model!r}, {arguments})\nclass One: ...\n"))
+    error = cluster.fails("deploy", write_app(tmp_path / "bad.py", f"@llm({model!r}, {arguments})\nclass One: ...\n"))
     for word in words:
-        assert word in said
+        assert word in error
 
 
-def test_only_the_ingress_reaches_an_engine(cluster: Home, smollm2: dict[str, Any]) -> None:
+def test_only_the_ingress_can_reach_an_engine(cluster: Home, smollm2: dict[str, Any]) -> None:
     address = cluster.wait_for("smollm2", "hot")["details"][0]["address"]
     for path in ("/v1/models", "/health", "/metrics", "/_llmrun/state"):
         assert httpx.get(f"http://{address}{path}").status_code == 401
-    assert httpx.post(f"{cluster.url}/metrics", json={"model": "smollm2"}).status_code == 405  # control's own
+    assert httpx.post(f"{cluster.url}/metrics", json={"model": "smollm2"}).status_code == 405  # control's own path
     for path in ("/v1/load_lora_adapter", "/v1/embeddings", "/_llmrun/state", "/reset_prefix_cache"):
         assert httpx.post(f"{cluster.url}{path}", json={"model": "smollm2"}).status_code == 404
 
 
-def test_a_version_that_has_no_room_beside_the_one_before_waits_until_that_has_drained(
+def test_without_capacity_for_both_versions_the_old_one_drains_first(
     cluster: Home, tmp_path: Path, smollm2: dict[str, Any]
 ) -> None:
     version = smollm2["version"]
@@ -158,24 +156,24 @@ def test_a_version_that_has_no_room_beside_the_one_before_waits_until_that_has_d
     other.parent.mkdir()
     text = EXAMPLE.read_text()
     other.write_text(text.replace("aliases=", 'cpus=1.3, engine_args="--no-such-flag 1", aliases='))
-    said = cluster.fails("deploy", other, "--adopt")
-    assert f"not enough capacity next to version {version}: draining it first, requests are queued" in said
-    assert "unrecognized arguments" in said and f"version {version} stays active" in said
+    error = cluster.fails("deploy", other, "--adopt")
+    assert f"not enough capacity next to version {version}: draining it first, requests are queued" in error
+    assert "unrecognized arguments" in error and f"version {version} stays active" in error
     assert not alive(engine)
     assert "Paris" in cluster.ask("smollm2", PARIS).text
 
 
-def test_no_room_for_the_proof_is_said_with_who_holds_it(
+def test_deploy_without_capacity_for_the_proof_names_the_users(
     cluster: Home, tmp_path: Path, tiny_weights: Path, smollm2: dict[str, Any]
 ) -> None:
     app = write_app(tmp_path / "big.py", f"@llm({str(tiny_weights)!r}, cpus={os.cpu_count()})\nclass Big: ...\n")
-    said = cluster.ok("deploy", app)
-    assert "deployed, not proven: not enough capacity" in said and "in use by" in said and "smollm2" in said
+    output = cluster.ok("deploy", app)
+    assert "deployed, not proven: not enough capacity" in output and "in use by" in output and "smollm2" in output
     assert cluster.status("big")["state"] == "cold"
     assert "Deleted big" in cluster.ok("delete", "big", "--yes")
 
 
-def test_chat_streams_and_converses(cluster: Home, smollm2: dict[str, Any]) -> None:
+def test_chat_streams_and_holds_a_conversation(cluster: Home, smollm2: dict[str, Any]) -> None:
     assert "Paris" in cluster.ok("chat", "smollm2", PARIS, "--temperature", "0")
     done = subprocess.run(
         [BIN / "llmrun", "chat", "smollm2", "--max-tokens", "5"],
@@ -190,7 +188,7 @@ def test_chat_streams_and_converses(cluster: Home, smollm2: dict[str, Any]) -> N
     assert "model 'nobody' not found" in cluster.fails("chat", "nobody", "Hello")
 
 
-def test_what_was_deployed_is_deployed_again_after_down_and_up(cluster: Home, smollm2: dict[str, Any]) -> None:
+def test_deployed_models_are_restored_after_down_and_up(cluster: Home, smollm2: dict[str, Any]) -> None:
     models = {model["name"] for model in json.loads(cluster.ok("status", "--json"))["models"]}
     assert "Cluster stopped" in cluster.ok("down")
     assert "cannot reach llmrun at" in cluster.fails("status")
@@ -201,16 +199,16 @@ def test_what_was_deployed_is_deployed_again_after_down_and_up(cluster: Home, sm
     assert "Paris" in cluster.ask("smollm2", PARIS).text
 
 
-def test_two_homes_on_two_ports_do_not_meet(
+def test_two_homes_on_two_ports_are_independent(
     cluster: Home, tmp_path: Path, tiny_weights: Path, smollm2: dict[str, Any]
 ) -> None:
     other = Home(tmp_path / "other", free_port())
     other.path.mkdir()
     stale = {"url": other.url, "pid": 2**22 - 1, "temp": str(tmp_path / "gone"), "ray_address": ""}
-    (other.path / "cluster.json").write_text(json.dumps(stale))  # as a parent leaves it that was killed
+    (other.path / "cluster.json").write_text(json.dumps(stale))  # left behind by a killed parent
     app = write_app(tmp_path / "app.py", f'@llm("{tiny_weights}")\nclass One: ...\n')
-    said = other.ok("deploy", app, "--dry-run", LLMRUN_URL="", LLMRUN_FORKSERVER="0")
-    assert f"No cluster at {other.url}. Starting one" in said and f"+ one  {tiny_weights}, on CPU" in said
+    output = other.ok("deploy", app, "--dry-run", LLMRUN_URL="", LLMRUN_FORKSERVER="0")
+    assert f"No cluster at {other.url}. Starting one" in output and f"+ one  {tiny_weights}, on CPU" in output
     try:
         assert "No models deployed" in other.ok("status")
         assert "is already running" in other.fails("up")
@@ -221,19 +219,19 @@ def test_two_homes_on_two_ports_do_not_meet(
         sockets = [c for p in parent.children(recursive=True) for c in p.net_connections("tcp") if c.status == "LISTEN"]
         assert len(sockets) > 5
         assert {c.laddr.ip for c in sockets} <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
-        # It was told to keep no warm parent: engines start plainly.
+        # The fork server is disabled, so engines start without a fork.
         other.ok("deploy", app, "--lazy")
         assert other.ask("one").status_code == 200
         family = [" ".join(p.cmdline()) for p in parent.children(recursive=True)]
         assert len(family) > 5 and not any("fork server" in line for line in family)
-        row = until(lambda: other.starts("one"), 10, "its start is noted")[0]
+        row = until(lambda: other.starts("one"), 10, "its start is recorded")[0]
         assert not row["forked"]
     finally:
         other.ok("down")
     assert cluster.status("smollm2")["name"] == "smollm2"
 
 
-def test_a_remote_command_line_needs_only_url_and_key(cluster: Home, tmp_path: Path, smollm2: dict[str, Any]) -> None:
+def test_the_remote_cli_needs_only_a_url_and_a_key(cluster: Home, tmp_path: Path, smollm2: dict[str, Any]) -> None:
     key = (cluster.path / "admin.key").read_text()
     away = Home(tmp_path / "away", cluster.port)
     assert "an admin key is required" in away.fails("status")
@@ -241,14 +239,14 @@ def test_a_remote_command_line_needs_only_url_and_key(cluster: Home, tmp_path: P
     assert not away.path.exists()
 
 
-def test_a_model_without_a_file_and_a_ctrl_c_that_cancels_nothing(cluster: Home, tiny_weights: Path) -> None:
+def test_deploy_without_an_app_file_continues_after_ctrl_c(cluster: Home, tiny_weights: Path) -> None:
     deploy = subprocess.Popen(
         [BIN / "llmrun", "deploy", f"file://{tiny_weights}", "--name", "bare", "--", "--max-model-len", "512"],
         env=cluster.env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # A shell's background job, as these tests may be one, is deaf to SIGINT.
+        # These tests may run as a shell's background job, which ignores SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     assert deploy.stderr
@@ -264,7 +262,7 @@ def test_a_model_without_a_file_and_a_ctrl_c_that_cancels_nothing(cluster: Home,
     assert "Deleted bare" in cluster.ok("delete", "bare", "--yes")
 
 
-def test_a_wake_that_fails_is_told_to_who_waits_and_the_next_one_tries_again(
+def test_a_failed_wake_is_reported_and_the_next_request_retries(
     cluster: Home, tmp_path: Path, tiny_weights: Path
 ) -> None:
     folder = tmp_path / "weights"
@@ -283,8 +281,8 @@ def test_a_wake_that_fails_is_told_to_who_waits_and_the_next_one_tries_again(
     assert "Deleted moving" in cluster.ok("delete", "moving", "--yes")
 
 
-def test_delete(cluster: Home, smollm2: dict[str, Any]) -> None:
+def test_delete_removes_the_model_and_its_engine(cluster: Home, smollm2: dict[str, Any]) -> None:
     assert "Deleted smollm2" in cluster.ok("delete", "smollm2", "--yes")
-    until(lambda: not cluster.engines("smollm2"), 30, "the engine has ended")
+    until(lambda: not cluster.engines("smollm2"), 30, "the engine exits")
     assert "not found; available:" in cluster.fails("delete", "smollm2", "--yes")
     assert "app 'smollm2' not found" in cluster.fails("delete", "--app", "smollm2", "--yes")

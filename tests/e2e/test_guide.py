@@ -1,4 +1,4 @@
-"""The examples that stand for each part of Ray Serve LLM's guide (docs/how-to/coming-from-ray-serve-llm.md), run."""
+"""Run the examples for each part of Ray Serve LLM's guide (docs/how-to/coming-from-ray-serve-llm.md)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GUIDE = REPO / "examples/guide"
 
 @pytest.fixture(scope="module")
 def guide(cluster: Home, tmp_path_factory: pytest.TempPathFactory, minilm: Path) -> Iterator[dict[str, str]]:
-    """The app, deployed, with weights that are here; the environment of OpenAI's clients."""
+    """Deploy the app with local weights; yield the environment for OpenAI clients."""
     folder = tmp_path_factory.mktemp("guide")
     for seed, name in enumerate(("legal", "sql")):
         make_adapter(folder / "adapters" / name, seed=seed, shapes=SMOL, layers=SMOL_LAYERS)
@@ -32,8 +32,8 @@ def guide(cluster: Home, tmp_path_factory: pytest.TempPathFactory, minilm: Path)
     cluster.ok("delete", "--app", "guide", "--yes")
 
 
-def said(example: str, env: dict[str, str], *arguments: str | Path) -> list[str]:
-    """The lines that an example prints."""
+def printed_lines(example: str, env: dict[str, str], *arguments: str | Path) -> list[str]:
+    """Run an example and return the lines that it prints."""
     command = [sys.executable, GUIDE / example, *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -42,25 +42,25 @@ def said(example: str, env: dict[str, str], *arguments: str | Path) -> list[str]
 
 @pytest.mark.e2e
 @pytest.mark.timeout(300)
-def test_text_in_shapes_and_tools(guide: dict[str, str]) -> None:
-    parsed, bare, choice, pattern = said("structured_output.py", guide)
+def test_structured_output_and_tool_calls(guide: dict[str, str]) -> None:
+    parsed, bare, choice, pattern = printed_lines("structured_output.py", guide)
     assert parsed.startswith("parsed: city=") and bare.split(": ")[1] in ("Europe", "Asia", "Africa")
     assert choice in ("structured: yes", "structured: no") and pattern[-3] == "-"
-    named, auto = said("tool_calls.py", guide)
+    named, auto = printed_lines("tool_calls.py", guide)
     assert "'name': 'weather'" in named and "Paris" in named and auto.split(": ")[1] in ("stop", "length", "tool_calls")
 
 
 @pytest.mark.e2e
 @pytest.mark.timeout(300)
-def test_other_kinds_of_models_and_adapters(guide: dict[str, str], tmp_path: Path) -> None:
-    assert said("embeddings.py", guide) == ["nearest: a little village", "first: a little village"]
+def test_embeddings_vision_and_adapters(guide: dict[str, str], tmp_path: Path) -> None:
+    assert printed_lines("embeddings.py", guide) == ["nearest: a little village", "first: a little village"]
     (tmp_path / "red.png").write_bytes(picture((255, 0, 0)))
-    assert int(said("vision.py", guide, tmp_path / "red.png")[0].rpartition(" ")[2]) > 4
-    answers = dict(line.split(": ", 1) for line in said("adapters.py", guide))
+    assert int(printed_lines("vision.py", guide, tmp_path / "red.png")[0].rpartition(" ")[2]) > 4
+    answers = dict(line.split(": ", 1) for line in printed_lines("adapters.py", guide))
     assert answers.keys() == {"adapted", "adapted:legal", "adapted:sql"} and len(set(answers.values())) == 3
 
 
-def test_what_needs_gpus_is_read() -> None:
+def test_gpu_examples_load() -> None:
     counts = {item.spec.name: (item.spec.gpu_count, item.spec.nodes) for item in load_app(GUIDE / "placement.py")}
     assert counts == {
         "first-there-is": (1, 1),

@@ -1,4 +1,4 @@
-"""Keys, limits, usage and the engine's other paths, through the command line, real clients and a real vLLM."""
+"""Keys, limits, usage and the engine's other paths, with the CLI, real clients and real vLLM."""
 
 from __future__ import annotations
 
@@ -32,40 +32,40 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 @pytest.fixture(scope="module")
 def keyed(cluster: Home, tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> Iterator[str]:
-    """A hot tiny model called `keyed`, and the key of `alice`."""
+    """Deploy a tiny model `keyed` and yield the key of `alice`."""
     text = f"@llm({str(tiny_weights)!r}, cpus=0.2, idle_timeout=600)\nclass Keyed: ...\n"
     cluster.ok("deploy", write_app(tmp_path_factory.mktemp("keyed") / "keyed" / "app.py", text))
     assert "No keys" in cluster.ok("key", "list")
     yield create(cluster, "alice", "--rpm", "1000")
     for row in json.loads(cluster.ok("key", "list", "--json")):
         cluster.ok("key", "revoke", row["name"])
-    until(lambda: cluster.ask("keyed").status_code == 200, 5, "without keys it is open again")
+    until(lambda: cluster.ask("keyed").status_code == 200, 5, "without keys, access is open again")
     cluster.ok("delete", "keyed", "--yes")
 
 
 def create(cluster: Home, name: str, *more: str) -> str:
-    """A new key; the ingress knows it when this returns."""
+    """Create a key and return it once the ingress accepts it."""
     key = cluster.run("key", "create", name, *more).stdout.strip()
     assert key.startswith("sk-llmrun-")
-    until(lambda: ask(cluster, key, model="?").status_code != 401, 2, "the ingress knows the key")
+    until(lambda: ask(cluster, key, model="?").status_code != 401, 2, "the ingress accepts the key")
     return key
 
 
 def ask(cluster: Home, key: str, **more: Any) -> httpx.Response:
-    """A completion with that key."""
+    """Request a completion with the key."""
     body = {"model": "keyed", "prompt": "Hello there", "max_tokens": 8, "temperature": 0, "ignore_eos": True} | more
     headers = {"authorization": f"Bearer {key}"} if key else {}
     return httpx.post(f"{cluster.url}/v1/completions", json=body, headers=headers, timeout=ENGINE_START_S)
 
 
 def used(cluster: Home, *by: str) -> list[dict[str, Any]]:
-    """`llmrun usage --json`, once the replicas have told."""
+    """Return the rows of `llmrun usage --json` after the replicas have reported."""
     time.sleep(1.5)
     rows: list[dict[str, Any]] = json.loads(cluster.ok("usage", *(f"--by={name}" for name in by), "--json"))
     return rows
 
 
-def test_keys_are_made_listed_and_revoked(cluster: Home, keyed: str) -> None:
+def test_keys_are_created_listed_and_revoked(cluster: Home, keyed: str) -> None:
     assert ask(cluster, "").status_code == 401 and ask(cluster, "sk-llmrun-guess").status_code == 401
     assert ask(cluster, keyed).status_code == 200
     bob = create(cluster, "bob", "--model", "keyed", "--tpm", "60", "--expires", "30d")
@@ -74,21 +74,21 @@ def test_keys_are_made_listed_and_revoked(cluster: Home, keyed: str) -> None:
     shown = cluster.ok("key", "list")
     assert "alice" in shown and "bob" in shown and bob not in shown
     assert ask(cluster, bob, max_tokens=64).status_code == 200
-    refused = until(lambda: (answer := ask(cluster, bob)).status_code == 429 and answer, 5, "its tokens are used up")
+    refused = until(lambda: (answer := ask(cluster, bob)).status_code == 429 and answer, 5, "the tpm limit applies")
     assert "tokens per minute (tpm)" in refused.text and 1 <= int(refused.headers["retry-after"]) <= 60
     assert ask(cluster, keyed).status_code == 200
     cluster.ok("key", "revoke", "bob")
-    until(lambda: ask(cluster, bob).status_code == 401, 2, "a revoked key is refused")
+    until(lambda: ask(cluster, bob).status_code == 401, 2, "the revoked key is rejected")
     assert "key 'alice' already exists. Revoke it first" in cluster.fails("key", "create", "alice")
     assert "model 'nobody' not found" in cluster.fails("key", "create", "carol", "--model", "nobody")
     assert "invalid key name" in cluster.fails("key", "create", "No Good")
     assert "invalid time; write a duration" in cluster.fails("key", "create", "carol", "--expires", "soon")
     assert "its expiry is in the past" in cluster.fails("key", "create", "carol", "--expires", "2020-01-01")
     assert "key 'carol' not found; available: alice" in cluster.fails("key", "revoke", "carol")
-    assert "Paris" not in cluster.ok("chat", "keyed", "Hi", "--max-tokens", "4")  # the admin key is one too
+    assert "Paris" not in cluster.ok("chat", "keyed", "Hi", "--max-tokens", "4")  # the admin key works too
 
 
-def test_usage_is_what_the_answers_say(cluster: Home, keyed: str) -> None:
+def test_usage_matches_the_responses(cluster: Home, keyed: str) -> None:
     dora = create(cluster, "dora")
     client = openai.OpenAI(api_key=dora, base_url=f"{cluster.url}/v1", max_retries=0)
     prompt = completion = 0
@@ -104,7 +104,7 @@ def test_usage_is_what_the_answers_say(cluster: Home, keyed: str) -> None:
     client.close()
     prompt, completion = prompt + last.prompt_tokens, completion + last.completion_tokens
     answer = ask(cluster, dora, stream=True, max_tokens=9)
-    assert "usage" not in answer.text  # nobody asked for it
+    assert "usage" not in answer.text  # the client did not request it
     prompt, completion = prompt + 2, completion + 9
     (row,) = [row for row in used(cluster, "key") if row["key"] == "dora"]
     assert (row["requests"], row["prompt_tokens"], row["completion_tokens"]) == (3, prompt, completion)
@@ -115,18 +115,18 @@ def test_usage_is_what_the_answers_say(cluster: Home, keyed: str) -> None:
 
 
 def metrics(cluster: Home) -> list[Sample]:
-    """All that `/metrics` says."""
+    """Return all samples of `/metrics`."""
     text = httpx.get(f"{cluster.url}/metrics").text
     return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
 
 
 def running(cluster: Home) -> float:
-    """vLLM's gauge of requests that it works on, for `keyed`."""
-    found = [s for s in metrics(cluster) if s.name == "vllm:num_requests_running"]
-    return sum(s.value for s in found if s.labels["model"] == "keyed")
+    """Return vLLM's gauge of running requests for `keyed`."""
+    samples = [s for s in metrics(cluster) if s.name == "vllm:num_requests_running"]
+    return sum(s.value for s in samples if s.labels["model"] == "keyed")
 
 
-def test_when_a_client_goes_the_engine_stops_within_a_second(cluster: Home, keyed: str) -> None:
+def test_the_engine_stops_within_a_second_of_a_disconnect(cluster: Home, keyed: str) -> None:
     def tokens() -> int:
         return sum(row["completion_tokens"] for row in used(cluster, "key") if row["key"] == "alice")
 
@@ -136,12 +136,12 @@ def test_when_a_client_goes_the_engine_stops_within_a_second(cluster: Home, keye
     with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, headers=headers, timeout=60) as answer:
         lines = answer.iter_lines()
         next(lines)
-        until(lambda: running(cluster) == 1, 5, "it runs")
-    until(lambda: running(cluster) == 0, 1.5, "it has stopped")  # one second, and the question itself
+        until(lambda: running(cluster) == 1, 5, "the request runs")
+    until(lambda: running(cluster) == 0, 1.5, "the request stops")  # one second, plus the time of the check
     assert tokens() - before < 2000
 
 
-def test_the_engines_other_paths(cluster: Home, keyed: str) -> None:
+def test_other_engine_paths(cluster: Home, keyed: str) -> None:
     http = httpx.Client(base_url=cluster.url, headers={"authorization": f"Bearer {keyed}"}, timeout=60)
     tokens = http.post("/tokenize", json={"model": "keyed", "prompt": "Hello there"}).json()["tokens"]
     text = http.post("/detokenize", json={"model": "keyed", "tokens": tokens}).json()["prompt"]
@@ -153,8 +153,8 @@ def test_the_engines_other_paths(cluster: Home, keyed: str) -> None:
     )
     assert message.status_code == 200 and message.json()["type"] == "message"
     client = openai.OpenAI(api_key=keyed, base_url=f"{cluster.url}/v1", max_retries=0)
-    said = client.responses.create(model="keyed", input="Hi", max_output_tokens=4)
-    assert said.object == "response"
+    response = client.responses.create(model="keyed", input="Hi", max_output_tokens=4)
+    assert response.object == "response"
     with pytest.raises(
         openai.NotFoundError, match=r"keyed does not support /v1/embeddings. Available: .*/v1/chat/completions"
     ):
@@ -169,10 +169,10 @@ def test_the_engines_other_paths(cluster: Home, keyed: str) -> None:
     client.close()
     http.close()
     log, line = cluster.path / "logs" / "ingress.log", "mine-1 key alice keyed /v1/completions 200"
-    until(lambda: line in log.read_text(), 5, "the request is in the log")
+    until(lambda: line in log.read_text(), 5, "the request appears in the log")
 
 
-def test_an_ingress_that_is_killed_under_load_is_back_in_seconds_and_counts_right(cluster: Home, keyed: str) -> None:
+def test_an_ingress_killed_under_load_recovers_and_counts_correctly(cluster: Home, keyed: str) -> None:
     stop, broken, late = threading.Event(), [], []
 
     def caller() -> None:
@@ -187,11 +187,11 @@ def test_an_ingress_that_is_killed_under_load_is_back_in_seconds_and_counts_righ
     with ThreadPoolExecutor(8) as pool:
         callers = [pool.submit(caller) for _ in range(8)]
         try:
-            until(lambda: len(late) > 20, 30, "there is load")
+            until(lambda: len(late) > 20, 30, "requests succeed under load")
             (ingress,) = titled(cluster, "ray::IngressActor")
             ingress.kill()
             killed = time.monotonic()
-            until(lambda: len([moment for moment in late if moment > killed + 0.5]) > 20, 30, "it is back")
+            until(lambda: len([moment for moment in late if moment > killed + 0.5]) > 20, 30, "requests succeed again")
         finally:
             stop.set()
     for one in callers:
@@ -202,23 +202,23 @@ def test_an_ingress_that_is_killed_under_load_is_back_in_seconds_and_counts_righ
         status = cluster.status("keyed")
         return bool(status["in_flight"] == 0 == status["waiting"])
 
-    until(settled, 10, "nothing is counted as in flight any more")
+    until(settled, 10, "no request is counted as in flight or waiting")
     assert ask(cluster, "sk-llmrun-guess").status_code == 401
 
 
-def test_what_the_openapi_document_allows_never_breaks_it(cluster: Home, keyed: str) -> None:
+def test_requests_valid_by_openapi_cause_no_server_errors(cluster: Home, keyed: str) -> None:
     document = schemathesis.openapi.from_dict(httpx.get(f"{cluster.url}/openapi.json").json())
     headers = {"authorization": f"Bearer {keyed}"}
-    asked, session = 0, requests.Session()
+    requests_sent, session = 0, requests.Session()
     for result in document.get_all_operations():
         assert isinstance(result, Ok), result
 
-        @given(case=result.ok().as_strategy(), known=booleans())
+        @given(case=result.ok().as_strategy(), known_model=booleans())
         @settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-        def fuzz(case: Any, known: bool) -> None:
-            nonlocal asked
-            asked += 1
-            if known and isinstance(case.body, dict):
+        def fuzz(case: Any, known_model: bool) -> None:
+            nonlocal requests_sent
+            requests_sent += 1
+            if known_model and isinstance(case.body, dict):
                 case.body["model"] = "keyed"
             answer = case.call(base_url=cluster.url, session=session, headers=headers, timeout=30)
             assert answer.status_code < 500, (case.path, case.body, answer.text)
@@ -227,10 +227,10 @@ def test_what_the_openapi_document_allows_never_breaks_it(cluster: Home, keyed: 
 
         fuzz()
     session.close()
-    assert asked > 100
+    assert requests_sent > 100
 
 
-def test_two_ingresses_agree_one_may_die_and_beyond_loopback_needs_a_key(tmp_path: Path, tiny_weights: Path) -> None:
+def test_two_ingresses_share_limits_and_public_hosts_require_keys(tmp_path: Path, tiny_weights: Path) -> None:
     home = Home(tmp_path / "two", free_port(), install(tmp_path / "packages") | {"LLMRUN_FORKSERVER": "0"})
     other = Home(tmp_path / "other", free_port())
     everywhere = ("up", "--host", "0.0.0.0")
@@ -238,8 +238,8 @@ def test_two_ingresses_agree_one_may_die_and_beyond_loopback_needs_a_key(tmp_pat
     assert not (home.path / "cluster.json").exists()
     home.ok(*everywhere, "--insecure", LLMRUN_INGRESSES="2")
     try:
-        said = other.fails("up", "--port", str(home.port), LLMRUN_INGRESSES="2")
-        assert "cannot listen on" in said and not (other.path / "cluster.json").exists()
+        error = other.fails("up", "--port", str(home.port), LLMRUN_INGRESSES="2")
+        assert "cannot listen on" in error and not (other.path / "cluster.json").exists()
         text = f"@llm({str(tiny_weights)!r}, engine='stub', cpus=0.2, min_replicas=1)\nclass Keyed: ...\n"
         home.ok("deploy", write_app(tmp_path / "keyed" / "app.py", text))
         key = create(home, "both", "--rpm", "40")
@@ -247,14 +247,15 @@ def test_two_ingresses_agree_one_may_die_and_beyond_loopback_needs_a_key(tmp_pat
         def statuses(count: int) -> list[int]:
             return [ask(home, key, max_tokens=4).status_code for _ in range(count)]
 
-        found = Counter(statuses(80))
-        assert 40 <= found[200] <= 60 and found[200] + found[429] == 80  # half a second of the other's may be unknown
+        counts = Counter(statuses(80))
+        # An ingress may not have received the other's counts of the last half second.
+        assert 40 <= counts[200] <= 60 and counts[200] + counts[429] == 80
         answered = {
             s.labels["ingress"]: s.value
             for s in metrics(home)
             if s.name == "llmrun_requests_total" and s.labels["status"] == "200" and s.labels["model"] == "keyed"
         }
-        assert answered.keys() == {"ingress", "ingress-2"} and sum(answered.values()) == found[200]
+        assert answered.keys() == {"ingress", "ingress-2"} and sum(answered.values()) == counts[200]
         home.ok("key", "revoke", "both")
         key = create(home, "more")
         ingress, _ = titled(home, "ray::IngressActor")
@@ -263,13 +264,13 @@ def test_two_ingresses_agree_one_may_die_and_beyond_loopback_needs_a_key(tmp_pat
         for _ in range(40):
             try:
                 assert statuses(1) == [200]
-            except httpx.TransportError:  # it came in the moment of the death
+            except httpx.TransportError:  # sent while the ingress died
                 broken += 1
         assert broken <= 2
-        until(lambda: len(titled(home, "ray::IngressActor")) == 2, 20, "the other is back")
+        until(lambda: len(titled(home, "ray::IngressActor")) == 2, 20, "the killed ingress is back")
         home.ok("key", "create", "last")
         home.ok("key", "revoke", "more")
-        until(lambda: set(statuses(8)) == {401}, 2, "both have heard of it")
+        until(lambda: set(statuses(8)) == {401}, 2, "both ingresses reject the revoked key")
         home.ok("down")
         home.ok(*everywhere)
         assert httpx.get(f"{home.url}/v1/models").status_code == 401

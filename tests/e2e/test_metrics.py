@@ -1,4 +1,4 @@
-"""`/metrics` of a cluster that works, `llmrun dashboards`, and a real Prometheus that answers all of its questions."""
+"""`/metrics` of a running cluster, and `llmrun dashboards` with a real Prometheus that runs all of its queries."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tests.support.adapters import make_adapter
 from tests.support.cluster import REPO, Home, free_port, until, write_app
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
-# What Grafana puts in place of its variables.
+# The values that Grafana would substitute for its variables.
 VARIABLES = {"$model": ".*", "$__rate_interval": "20s", "$__range": "60s"}
 INSTALL = "a real Prometheus is needed: `apt-get install prometheus` (`just test` does it where it may)"
 
 
 @contextlib.contextmanager
 def prometheus(folder: Path) -> Iterator[str]:
-    """Prometheus with the configuration that lies there; its address."""
+    """Run Prometheus with the configuration in `folder`; yield its URL."""
     assert shutil.which("prometheus") and shutil.which("promtool"), INSTALL
     subprocess.run(["promtool", "check", "config", folder / "prometheus.yml"], check=True, capture_output=True)
     address = f"127.0.0.1:{free_port()}"
@@ -51,20 +51,20 @@ def prometheus(folder: Path) -> Iterator[str]:
 
 
 def questions(folder: Path) -> dict[str, str]:
-    """What each panel of the written dashboard asks, by its title and reference."""
+    """Return the queries of the generated dashboard, by panel title and reference ID."""
     panels = json.loads((folder / "grafana/llmrun.json").read_text())["panels"]
-    found = {}
+    queries = {}
     for panel in panels:
         for target in panel.get("targets", ()):
-            asked = target["expr"]
+            query = target["expr"]
             for name, value in VARIABLES.items():
-                asked = asked.replace(name, value)
-            found[f"{panel['title']} {target['refId']}"] = asked
-    return found
+                query = query.replace(name, value)
+            queries[f"{panel['title']} {target['refId']}"] = query
+    return queries
 
 
 def on_the_page(text: str) -> dict[str, tuple[str, frozenset[str]]]:
-    """llmrun's metrics there: type and labels."""
+    """Return the type and labels of llmrun's metrics on a `/metrics` page."""
     return {
         family.name: (family.type, frozenset(label for sample in family.samples for label in sample.labels) - {"le"})
         for family in text_string_to_metric_families(text)
@@ -73,34 +73,34 @@ def on_the_page(text: str) -> dict[str, tuple[str, frozenset[str]]]:
 
 
 def in_the_docs() -> dict[str, tuple[str, frozenset[str]]]:
-    """The same of the table in docs/reference/metrics.md."""
+    """Return the type and labels of the metrics in the table of docs/reference/metrics.md."""
     page = (REPO / "docs/reference/metrics.md").read_text()
     rows = re.findall(r"^\| `(llmrun_\w+)`[^|]*\| (\w+) \| ([^|]+) \|", page, re.M)
     return {name: (kind, frozenset(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
 
 
-def answers(url: str, asked: str) -> list[float]:
-    """The finite values of an instant query."""
-    answer = httpx.get(f"{url}/api/v1/query", params={"query": asked}, timeout=10)
-    assert answer.status_code == 200, f"{asked}: {answer.text}"
+def answers(url: str, query: str) -> list[float]:
+    """Return the finite values of an instant query."""
+    answer = httpx.get(f"{url}/api/v1/query", params={"query": query}, timeout=10)
+    assert answer.status_code == 200, f"{query}: {answer.text}"
     values = [float(row["value"][1]) for row in answer.json()["data"]["result"]]
     return [value for value in values if math.isfinite(value)]
 
 
-def test_prometheus_answers_every_question_of_the_dashboard(cluster: Home, tmp_path: Path, tiny_weights: Path) -> None:
+def test_every_query_of_the_dashboard_returns_data(cluster: Home, tmp_path: Path, tiny_weights: Path) -> None:
     make_adapter(tmp_path / "adapters" / "legal", seed=1)
     lora = f"lora={str(tmp_path / 'adapters')!r}"
     text = f"@llm({str(tiny_weights)!r}, cpus=0.2, idle_timeout=600, {lora})\nclass Measured: ...\n"
     out = tmp_path / "out"
-    said = cluster.ok("dashboards", "--out", out, "--scrape-interval", "1")
-    assert "prometheus.yml: created" in said and "prometheus --config.file=" in said
+    output = cluster.ok("dashboards", "--out", out, "--scrape-interval", "1")
+    assert "prometheus.yml: created" in output and "prometheus --config.file=" in output
     assert "unchanged" in cluster.ok("dashboards", "--out", out, "--scrape-interval", "1")
     assert "--force" in cluster.fails("dashboards", "--out", out)
     with prometheus(out) as url:
-        until(lambda: answers(url, "up") == [1], 30, "it is scraped")
+        until(lambda: answers(url, "up") == [1], 30, "the cluster is scraped")
         cluster.ok("deploy", write_app(tmp_path / "measured" / "app.py", text), "--lazy")
 
-        asked = Counter[str]()
+        expected = Counter[str]()
 
         def ask(model: str) -> None:
             body = {"model": model, "prompt": "Once upon a time", "max_tokens": 20, "ignore_eos": True, "stream": True}
@@ -108,9 +108,9 @@ def test_prometheus_answers_every_question_of_the_dashboard(cluster: Home, tmp_p
             answer = httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=240)
             assert answer.status_code == 200, answer.text
             usage = json.loads(answer.text.split("data: ")[-2])["usage"]
-            asked[model] += 1
-            asked[f"{model} prompt"] += usage["prompt_tokens"]
-            asked[f"{model} completion"] += usage["completion_tokens"]
+            expected[model] += 1
+            expected[f"{model} prompt"] += usage["prompt_tokens"]
+            expected[f"{model} completion"] += usage["completion_tokens"]
 
         ask("measured")  # from zero
         left = questions(out)
@@ -119,22 +119,22 @@ def test_prometheus_answers_every_question_of_the_dashboard(cluster: Home, tmp_p
         def all_answered() -> bool:
             ask("measured")
             ask("measured:legal")
-            for title in [title for title, asked in left.items() if answers(url, asked)]:
+            for title in [title for title, query in left.items() if answers(url, query)]:
                 del left[title]
             return not left
 
         with contextlib.suppress(AssertionError):
-            until(all_answered, 60, "every question is answered")
+            until(all_answered, 60, "every query returns data")
         assert left == {}
 
         assert on_the_page(httpx.get(f"{cluster.url}/metrics").text) == in_the_docs()
 
-        def value(asked: str) -> float:
-            return sum(answers(url, asked))
+        def value(query: str) -> float:
+            return sum(answers(url, query))
 
         def counted() -> bool:
             return all(
-                value(f'llmrun_{metric}{{model="measured",adapter="{adapter}"{more}}}') == asked[model + of]
+                value(f'llmrun_{metric}{{model="measured",adapter="{adapter}"{more}}}') == expected[model + of]
                 for model, adapter in (("measured", ""), ("measured:legal", "legal"))
                 for metric, of, more in (
                     ("requests_total", "", ',status="200"'),
@@ -145,7 +145,7 @@ def test_prometheus_answers_every_question_of_the_dashboard(cluster: Home, tmp_p
                 )
             )
 
-        until(counted, 30, f"the counts are those of {asked}")
+        until(counted, 30, f"the counters match {expected}")
 
         assert value('llmrun_model_state{model="measured",state="hot"}') == 1
         assert (
@@ -153,12 +153,12 @@ def test_prometheus_answers_every_question_of_the_dashboard(cluster: Home, tmp_p
         )
         assert value('llmrun_wakes_total{model="measured",outcome="ready"}') == 1
         cluster.ok("unload", "measured")
-        until(lambda: value('llmrun_model_state{model="measured",state="cold"}') == 1, 60, "it is cold again")
+        until(lambda: value('llmrun_model_state{model="measured",state="cold"}') == 1, 60, "the model is cold again")
         assert counted(), "they outlive the replica"
     cluster.ok("delete", "measured", "--yes")
 
 
-def test_dashboards_says_what_is_wrong_with_its_arguments(home: Home, tmp_path: Path) -> None:
+def test_dashboards_rejects_invalid_arguments(home: Home, tmp_path: Path) -> None:
     def wrong(*args: Any) -> str:
         return home.fails("dashboards", "--out", *args)
 

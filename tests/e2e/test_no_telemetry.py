@@ -1,4 +1,4 @@
-"""llmrun tells nobody anything: in its whole life no packet leaves the machine."""
+"""llmrun sends no telemetry: no packet leaves the machine from `up` to `down`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 from tests.support.cluster import REPO
 from tests.support.network_watch import OUTSIDE
 
-# Ray 2.60 asks the cloud's own metadata service which cloud it runs on, whatever it is told of usage statistics; the
-# address is the machine's own link's, and the question says nothing.
+# Ray 2.60 queries the cloud's metadata service to detect the cloud, even with usage statistics off. The address is
+# link-local, and the query contains no data.
 ASKED = ("tcp 169.254.169.254:80 ", "metadata\\x06google\\x08internal")
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -40,6 +40,6 @@ def test_no_packet_leaves_the_machine(tmp_path: Path, tiny_weights: Path) -> Non
         env=os.environ | {"PYTHONPATH": path},
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert [packet for packet in found["seen"] if not any(asked in packet for asked in ASKED)] == []
-    assert [packet.split()[1] for packet in found["own"]] == [f"{OUTSIDE[0]}:{OUTSIDE[1]}"], "it would have been seen"
+    packets = json.loads(done.stdout.splitlines()[-1])
+    assert [packet for packet in packets["seen"] if not any(allowed in packet for allowed in ASKED)] == []
+    assert [packet.split()[1] for packet in packets["own"]] == [f"{OUTSIDE[0]}:{OUTSIDE[1]}"], "it would have been seen"

@@ -1,4 +1,4 @@
-"""Where engines are put, and with which devices: several raylets with made-up GPUs, and an engine that tells."""
+"""Placement of engines on nodes and devices: several raylets with fake GPUs, and a stub engine that reports both."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class StubHome(Home):
     """A home whose models run on the stub engine."""
 
     def places(self, model: str) -> list[dict[str, Any]]:
-        """Where the members of the engine that answers are."""
+        """Send a request; return the places of the engine's members."""
         answer = self.ask(model, timeout=60)
         assert answer.status_code == 200, answer.text
         places: list[dict[str, Any]] = answer.json()["places"]
@@ -33,13 +33,14 @@ class StubHome(Home):
 
 @pytest.fixture(scope="module")
 def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StubHome]:
-    """A cluster of a head without GPUs, a node with two A10Gs, and two with two H100s each."""
-    more_env = install(tmp_path_factory.mktemp("packages")) | {"LLMRUN_FORKSERVER": "0"}  # it would import vLLM
+    """A cluster with a head without GPUs, one node with two A10Gs, and two nodes with two H100s each."""
+    # The fork server would import vLLM.
+    more_env = install(tmp_path_factory.mktemp("packages")) | {"LLMRUN_FORKSERVER": "0"}
     home = StubHome(tmp_path_factory.mktemp("stub"), free_port(), more_env)
     home.ok("up", "--node-ip", "127.0.0.5")
     try:
         with contextlib.ExitStack() as nodes:
-            # One after the other: raylets of one machine are in each other's way when they start at once.
+            # One after the other: raylets on one machine conflict if they start at the same time.
             for address, kind in [(A10G, "A10G"), *((host, "H100") for host in H100S)]:
                 place = tmp_path_factory.mktemp(f"node-{address[-1]}")
                 nodes.enter_context(another_node(home, place, address, kind, 2))
@@ -54,15 +55,15 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StubHome]:
 
 
 def inventory(home: Home, folder: Path, count: int, kind: str) -> bool:
-    """Whether there are so many nodes of a kind, as a deploy hears that no node can hold."""
+    """Whether the error of a deploy that fits no node lists `count` nodes with GPUs of this kind."""
     text = f'@llm({str(folder)!r}, engine="stub", accelerator="none")\nclass Nobody: ...\n'
-    said = home.run("deploy", write_app(folder / "app.py", text), "--dry-run").stderr
-    return said.count(f"2 × {kind}") == count
+    error = home.run("deploy", write_app(folder / "app.py", text), "--dry-run").stderr
+    return error.count(f"2 × {kind}") == count
 
 
 @contextlib.contextmanager
 def deployed(stub: StubHome, folder: Path, arguments: str) -> Iterator[list[dict[str, Any]]]:
-    """Where a model with these arguments is; it is deleted after."""
+    """Deploy a model with these arguments; yield the places of its members and delete it at the end."""
     text = f'@llm({str(folder)!r}, name="one", engine="stub", cpus=0.1, {arguments})\nclass One: ...\n'
     stub.ok("deploy", write_app(folder / "app.py", text))
     try:
@@ -83,7 +84,7 @@ def deployed(stub: StubHome, folder: Path, arguments: str) -> Iterator[list[dict
         ('accelerator="H100", gpus=2, engine_args="--data-parallel-size 2"', H100S, 2),
     ],
 )
-def test_an_engine_is_on_one_node_with_its_devices(
+def test_an_engine_runs_on_one_node_with_its_devices(
     stub: StubHome, tmp_path: Path, arguments: str, hosts: list[str], devices: int
 ) -> None:
     with deployed(stub, tmp_path, arguments) as places:
@@ -106,7 +107,7 @@ def test_two_engines_share_a_gpu(stub: StubHome, tmp_path: Path) -> None:
         stub.ok("delete", model, "--yes")
 
 
-def test_an_engine_spans_nodes_and_lives_and_ends_as_one(stub: StubHome, tmp_path: Path) -> None:
+def test_a_multi_node_engine_starts_and_stops_as_a_unit(stub: StubHome, tmp_path: Path) -> None:
     with deployed(stub, tmp_path, 'accelerator="H100", gpus=4, nodes=2') as places:
         assert {place["host"] for place in places} == set(H100S)
         assert [place["rank"] for place in places] == [0, 1]
@@ -118,8 +119,8 @@ def test_an_engine_spans_nodes_and_lives_and_ends_as_one(stub: StubHome, tmp_pat
         before = stubs()
         assert len(before) == 2
         psutil.Process(places[1]["pid"]).kill()
-        until(lambda: "the engine died: its member on node" in stub.status("one")["cause"], 20, "status says so")
-        until(lambda: not any(map(alive, before)), 20, "the first one has ended with it")
+        until(lambda: "the engine died: its member on node" in stub.status("one")["cause"], 20, "status shows why")
+        until(lambda: not any(map(alive, before)), 20, "all members have exited with the killed one")
         again = stub.places("one")
         assert {place["host"] for place in again} == set(H100S) and {p["pid"] for p in again}.isdisjoint(
             p["pid"] for p in places
@@ -128,11 +129,11 @@ def test_an_engine_spans_nodes_and_lives_and_ends_as_one(stub: StubHome, tmp_pat
         before = stubs()
         (replica,) = [process for process in psutil.process_iter(["cmdline"]) if is_replica(process)]
         replica.kill()
-        until(lambda: not any(map(alive, before)), 20, "all members have ended with the replica")
+        until(lambda: not any(map(alive, before)), 20, "all members have exited with the replica")
         assert len(stub.places("one")) == 2
 
 
-def test_what_no_set_of_nodes_can_give_is_refused(stub: StubHome, tmp_path: Path) -> None:
+def test_a_deploy_that_fits_no_set_of_nodes_fails(stub: StubHome, tmp_path: Path) -> None:
     def refused(arguments: str) -> str:
         text = f'@llm({str(tmp_path)!r}, name="one", engine="stub", cpus=0.1, {arguments})\nclass One: ...\n'
         return stub.fails("deploy", write_app(tmp_path / "app.py", text))
@@ -143,5 +144,5 @@ def test_what_no_set_of_nodes_can_give_is_refused(stub: StubHome, tmp_path: Path
 
 
 def is_replica(process: psutil.Process) -> bool:
-    """Whether it is a replica of the model `one`."""
+    """Whether the process is a replica of the model `one`."""
     return "ServeReplica:llmrun-one" in " ".join(process.info["cmdline"] or ())

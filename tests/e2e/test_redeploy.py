@@ -1,4 +1,4 @@
-"""Hooks, redeploys and crashes of one app of three tiny models, with real vLLM on CPU."""
+"""Hooks, redeploys and crashes of one app with three tiny models, on real vLLM on CPU."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from tests.support.cluster import (
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 EXAMPLE = REPO / "examples/smollm2/app.py"
-# By a wide margin: kernels of different CPUs round differently (AMX or not), and a 135M model is easily turned.
+# The answer must win by a wide margin: CPUs with and without AMX round differently, which can flip a 135M model.
 PARIS = "Name the capital of France."
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A package for `requirements`, with one word in it."""
+    """A package for `requirements` that defines one word."""
     path = tmp_path_factory.mktemp("wheel") / "llmrun_word-1.0-py3-none-any.whl"
     info = "llmrun_word-1.0.dist-info"
     with zipfile.ZipFile(path, "w") as file:
@@ -47,7 +47,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def first_app(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path, wheel: Path) -> tuple[Path, str]:
-    """An app file of three tiny models (hooks and a secret; the same with a requirement; plain), and its text."""
+    """An app file and its text. Its tiny models: with hooks and a secret, the same with a requirement, and plain."""
     path = tmp_path_factory.mktemp("apps") / "tools" / "app.py"
     (path.parent).mkdir()
     (path.parent / "helper.py").write_text("def shout(text):\n    return text.upper()\n")
@@ -66,12 +66,12 @@ class Hooked:
 
     def on_request(self, request):
         from helper import shout
-        said = request.get("messages", [{{"content": ""}}])[-1]["content"]
-        if said == "tell":
+        content = request.get("messages", [{{"content": ""}}])[-1]["content"]
+        if content == "tell":
             raise ValueError(f"{{self.word}}, {{os.environ['WORD']}}, {{shout(os.environ['PLAIN'])}}, {{self.starts}}")
-        if said == "none":
+        if content == "none":
             return None
-        request["max_tokens"] = 3 if said == "short" else request["max_tokens"]
+        request["max_tokens"] = 3 if content == "short" else request["max_tokens"]
         return request
 
 @llm({str(tiny_weights)!r}, cpus=0.2, idle_timeout=3, requirements=[{str(wheel)!r}], env=ENV)
@@ -89,7 +89,7 @@ class Plain: ...
 
 @pytest.fixture
 def hooked_app(first_app: tuple[Path, str]) -> Path:
-    """The app file as it was first written, whatever an earlier test did to it."""
+    """The app file, restored to its original text."""
     path, text = first_app
     path.write_text(text)
     return path
@@ -97,7 +97,7 @@ def hooked_app(first_app: tuple[Path, str]) -> Path:
 
 @pytest.fixture
 def deployed(cluster: Home, hooked_app: Path, module_state: dict[str, Any]) -> dict[str, Any]:
-    """The app is deployed as its file was first written; the status of `plain`. A test may change file and models."""
+    """Deploy the original app unless it is deployed; return the status of `plain`. Tests may change file and models."""
     versions = {row["name"]: row["version"] for row in cluster.models() if row["app"] == "tools"}
     if not versions or versions != module_state.get("versions"):
         cluster.ok("deploy", hooked_app, "--lazy", "--prune")
@@ -107,32 +107,32 @@ def deployed(cluster: Home, hooked_app: Path, module_state: dict[str, Any]) -> d
 
 @pytest.fixture(scope="module")
 def module_state() -> dict[str, Any]:
-    """What `deployed` remembers from one test to the next."""
+    """State that `deployed` keeps between tests."""
     return {}
 
 
 @pytest.fixture
 def plain(cluster: Home, deployed: dict[str, Any]) -> dict[str, Any]:
-    """`plain` is hot; its status."""
+    """Make `plain` hot and return its status."""
     cluster.make_hot("plain")
-    until(lambda: len(cluster.status("plain")["details"]) == 1, 60, "the replica of an earlier version has ended")
-    until(lambda: len(family_of_title(cluster, "ray::ServeReplica:llmrun-plain")) == 1, 30, "its process as well")
+    until(lambda: len(cluster.status("plain")["details"]) == 1, 60, "the replica of the previous version has stopped")
+    until(lambda: len(family_of_title(cluster, "ray::ServeReplica:llmrun-plain")) == 1, 30, "its process has exited")
     return cluster.status("plain")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cleanup(cluster: Home) -> Iterator[None]:
-    """The app is deleted after the last test."""
+    """Delete the app after the last test."""
     yield
     if cluster.find("hooked"):
         cluster.ok("delete", "--app", "tools", "--yes")
 
 
-def test_hooks_run_beside_the_engine(cluster: Home, hooked_app: Path) -> None:
+def test_hooks_run_next_to_the_engine(cluster: Home, hooked_app: Path) -> None:
     if cluster.find("hooked"):
         cluster.ok("delete", "--app", "tools", "--yes")
-    said = cluster.ok("deploy", hooked_app, "--lazy")
-    assert "+ hooked" in said and "not started (--lazy)" in said
+    output = cluster.ok("deploy", hooked_app, "--lazy")
+    assert "+ hooked" in output and "not started (--lazy)" in output
     assert cluster.status("plain")["state"] == "cold" and not cluster.status("hooked")["proven"]
 
     refused = cluster.ask("wheeled", "tell")
@@ -148,9 +148,7 @@ def test_hooks_run_beside_the_engine(cluster: Home, hooked_app: Path) -> None:
     assert "ValueError: from the wheel" in log and "app.py" in log and "engine ready after" in log
 
 
-def test_idle_models_go_to_zero_streams_are_not_cut_and_the_next_request_wakes_them(
-    cluster: Home, deployed: dict[str, Any]
-) -> None:
+def test_idle_models_scale_to_zero_after_streams_end_and_wake_again(cluster: Home, deployed: dict[str, Any]) -> None:
     body = {
         "model": "hooked",
         "prompt": "Once upon a time",
@@ -159,12 +157,12 @@ def test_idle_models_go_to_zero_streams_are_not_cut_and_the_next_request_wakes_t
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    begun = time.monotonic()
+    started = time.monotonic()
     with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=ENGINE_START_S) as stream:
         (engine,) = until(lambda: cluster.engines("hooked"), 60, "the engine runs")
         (replica,) = cluster.wait_for("hooked", "hot", ENGINE_START_S)["details"]
         lines = [line for line in stream.iter_lines() if line.startswith("data: ")]
-    assert lines[-1] == "data: [DONE]" and time.monotonic() - begun > 3
+    assert lines[-1] == "data: [DONE]" and time.monotonic() - started > 3
     assert json.loads(lines[-2].removeprefix("data: "))["usage"]["completion_tokens"] == 2000
 
     host, port = replica["address"].split(":")
@@ -186,7 +184,7 @@ def test_idle_models_go_to_zero_streams_are_not_cut_and_the_next_request_wakes_t
     assert "no wheel, sesame, PLAIN, 1" in cluster.ask("hooked", "tell").text
 
 
-def test_a_failed_redeploy_leaves_the_version_before_it_active(
+def test_a_failed_redeploy_keeps_the_previous_version_active(
     cluster: Home, hooked_app: Path, plain: dict[str, Any]
 ) -> None:
     (engine,) = cluster.engines("plain")
@@ -195,9 +193,9 @@ def test_a_failed_redeploy_leaves_the_version_before_it_active(
         hooked_app.write_text(
             text.replace("cpus=0.3, idle_timeout=300", 'cpus=0.3, engine_args="--max-model-len 99999"')
         )
-        said = cluster.fails("deploy", f"{hooked_app}::Plain")
-        assert "max_model_len (99999) is greater than the derived max_model_len" in said
-        assert f"version {plain['version']} stays active" in said and "Traceback" not in said
+        error = cluster.fails("deploy", f"{hooked_app}::Plain")
+        assert "max_model_len (99999) is greater than the derived max_model_len" in error
+        assert f"version {plain['version']} stays active" in error and "Traceback" not in error
         hooked_app.write_text(text.replace("cpus=0.3, idle_timeout=300", 'cpus=0.3, engine_args="--no-such-flag 1"'))
         assert "unrecognized arguments: --no-such-flag" in cluster.fails("deploy", f"{hooked_app}::Plain")
     finally:
@@ -224,70 +222,72 @@ def test_a_redeploy_loses_no_request(cluster: Home, hooked_app: Path, plain: dic
         hooked_app.write_text(
             text.replace("cpus=0.3, idle_timeout=300", 'cpus=0.3, engine_args="--max-model-len 1024"')
         )
-        said = cluster.ok("deploy", f"{hooked_app}::plain")
+        output = cluster.ok("deploy", f"{hooked_app}::plain")
     finally:
         stop.set()
         for caller in callers:
             caller.join()
-    assert "~ plain  (new engine" in said and "engine_args {} → {max_model_len: 1024}" in said
+    assert "~ plain  (new engine" in output and "engine_args {} → {max_model_len: 1024}" in output
     assert len(codes) > 10 and set(codes) == {200}
-    until(lambda: not any(map(alive, before)), 30, "the version before has drained")
+    until(lambda: not any(map(alive, before)), 30, "the previous version has drained")
     assert cluster.status("plain")["version"] > plain["version"]
 
 
-def test_what_is_killed_comes_back(cluster: Home, plain: dict[str, Any]) -> None:
+def test_killed_processes_are_restarted(cluster: Home, plain: dict[str, Any]) -> None:
     (engine,) = cluster.engines("plain")
     family: list[psutil.Process] = [engine, *engine.children(recursive=True)]
     find_actor(cluster, "ray::ServeReplica:llmrun-plain").kill()
-    until(lambda: not any(alive(process) for process in family), 10, "the engine has ended with its replica")
+    until(lambda: not any(alive(process) for process in family), 10, "the engine has exited with its replica")
     assert cluster.ask("plain").status_code == 200
 
     (engine,) = cluster.engines("plain")
     (core,) = [child for child in engine.children() if "EngineCore" in " ".join(child.cmdline())]
     core.kill()
-    until(lambda: not alive(engine), 30, "the engine has ended with its core")
-    until(lambda: "the engine died" in cluster.status("plain")["cause"], 10, "status says so")
+    until(lambda: not alive(engine), 30, "the engine has exited with its core")
+    until(lambda: "the engine died" in cluster.status("plain")["cause"], 10, "the status shows the cause")
     assert cluster.ask("plain").status_code == 200
     assert cluster.status("plain")["cause"] == ""
 
     for actor in ("ray::Control", "ray::IngressActor"):
         find_actor(cluster, actor).kill()
-        until(lambda: healthy(cluster), 30, f"the endpoint is back without {actor}")
+        until(lambda: healthy(cluster), 30, f"the endpoint works again after {actor} was killed")
         assert cluster.ask("plain").status_code == 200
         assert cluster.wait_for("plain", "hot")["version"] == plain["version"]
 
 
 def family_of(pid: int, title: str) -> list[psutil.Process]:
-    """The processes below `pid` with that in their titles."""
+    """Return the live descendants of `pid` whose titles contain `title`."""
     return [p for p in psutil.Process(pid).children(recursive=True) if alive(p) and title in " ".join(p.cmdline())]
 
 
 def family_of_title(cluster: Home, title: str) -> list[psutil.Process]:
-    """The processes of this cluster's actors whose titles start so."""
+    """Return the processes of this cluster's actors whose titles start with `title`."""
     parent = psutil.Process(json.loads((cluster.path / "cluster.json").read_text())["pid"])
     return [process for process in family_of(parent.pid, title) if " ".join(process.cmdline()).startswith(title)]
 
 
 def find_actor(cluster: Home, title: str) -> psutil.Process:
-    """The process of one of this cluster's actors."""
+    """Return the process of this cluster's only actor with the title."""
     (actor,) = family_of_title(cluster, title)
     return actor
 
 
 def healthy(cluster: Home) -> bool:
-    """Whether the ingress and control answer."""
+    """Whether the ingress and control respond."""
     with contextlib.suppress(httpx.HTTPError):
         return bool(cluster.models())
     return False
 
 
-def test_models_that_left_the_file_stay_until_pruned(cluster: Home, hooked_app: Path, deployed: dict[str, Any]) -> None:
+def test_models_removed_from_the_file_stay_until_pruned(
+    cluster: Home, hooked_app: Path, deployed: dict[str, Any]
+) -> None:
     text = hooked_app.read_text()
     hooked_app.write_text(text[: text.rindex("@llm(")])
     code, shown = cluster.run_on_a_terminal("deploy", hooked_app, answers="n\nn\n")
     assert code == 1 and "Delete plain, no longer in the file? [y/N]" in shown and "Deploy? [Y/n]" in shown
-    said = cluster.ok("deploy", hooked_app, "--no-wait", "--lazy")
-    assert "- plain" in said and "Kept, though no longer in the file: plain" in said
+    output = cluster.ok("deploy", hooked_app, "--no-wait", "--lazy")
+    assert "- plain" in output and "Kept, though no longer in the file: plain" in output
     assert cluster.ask("plain").status_code == 200
     hooked_app.write_text(hooked_app.read_text() + "\n# another package\n")
     assert "removed" in cluster.ok("deploy", hooked_app, "--lazy", "--prune")
@@ -295,7 +295,7 @@ def test_models_that_left_the_file_stay_until_pruned(cluster: Home, hooked_app: 
     assert "no wheel" in cluster.ask("hooked", "tell").text
 
 
-def test_two_nodes(cluster: Home, tmp_path: Path, hooked_app: Path) -> None:
+def test_a_model_runs_on_the_second_node(cluster: Home, tmp_path: Path, hooked_app: Path) -> None:
     second = tmp_path / "second"
     with second_node(cluster, second) as node:
         text = hooked_app.read_text()
@@ -306,10 +306,10 @@ def test_two_nodes(cluster: Home, tmp_path: Path, hooked_app: Path) -> None:
         until(
             lambda: "cluster has" not in cluster.run("deploy", f"{away}::Away", "--dry-run").stderr,
             60,
-            "the node joined",
+            "the node has joined",
         )
-        said = cluster.ok("deploy", f"{away}::Away")
-        assert "+ away" in said and "on 1 × A10G" in said
+        output = cluster.ok("deploy", f"{away}::Away")
+        assert "+ away" in output and "on 1 × A10G" in output
         assert "second" in cluster.ask("away", "tell").text
         assert list((second / "packages").iterdir()) and not list((second / "packages").glob(".new-*"))
         assert cluster.engines("away")
@@ -318,4 +318,4 @@ def test_two_nodes(cluster: Home, tmp_path: Path, hooked_app: Path) -> None:
         cluster.wait_for("away", "cold", 30)
         assert not cluster.engines("away")
         assert "Deleted away" in cluster.ok("delete", "--app", "away", "--yes")
-        until(lambda: not family_of(node.pid, "ServeReplica"), 30, "the replica and its engine have ended")
+        until(lambda: not family_of(node.pid, "ServeReplica"), 30, "the replica and its engine have exited")

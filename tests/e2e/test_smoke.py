@@ -1,4 +1,4 @@
-"""One real model from deploy to an answer, to zero, and back: what every other end-to-end test relies on."""
+"""Deploy a real model, query it, scale it to zero and wake it: the basis of all other end-to-end tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.cluster import ENGINE_START_S, SMOLLM2, Home, write_app
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 
 
-def test_a_real_model_goes_from_deploy_to_zero_and_back(cluster: Home, tmp_path: Path) -> None:
+def test_a_real_model_is_deployed_scales_to_zero_and_wakes(cluster: Home, tmp_path: Path) -> None:
     text = f"@llm({str(SMOLLM2)!r}, accelerator='cpu', cpus=0.2, idle_timeout=2)\nclass Smoke: ...\n"
     assert "+ smoke" in cluster.ok("deploy", write_app(tmp_path / "smoke" / "app.py", text))
     with OpenAI(base_url=f"{cluster.url}/v1", api_key="none", timeout=ENGINE_START_S, max_retries=0) as client:

@@ -1,4 +1,4 @@
-"""The tutorial: its commands run in order, and print what the page shows."""
+"""The tutorial's commands, run in order, print the output that the page shows."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def missing_fragments(expected: str, output: str) -> list[str]:
     return [pattern for pattern in patterns if not any(re.search(pattern, line) for line in lines)]
 
 
-def test_the_tutorials_commands_print_what_it_shows(home: Home, tmp_path: Path) -> None:
+def test_the_tutorials_commands_print_the_expected_output(home: Home, tmp_path: Path) -> None:
     blocks = BLOCK.findall(PAGE.read_text())
     assert len(blocks) > 10
-    # The page's commands run in the folder of a clone, where they create a folder of their own.
+    # The page's commands run in a clone of the repository and create a folder in it.
     (tmp_path / "clone").mkdir()
     (tmp_path / "clone" / "examples").symlink_to(REPO / "examples")
     script = "".join(f"echo '{MARKER}'\n{commands}" for commands, _ in blocks)

@@ -1,4 +1,4 @@
-"""App files in YAML through the command line: Ray Serve LLM's file unchanged, and llmrun's own."""
+"""YAML app files through the command line: an unchanged Ray Serve LLM file and llmrun's own format."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ models:
 """
 
 
-def test_ray_serve_llms_file_is_deployed_as_it_is(cluster: Home, tmp_path: Path, tiny_weights: Path) -> None:
+def test_a_ray_serve_llm_file_is_deployed_unchanged(cluster: Home, tmp_path: Path, tiny_weights: Path) -> None:
     path = tmp_path / "serve.yaml"
     path.write_text(RAYS.format(weights=tiny_weights))
-    said = cluster.ok("deploy", path, "--name", "rays")
-    assert "! http_options is ignored: set the ingress address with `llmrun up --host --port`" in said
-    assert "engine_kwargs.tokenizer_pool_size is ignored: vLLM no longer supports it" in said
+    output = cluster.ok("deploy", path, "--name", "rays")
+    assert "! http_options is ignored: set the ingress address with `llmrun up --host --port`" in output
+    assert "engine_kwargs.tokenizer_pool_size is ignored: vLLM no longer supports it" in output
     with OpenAI(base_url=f"{cluster.url}/v1", api_key="none") as client:
         answer = client.completions.create(model="acme/Tiny_Llama", prompt="Once", max_tokens=4, temperature=0)
     assert answer.usage and answer.usage.completion_tokens == 4
@@ -54,14 +54,16 @@ def test_ray_serve_llms_file_is_deployed_as_it_is(cluster: Home, tmp_path: Path,
     cluster.ok("delete", "tiny-llama", "--yes")
 
 
-def test_a_generating_model_embeds_if_that_is_its_task(cluster: Home, tmp_path: Path, tiny_weights: Path) -> None:
+def test_a_generative_model_returns_embeddings_with_task_embed(
+    cluster: Home, tmp_path: Path, tiny_weights: Path
+) -> None:
     path = tmp_path / "vectors.yml"
     path.write_text(OURS.format(weights=tiny_weights))
     jsonschema.validate(yaml.safe_load(path.read_text()), json.loads(cluster.run("schema").stdout))
     cluster.ok("deploy", path)
     with OpenAI(base_url=f"{cluster.url}/v1", api_key="none") as client:
-        found = client.embeddings.create(model="vectors", input=["one", "two"])
-    assert len(found.data) == 2 and len(found.data[0].embedding) > 8
+        embeddings = client.embeddings.create(model="vectors", input=["one", "two"])
+    assert len(embeddings.data) == 2 and len(embeddings.data[0].embedding) > 8
     path.write_text(path.read_text().replace("task:", "tsk:"))
     assert "vectors.yml: models[0]: @llm: unknown option tsk='embed': did you mean task=?" in cluster.fails(
         "deploy", path
