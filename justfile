@@ -63,7 +63,7 @@ _prometheus: setup
     dpkg-deb -x prometheus_*.deb .
     mv usr/bin/prometheus usr/bin/promtool {{bin}}
 
-# run everything that CI runs: checks, unit tests, then end-to-end tests (15 minutes on 2 cores)
+# run everything that CI runs: checks, unit tests, then end-to-end tests (20 minutes on 2 cores)
 test: setup _smollm2 _prometheus check unit e2e
 
 # lint, formatting, spelling and types (30 s)
@@ -81,7 +81,7 @@ unit *args: setup _smollm2
 smoke: setup _smollm2
     pytest tests/e2e/test_smoke.py
 
-# run the tests that need a cluster and real engines (16 minutes)
+# run the tests that need a cluster and real engines (18 minutes)
 e2e *args: setup _smollm2 _prometheus
     pytest tests/e2e {{args}}
 

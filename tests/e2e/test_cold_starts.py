@@ -196,7 +196,7 @@ Victims = Callable[[Home], list[psutil.Process]]
 @pytest.mark.parametrize(
     ("who", "find"),
     [
-        ("the warm parent", fork_servers),
+        ("the fork server", fork_servers),
         ("the engine", lambda cluster: cluster.engines("one")),
         ("the replica", lambda cluster: titled(cluster, "ray::ServeReplica:llmrun-one")),
         ("the node agent", lambda cluster: titled(cluster, "ray::NodeAgent")),

@@ -251,7 +251,8 @@ def second_node(cluster: Home, home: Path) -> contextlib.AbstractContextManager[
 
 @contextlib.contextmanager
 def another_node(cluster: Home, home: Path, address: str, kind: str, gpus: int) -> Iterator[psutil.Process]:
-    """Run another raylet with its own home and fake GPUs during the block; then kill it and its children."""
+    """Run another raylet with its own home and fake GPUs during the block; then end it, and wait until it is gone."""
+    nodes = count_nodes(cluster, kind)
     info = json.loads((cluster.path / "cluster.json").read_text())
     env = {
         **cluster.env,
@@ -276,11 +277,22 @@ def another_node(cluster: Home, home: Path, address: str, kind: str, gpus: int) 
         yield psutil.Process(node.pid)
     finally:
         family = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+        raylets = [process for process in family if process.name() == "raylet"]
+        for raylet in raylets:
+            raylet.terminate()  # it leaves the cluster; Ray notices a kill only after some seconds
+        psutil.wait_procs(raylets, 10)
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):  # a child may end with its parent
                 process.kill()
         psutil.wait_procs(family, 10)
         node.wait(10)
+        until(lambda: count_nodes(cluster, kind) <= nodes, 60, "the node has left the cluster")
+
+
+def count_nodes(cluster: Home, kind: str) -> int:
+    """Return the number of nodes with GPUs of this kind, as the error of a deploy lists them that fits no node."""
+    deploy = ("deploy", f"file://{cluster.path}", "--name", "nobody", "--accelerator", "none", "--dry-run")
+    return cluster.fails(*deploy).count(f"× {kind}")
 
 
 def write_app(path: Path, text: str) -> Path:
