@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -23,7 +24,7 @@ from llmrun_cli.app_files.python_file import load_app
 from llmrun_cli.client import Client
 from llmrun_cli.deploy_output import show_events
 from llmrun_cli.terminal import exit_on_interrupt
-from tests.support.cluster import Home, write_app
+from tests.support.cluster import Home, until, write_app
 from tests.support.reference import commands
 
 
@@ -81,6 +82,13 @@ def test_commands_without_a_cluster_name_its_address(home: Home, tmp_path: Path)
     assert "LLMRUN_URL" in home.fails("status", LLMRUN_URL="nonsense://x")
 
 
+def is_listening(port: int) -> bool:
+    """Whether a server accepts connections at the port."""
+    with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
 def test_a_port_that_another_server_uses_is_reported(home: Home) -> None:
     server = subprocess.Popen(
         [sys.executable, "-m", "http.server", "--bind", "127.0.0.1", str(home.port)],
@@ -88,12 +96,7 @@ def test_a_port_that_another_server_uses_is_reported(home: Home) -> None:
         stderr=subprocess.DEVNULL,
     )
     try:
-        for _ in range(100):
-            try:
-                socket.create_connection(("127.0.0.1", home.port), timeout=1).close()
-                break
-            except ConnectionRefusedError:
-                server.poll()
+        until(lambda: is_listening(home.port), 10, "the other server listens")
         assert "is not an llmrun endpoint" in home.fails("status")
         error = home.fails("up")
         assert f"cannot listen on 127.0.0.1:{home.port}" in error and "--port" in error
