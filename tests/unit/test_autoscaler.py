@@ -49,12 +49,13 @@ class Cluster:
         self.models, self.serve, self.registry = Models(), FakeServe(), Registry()
         self.free = 1
         self.database = Database(f"sqlite:///{folder}/control.db")
+        self.cold_starts = ColdStarts(self.database, CollectorRegistry())
         serve: Any = self.serve
         self.autoscaler = Autoscaler(
             models=self.models,
             serve_apps=serve,
             registry=self.registry,
-            cold_starts=ColdStarts(self.database, CollectorRegistry()),
+            cold_starts=self.cold_starts,
             keys=Keys(self.database),
             control=("127.0.0.1", 1),
         )
@@ -159,7 +160,7 @@ async def test_a_failed_start_is_counted_and_its_cause_published(cluster: Cluste
     cluster.report_waiting(one=1)
     await cluster.tick()
     for _ in range(3):
-        cluster.autoscaler.replica_failed(cluster.report("one", "starting"), "out of memory")
+        cluster.autoscaler.replica_failed(cluster.report("one", "starting"), "out of memory", time.monotonic())
         cluster.registry.remove("one-r")
     await cluster.tick()
     route = cluster.autoscaler.table.models["one"]
@@ -167,3 +168,92 @@ async def test_a_failed_start_is_counted_and_its_cause_published(cluster: Cluste
     assert cluster.serve.targets == {"one": 0} and cluster.status("one") == ("failed", "out of memory")
     with pytest.raises(Refused, match="one failed to start: out of memory"):
         cluster.autoscaler.warm("one")
+
+
+async def test_replicas_that_started_together_and_fail_count_as_one_failure(cluster: Cluster) -> None:
+    cluster.deploy("one", max_replicas=8)
+    started = time.monotonic()
+    for number in range(8):
+        cluster.autoscaler.replica_failed(factories.report("starting", f"r{number}", model="one"), "no store", started)
+    await cluster.tick()
+    route = cluster.autoscaler.table.models["one"]
+    assert route.failures == 1 and not route.paused
+    cluster.autoscaler.replica_failed(factories.report("starting", "later", model="one"), "no store", time.monotonic())
+    await cluster.tick()
+    assert cluster.autoscaler.table.models["one"].failures == 2
+
+
+async def test_a_fault_of_one_model_stops_no_other_and_keeps_its_last_route(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("bad", "good"):
+        cluster.deploy(name)
+    cluster.report("bad", "ready")
+    await cluster.tick()
+    route = cluster.autoscaler.table.models["bad"]
+    assert route.replicas
+    usual = cluster.cold_starts.usual
+
+    def fail_for_bad(model: str) -> float:
+        if model == "bad":
+            raise ValueError("row 7 is not valid")
+        return usual(model)
+
+    monkeypatch.setattr(cluster.cold_starts, "usual", fail_for_bad)
+    errors: list[str] = []
+    cluster.autoscaler.on_error = errors.append
+    cluster.report_waiting(good=1)
+    await cluster.tick()
+    cluster.report("good", "ready")
+    await cluster.tick()
+    assert cluster.serve.targets["good"] == 1 and cluster.autoscaler.table.models["good"].replicas
+    assert cluster.autoscaler.table.models["bad"] == route
+    statuses = {status.name: status for status in cluster.autoscaler.statuses()}
+    assert "cannot manage bad: ValueError: row 7 is not valid" in statuses["bad"].cause
+    assert errors == ["autoscaler", "autoscaler"]
+    monkeypatch.undo()
+    await cluster.tick()
+    assert not next(status for status in cluster.autoscaler.statuses() if status.name == "bad").cause
+
+
+async def test_the_first_table_waits_for_the_replicas_that_serve_runs(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.deploy("one")
+    cluster.serve.targets["one"] = 1  # control restarted: Serve has a replica that has not reported yet
+    await cluster.tick()
+    with pytest.raises(TimeoutError):  # an ingress keeps the earlier control's table
+        await cluster.autoscaler.watch("an earlier control", 7, 0.01)
+    cluster.report("one", "ready")
+    await cluster.tick()
+    table = await cluster.autoscaler.watch("an earlier control", 7, 1)
+    assert table.number == 1 and table.models["one"].replicas
+
+
+async def test_the_first_table_waits_for_lost_replicas_no_longer_than_that(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.deploy("one")
+    cluster.serve.targets["one"] = 1
+    monkeypatch.setattr(autoscaler_module, "FIRST_TABLE_S", 0.05)
+    await cluster.tick()
+    assert not cluster.autoscaler.table.number
+    await asyncio.sleep(0.06)
+    await cluster.tick()
+    assert cluster.autoscaler.table.number == 1
+
+
+async def test_a_draining_replica_does_not_count_as_placed(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autoscaler_module, "PLACING_S", 0.05)
+    for name in ("one", "other"):
+        cluster.deploy(name, min_uptime=0)
+    cluster.serve.targets["other"] = 1
+    cluster.report("other", "ready")
+    cluster.report("one", "draining")  # a long stream keeps it for minutes
+    cluster.free = 0
+    cluster.report_waiting(one=1)
+    await cluster.tick()
+    assert cluster.serve.targets["other"] == 1  # it may be gone in a moment
+    await asyncio.sleep(0.06)
+    await cluster.tick()
+    assert cluster.serve.targets["other"] == 0

@@ -88,3 +88,8 @@ def test_after_three_failures_it_retries_when_the_back_off_ends() -> None:
     assert decide(LIMITS, demand(now=1019, failure=failed)) == Decision(0, 1)
     assert decide(LIMITS, demand(now=1021, failure=failed)) == Decision(1, 4)
     assert decide(LIMITS, demand(now=1021, failure=Failure(count=2, cause="no", at=1000))) == Decision(0, 8)
+
+
+def test_a_model_may_fail_for_ever() -> None:
+    failure = Failure(10**6, "no weights", at=1000)
+    assert failure.refuses(1000 + 1799) and not failure.refuses(1000 + 1800)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from llmrun.settings import Settings
@@ -12,53 +14,73 @@ from llmrun_runtime import http
 from llmrun_runtime.control.api.app import make_api
 from llmrun_runtime.control.control_plane import ControlPlane
 from llmrun_runtime.logs import log_to_file
+from llmrun_runtime.supervise import supervise
 from llmrun_runtime.weights.adapters import Adapter
 from llmrun_runtime.weights.fetch import Peer
 from llmrun_runtime.wire.reports import AdapterRevision, LocalUsage, RemoteUsage, ReplicaReport, Subject, Traffic
 from llmrun_runtime.wire.routing_table import Table
 
 log = logging.getLogger("llmrun.control")
+RELOAD_S = 1.0
 
 
 class Control:
     """The actor's class. Replicas, node agents and ingresses call its public methods."""
 
     async def __init__(self, settings: dict[str, Any], url: str) -> None:  # type: ignore[misc] # Ray awaits it
-        log_to_file(Settings.model_validate(settings).root, "control")
+        # Nothing here may fail for a while: Ray never restarts an actor whose constructor raised.
+        self._settings, self._url = Settings.model_validate(settings), url
+        with contextlib.suppress(OSError):  # a full disk
+            log_to_file(self._settings.root, "control")
         self._socket = http.bind("127.0.0.1", 0)
-        host, port = self._socket.getsockname()
-        self._plane = ControlPlane(Settings.model_validate(settings), url, (host, port))
+        self._loaded: ControlPlane | None = None
         self._loading: asyncio.Task[None] | None = None
+        self._load_failed = 0.0
         self._running: list[asyncio.Task[None]] = []
+
+    @property
+    def _plane(self) -> ControlPlane:
+        """The parts; only after `start`."""
+        assert self._loaded
+        return self._loaded
 
     async def start(self) -> None:
         """Load the stored state and start the loops, once.
 
-        Every call runs this first, because Ray restarts a crashed control without calling it.
+        Every call runs this first, because Ray restarts a crashed control without calling it. If loading fails, calls
+        raise its error, and one of them tries again after RELOAD_S: the database may be available again.
         """
         failed = self._loading and self._loading.done() and self._loading.exception()
-        if self._loading is None or failed:  # the database may be available again
+        if self._loading is None or (failed and time.monotonic() - self._load_failed > RELOAD_S):
             self._loading = asyncio.get_running_loop().create_task(self._load())
         await asyncio.shield(self._loading)
 
     async def _load(self) -> None:
-        plane, loop = self._plane, asyncio.get_running_loop()
-        await plane.load()
-        loops = [
-            plane.autoscaler.run(),
-            plane.warm_nodes.run(),
-            plane.usage.run(plane.live_replicas),
-            plane.adapters.run(),
-            http.serve(make_api(plane), self._socket),
-        ]
-        self._running = [loop.create_task(each) for each in loops]
+        try:
+            host, port = self._socket.getsockname()
+            plane = ControlPlane(self._settings, self._url, (host, port))
+            await plane.load()
+        except Exception:
+            log.exception("could not load the stored state")
+            self._load_failed = time.monotonic()
+            raise
+        self._loaded = plane
+        work: dict[str, Callable[[], Awaitable[None]]] = {
+            "autoscaler": plane.autoscaler.run,
+            "warm nodes": plane.warm_nodes.run,
+            "usage": lambda: plane.usage.run(plane.live_replicas),
+            "adapters": plane.adapters.run,
+            "api": lambda: http.serve(make_api(plane), self._socket),
+        }
+        loop, count = asyncio.get_running_loop(), plane.metrics.count_error
+        self._running = [loop.create_task(supervise(name, each, count)) for name, each in work.items()]
 
     async def report(self, report: ReplicaReport) -> None:
         """Receive a replica's report."""
         await self.start()
         plane = self._plane
         changed = plane.registry.report(report, time.monotonic())
-        plane.usage.report(report, time.time())
+        plane.usage.report(report, time.monotonic())
         plane.metrics.report(report)
         plane.adapters.report(report, time.time())
         plane.deployer.on_report(report)
@@ -71,17 +93,20 @@ class Control:
     async def failed(self, report: ReplicaReport, cause: str) -> None:
         """Receive the last report of a replica that failed to start."""
         await self.start()
-        self._plane.registry.remove(report.id)
-        self._plane.usage.forget(report.id)
-        if not self._plane.deployer.on_report(report, cause):
-            self._plane.autoscaler.replica_failed(report, cause)
+        plane = self._plane
+        first_seen = plane.registry.first_seen.get(report.id, time.monotonic())
+        plane.registry.remove(report.id)
+        plane.usage.forget(report.id)
+        if not plane.deployer.on_report(report, cause):
+            plane.autoscaler.replica_failed(report, cause, first_seen)
 
     async def stopped(self, report: ReplicaReport, cause: str = "") -> None:
         """Receive the last report of a replica that stopped; `cause` is set if its engine died."""
+        await self.start()
         plane = self._plane
         if cause:
             plane.autoscaler.engine_died(report, cause)
-        plane.usage.report(report, time.time())
+        plane.usage.report(report, time.monotonic())
         plane.metrics.report(report)
         plane.usage.forget(report.id)
         if plane.registry.remove(report.id):
@@ -102,7 +127,7 @@ class Control:
         self._plane.registry.report_traffic(ingress, traffic, time.monotonic(), usage)
         self._plane.cold_starts.first_tokens(first_tokens)
         self._plane.autoscaler.kick()
-        return self._plane.remote_usage(ingress, time.time())
+        return self._plane.remote_usage(ingress, time.monotonic())
 
     async def watch(self, epoch: str, number: int, timeout: float) -> Table:
         """See `Autoscaler.watch`."""

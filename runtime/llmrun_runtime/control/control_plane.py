@@ -34,6 +34,10 @@ from llmrun_runtime.wire.routing_table import digest_of
 
 log = logging.getLogger("llmrun.control")
 AGENT_TIMEOUT_S = 30
+UNKNOWN_MODEL = (
+    "the database does not know this model. If LLMRUN_DATABASE_URL names another database than before, or it was "
+    "lost, restore it and restart llmrun; otherwise stop the cluster with `llmrun down`"
+)
 
 
 class ControlPlane:
@@ -90,6 +94,7 @@ class ControlPlane:
             lambda: str(ray.get_runtime_context().get_node_id()),
         )
         self.metrics = ControlMetrics(metrics, self.autoscaler, self.registry, self.cold_starts)
+        self.autoscaler.on_error = self.metrics.count_error
         self.keys.on_change = self.autoscaler.kick
         self.usage.on_new = self.metrics.count_tokens
         self.autoscaler.on_proven = lambda row: self.database.put_version(row, active=True)
@@ -105,9 +110,13 @@ class ControlPlane:
         self.adapters.load()
         active = {(row.name, row.engine_version) for row in rows.values()}
         for model, version in await self.serve_apps.load():
-            if (model, version) not in active:
-                log.warning("deleting the application of %s v%d: the version is not active", model, version)
-                await self.serve_apps.delete(model, version)
+            if (model, version) in active:
+                continue
+            if self.database.next_version(model) == 1:  # a lost or another database must not end what runs
+                log.error("the application of %s v%d keeps running: %s", model, version, UNKNOWN_MODEL)
+                continue
+            log.warning("deleting the application of %s v%d: the version is not active", model, version)
+            await self.serve_apps.delete(model, version)
 
     def live_replicas(self) -> list[tuple[str, str, float]]:
         """Return the registered replicas, each with its model and the number of its GPUs."""
@@ -116,7 +125,7 @@ class ControlPlane:
         return [(r.id, r.model, deployed[r.model].placement.total_gpus) for r in reports if r.model in deployed]
 
     def remote_usage(self, ingress: str, now: float) -> dict[Subject, RemoteUsage]:
-        """Return the usage of each subject with limits that the ingress cannot count itself; `now` is Unix time."""
+        """Return the usage of each subject with limits that the ingress cannot count itself; `now` is monotonic."""
         limited = {key_subject(key.name): key.tpm for key in self.keys.routes.values() if key.limited}
         specs = (row.spec for row in self.models.deployed.values())
         limited |= {model_subject(spec.name): spec.tpm for spec in specs if spec.rpm or spec.tpm or spec.max_in_flight}

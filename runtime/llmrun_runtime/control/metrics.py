@@ -57,12 +57,19 @@ class ControlMetrics:
         self._paces = Paces(self._adapter_label)
         self._caches: dict[str, CacheInfo] = {}
         """By node address, the last response of its agent."""
+        self._errors = Counter(
+            "llmrun_control_errors", "Unexpected exceptions in control, by task.", ("task",), registry=metrics
+        )
         self._prompt = self._counter("llmrun_prompt_tokens", "Prompt tokens.")
         self._completion = self._counter("llmrun_completion_tokens", "Completion tokens.")
         self._cached = self._counter("llmrun_cached_prompt_tokens", "Prompt tokens that engines had cached.")
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(name, text, ("model", "adapter"), registry=self._metrics)
+
+    def count_error(self, task: str) -> None:
+        """Count an unexpected exception of one of control's tasks."""
+        self._errors.labels(task).inc()
 
     def count_tokens(self, model: str, adapter: str, counts: Sequence[int]) -> None:
         """Count tokens; see `Usage.on_new`. `adapter` is the engine's name for it, `model:adapter`."""
@@ -87,6 +94,7 @@ class ControlMetrics:
         )
 
         def text() -> bytes:
+            self._errors.labels("autoscaler")
             self._cold_starts.create_series(models)
             for counter, model in itertools.product((self._prompt, self._completion, self._cached), models):
                 counter.labels(model, "")

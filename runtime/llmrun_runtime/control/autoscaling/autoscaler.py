@@ -30,7 +30,7 @@ from llmrun_runtime.engines.registry import get_engine
 from llmrun_runtime.placement import Node, has_capacity, shortage
 from llmrun_runtime.ray_nodes import cluster_nodes
 from llmrun_runtime.wire.reports import LEASE_S, ReplicaReport
-from llmrun_runtime.wire.routing_table import Table, by_names
+from llmrun_runtime.wire.routing_table import ModelRoute, Table, by_names
 
 log = logging.getLogger("llmrun.control")
 TICK_S = 0.25
@@ -40,6 +40,8 @@ PLACING_S = 4.0
 SURPLUS_S = 10.0
 # `llmrun warm` requests a replica for this long if there is not enough capacity.
 WARM_S = 600.0
+# Replicas report twice per second. After a restart, control waits this long for those that Serve runs.
+FIRST_TABLE_S = 2.0
 
 
 class Autoscaler:
@@ -61,12 +63,15 @@ class Autoscaler:
         """Called when an unproven version's first replica is ready."""
         self.on_wake: Callable[[Deployed], None] = lambda row: None
         """Called when a request raises a model's target from zero."""
+        self.on_error: Callable[[str], None] = lambda task: None
+        """Called with "autoscaler" for each exception of a tick."""
         self._models = models
         self._serve_apps = serve_apps
         self._registry = registry
         self._cold_starts = cold_starts
         self._keys = keys
         self._states: dict[str, ModelState] = {}
+        self._first_tick = 0.0
         self._kicked = asyncio.Event()
         self._table_changed = asyncio.Condition()
 
@@ -80,7 +85,7 @@ class Autoscaler:
         if not previous or previous.engine_version != row.engine_version:
             if previous:
                 self._cold_starts.end(row.name, previous.engine_version, "withdrawn")
-            self._states[row.name] = ModelState()
+            self._states[row.name] = ModelState(low_since=time.monotonic())
         self._registry.mark_used(row.name, time.monotonic())
         self.kick()
 
@@ -99,15 +104,23 @@ class Autoscaler:
             state.adapters, state.adapters_error = adapters, error
             self.kick()
 
-    def replica_failed(self, report: ReplicaReport, cause: str) -> None:
-        """Count a failed start of the active version: waiting requests fail with `cause`, the model backs off."""
+    def replica_failed(self, report: ReplicaReport, cause: str, first_seen: float) -> None:
+        """Count a failed start of the active version: waiting requests fail with `cause`, the model backs off.
+
+        Replicas that started together fail together, and count as one failure. `first_seen` is the time of the
+        replica's first report (monotonic).
+        """
         row = self._models.get(report.model)
         if not row or row.engine_version != report.version:
             return
         state = self._states[row.name]
         self._cold_starts.end(row.name, row.engine_version, "failed")
-        count = state.failure.count + 1 if state.failure else 1
-        state.failure, state.warm_until = Failure(count, cause, time.monotonic()), 0
+        last, now = state.failure, time.monotonic()
+        if last and first_seen < last.at:
+            log.warning("%s v%d: another replica of the same start failed: %s", row.name, row.version, cause)
+            return
+        count = last.count + 1 if last else 1
+        state.failure, state.warm_until = Failure(count, cause, now), 0
         log.warning("%s v%d failed to start (%d in a row): %s", row.name, row.version, count, cause)
         self.kick()
 
@@ -155,8 +168,14 @@ class Autoscaler:
         return model
 
     async def watch(self, epoch: str, number: int, timeout: float) -> Table:
-        """Return the table as soon as it differs from the one given, or unchanged after `timeout` seconds."""
+        """Return the table as soon as it differs from the one given, or unchanged after `timeout` seconds.
+
+        Raises TimeoutError if there is no complete table by then: an ingress keeps the table of an earlier control.
+        """
         async with self._table_changed:
+            if not self.table.number:
+                async with asyncio.timeout(timeout):
+                    await self._table_changed.wait_for(lambda: self.table.number)
             if (self.table.epoch, self.table.number) == (epoch, number):
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(timeout):
@@ -171,6 +190,7 @@ class Autoscaler:
                 await self.tick()
             except Exception:
                 log.exception("autoscaler tick failed, retrying")
+                self.on_error("autoscaler")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TICK_S):
                     await self._kicked.wait()
@@ -180,16 +200,44 @@ class Autoscaler:
         now = time.monotonic()
         for report in self._registry.expire(now):
             log.warning("%r has not reported for %g s: removed from the routing table", report, LEASE_S)
+        routes = {}
         for row in list(self._models.deployed.values()):
-            if not self._models.is_locked(row.name):
-                self._decide(row, now)
-        await self._publish(now)
+            try:
+                if not self._models.is_locked(row.name):
+                    self._decide(row, now)
+                row = self._models.deployed[row.name]  # noqa: PLW2901 # it may be proven by now
+                routes[row.name] = self._view(row).route(now, self._cold_starts.usual(row.name))
+                self._states[row.name].error = ""
+            except Exception as error:  # one model's fault must not stop the others
+                self._tick_failed(row, error)
+                if row.name in self.table.models:
+                    routes[row.name] = self.table.models[row.name]
+        if self.table.number or self._is_complete(now):
+            await self._publish(routes)
 
-    async def _publish(self, now: float) -> None:
-        """Replace the table if it changed."""
+    def _tick_failed(self, row: Deployed, error: Exception) -> None:
+        """Record, and log when it changes, that control could not handle a model."""
+        text = f"control cannot manage {row.name}: {type(error).__name__}: {error}. See control.log on the head node"
+        state = self._states.setdefault(row.name, ModelState())
+        if state.error != text:
+            log.error("%s", text, exc_info=error)
+        state.error = text
+        self.on_error("autoscaler")
+
+    def _is_complete(self, now: float) -> bool:
+        """Whether a first table can be published: what Serve runs has reported, or had FIRST_TABLE_S to do so."""
+        self._first_tick = self._first_tick or now
         rows = self._models.deployed.values()
-        models = {row.name: self._view(row).route(now, self._cold_starts.usual(row.name)) for row in rows}
-        if models != self.table.models or self._keys.routes != self.table.keys:
+        missing = [
+            row
+            for row in rows
+            if self._serve_apps.target(row.name, row.engine_version) and not self._registry.replicas_of(row.name)
+        ]
+        return not missing or now - self._first_tick > FIRST_TABLE_S
+
+    async def _publish(self, models: dict[str, ModelRoute]) -> None:
+        """Replace the table if it changed."""
+        if not self.table.number or models != self.table.models or self._keys.routes != self.table.keys:
             async with self._table_changed:
                 number, keys = self.table.number + 1, self._keys.routes
                 self.table = replace(self.table, number=number, models=models, names=by_names(models), keys=keys)
@@ -231,7 +279,7 @@ class Autoscaler:
         spec, registry = row.spec, self._registry
         target = self._serve_apps.target(row.name, row.engine_version)
         ready = len(registry.ready(row.name, row.engine_version))
-        placed = len(registry.replicas_of(row.name, row.engine_version))
+        placed = len(registry.placed(row.name, row.engine_version))
         if state.warm_until <= now:
             state.warm_until = 0
         waiting, in_flight = registry.waiting(row.name) + bool(state.warm_until), registry.in_flight(row.name)
@@ -299,7 +347,9 @@ class Autoscaler:
                 eviction.shortage = f"waiting for the eviction of {', '.join(dict.fromkeys(running.values()))}"
                 return
             state.eviction = eviction = EvictionState(unplaced_since=now)
-        if desired <= demand.target and now - eviction.unplaced_since <= PLACING_S:
+        # The model's own draining replica may free its resources in a moment.
+        draining = len(self._registry.replicas_of(row.name)) > demand.placed
+        if (desired <= demand.target or draining) and now - eviction.unplaced_since <= PLACING_S:
             return
         nodes = cluster_nodes()
         eviction.shortage = self.shortage(row, nodes)

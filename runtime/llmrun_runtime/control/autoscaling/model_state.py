@@ -50,6 +50,8 @@ class ModelState:
     adapters: dict[str, str] | None = None
     """Pins of adapters by name; None if they could not be listed, because of `adapters_error`."""
     adapters_error: str = ""
+    error: str = ""
+    """The exception with which control's last tick of this model failed; the model keeps its last route and target."""
 
     @property
     def setting_target(self) -> bool:

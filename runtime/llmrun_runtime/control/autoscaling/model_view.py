@@ -40,6 +40,8 @@ class ModelView:
     def cause(self) -> str:
         """Return the reason for a failure, a shortage or an eviction, in one line; "" if there is none."""
         state = self.model_state
+        if state.error:
+            return state.error
         if state.failure:
             return state.failure.cause
         evicted = f"evicted to free resources for {state.evicted_for}" if state.evicted_for else ""
@@ -50,7 +52,7 @@ class ModelView:
         row = self.row
         if self.registry.ready(row.name, row.engine_version):
             return ""
-        reports = self.registry.replicas_of(row.name, row.engine_version)
+        reports = self.registry.placed(row.name, row.engine_version)
         reached = {moment for report in reports for moment in report.moments}
         for moment, phase in PHASES.items():
             if moment in reached:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 SETTLE_S = 1.0
 # The back-off after a failed start. It doubles with each failure in a row, up to the maximum.
 BACKOFF_S, MAX_BACKOFF_S = 5.0, 1800.0
+MAX_DOUBLINGS = 20  # more than enough to reach the maximum
 # After this many failures in a row, requests are refused at once during the back-off.
 FAILURES_BEFORE_REFUSAL = 3
 
@@ -23,7 +24,8 @@ class Failure:
 
     def backs_off(self, now: float) -> bool:
         """Whether no start is tried without a request."""
-        return now - self.at < min(BACKOFF_S * 2.0 ** (self.count - 1), MAX_BACKOFF_S)
+        doublings = min(self.count - 1, MAX_DOUBLINGS)  # 2.0 ** 1024 is an OverflowError
+        return now - self.at < min(BACKOFF_S * 2.0**doublings, MAX_BACKOFF_S)
 
     def refuses(self, now: float) -> bool:
         """Whether no start is tried even for a request."""

@@ -23,6 +23,8 @@ class Registry:
     """By model, when a request last waited or was in flight."""
     ready_since: dict[str, float] = field(default_factory=dict)
     """By replica."""
+    first_seen: dict[str, float] = field(default_factory=dict)
+    """By replica, the time of its first report."""
 
     def report(self, report: ReplicaReport, now: float) -> bool:
         """Store a replica's report. Return whether the routing table changes. A draining replica stays draining."""
@@ -30,6 +32,7 @@ class Registry:
         if previous and previous.state == "draining":
             report = replace(report, state="draining")
         self.replicas[report.id] = (report, now)
+        self.first_seen.setdefault(report.id, now)
         if report.state == "ready":
             if not previous or previous.state != "ready":
                 self.mark_used(report.model, now)
@@ -59,6 +62,7 @@ class Registry:
     def remove(self, replica: str) -> bool:
         """Remove a replica. Return whether it was registered."""
         self.ready_since.pop(replica, None)
+        self.first_seen.pop(replica, None)
         return self.replicas.pop(replica, None) is not None
 
     def expire(self, now: float) -> list[ReplicaReport]:
@@ -79,6 +83,10 @@ class Registry:
         """Return the replicas of a model, or of one version of it."""
         rows = (report for report, _ in self.replicas.values())
         return [r for r in rows if r.model == model and version in (None, r.version)]
+
+    def placed(self, model: str, version: int) -> list[ReplicaReport]:
+        """Return the replicas that are starting or ready: a draining one serves no new request."""
+        return [report for report in self.replicas_of(model, version) if report.state != "draining"]
 
     def ready(self, model: str, version: int) -> list[ReplicaReport]:
         """Return the replicas that accept requests."""

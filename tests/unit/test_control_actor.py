@@ -1,0 +1,64 @@
+"""Control's actor: what fails for a while does not end it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrun.errors import ClusterError
+from llmrun.settings import Settings
+from llmrun_runtime import supervise
+from llmrun_runtime.control import actor as actor_module
+from llmrun_runtime.control.actor import Control
+from llmrun_runtime.control.control_plane import ControlPlane
+
+
+async def test_control_that_restarts_while_its_database_is_away_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[int] = []
+
+    async def load(plane: ControlPlane) -> None:
+        loads.append(1)
+        if len(loads) == 1:
+            raise ClusterError("cannot open the database: it is locked")
+
+    async def serve(*_: Any) -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(ControlPlane, "load", load)
+    monkeypatch.setattr(actor_module.http, "serve", serve)
+    monkeypatch.setattr(actor_module, "RELOAD_S", 0.05)
+    control = Control.__new__(Control)
+    await control.__init__(Settings(home=tmp_path).model_dump(mode="json"), "http://127.0.0.1:8000")  # type: ignore[misc]
+    try:
+        for _ in range(3):  # not one load for each of 500 replicas' calls
+            with pytest.raises(ClusterError, match="it is locked"):
+                await control.start()
+        assert len(loads) == 1
+        await asyncio.sleep(0.06)
+        await control.start()
+        assert len(loads) == 2
+    finally:
+        for task in control._running:
+            task.cancel()
+        await asyncio.gather(*control._running, return_exceptions=True)
+        control._socket.close()
+        control._plane.database.close()
+
+
+async def test_a_task_that_raises_is_counted_and_runs_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "RETRY_S", 0.01)
+    runs: list[int] = []
+
+    async def work() -> None:
+        runs.append(1)
+        if len(runs) < 3:
+            raise AttributeError("a message of another release")
+
+    errors: list[str] = []
+    await asyncio.wait_for(supervise.supervise("watch", work, errors.append), 5)
+    assert len(runs) == 3 and errors == ["watch", "watch"]
