@@ -123,13 +123,15 @@ def could_run(placement: Placement, node: Node) -> bool:
     return _fits(placement, node.total)
 
 
-def has_capacity(placement: Placement, nodes: Iterable[Node], freed: Mapping[str, Placement] | None = None) -> bool:
-    """Whether a replica can be placed now. `freed`: node id → a replica on that node that will stop first."""
+def has_capacity(
+    placement: Placement, nodes: Iterable[Node], freed: Mapping[str, Sequence[Placement]] | None = None
+) -> bool:
+    """Whether a replica can be placed now. `freed`: node id → the replicas on that node that will stop first."""
     fitting = []
     for node in nodes:
         available = dict(node.available)
-        if freed and node.id in freed:
-            for key, amount in freed[node.id].resources().items():
+        for stopping in freed.get(node.id, ()) if freed else ():
+            for key, amount in stopping.resources().items():
                 available[key] = available.get(key, 0) + amount
         if node.id and _fits(placement, available):
             fitting.append(node)

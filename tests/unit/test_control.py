@@ -287,7 +287,8 @@ def test_options_that_no_node_satisfies_are_refused_with_the_inventory(
 def test_capacity_and_its_users() -> None:
     assert has_capacity(CPU, [LAPTOP])
     assert not has_capacity(Placement(2, 0), [LAPTOP])
-    assert has_capacity(Placement(2, 0), [LAPTOP], freed={"a": CPU})
+    assert has_capacity(Placement(2, 0), [LAPTOP], freed={"a": [CPU]})
+    assert has_capacity(Placement(3, 0), [LAPTOP], freed={"a": [CPU, CPU]})  # both replicas of the node stop
     text = shortage(Placement(1, 2, "A10G"), [LAPTOP, A10G], ["busy"])
     assert "1 CPUs and 2 × A10G" in text and "1 × A10G, 8 CPUs" in text and "in use by busy" in text
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import ray
+from ray.serve.exceptions import RayServeException
 
 from llmrun.errors import Refused
 from llmrun.wire import ModelStatus, State
@@ -208,7 +209,7 @@ class Autoscaler:
                 row = self._models.deployed[row.name]  # noqa: PLW2901 # it may be proven by now
                 routes[row.name] = self._view(row).route(now, self._cold_starts.usual(row.name))
                 self._states[row.name].error = ""
-            except Exception as error:  # one model's fault must not stop the others
+            except Exception as error:  # noqa: BLE001 # one model's fault must not stop the others
                 self._tick_failed(row, error)
                 if row.name in self.table.models:
                     routes[row.name] = self.table.models[row.name]
@@ -316,7 +317,7 @@ class Autoscaler:
         log.info("%s v%d: target %d", row.name, row.engine_version, replicas)
         try:
             await self._serve_apps.set_target(row, replicas)
-        except (ray.exceptions.RayError, TimeoutError) as error:
+        except (ray.exceptions.RayError, RayServeException, TimeoutError) as error:
             log.warning("could not set the target of %s in Serve, retrying: %r", row.name, error)
 
     def _min_replicas(self, row: Deployed) -> int:

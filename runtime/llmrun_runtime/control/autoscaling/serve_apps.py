@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.exceptions import RayServeException
 
 from llmrun.settings import Settings
 from llmrun_runtime import ray_internals
@@ -16,6 +19,7 @@ from llmrun_runtime.wire.replica_config import ReplicaConfig
 
 log = logging.getLogger("llmrun.control")
 CALL_TIMEOUT_S = 30
+RETRY_S = 5.0
 
 
 class ServeApps:
@@ -27,7 +31,9 @@ class ServeApps:
         self._unconfirmed: set[str] = set()
         """Applications that may not have the target: a call failed or is running."""
         self._deleted: set[str] = set()
-        self._lock = asyncio.Lock()
+        self._locks: dict[str, asyncio.Lock] = {}
+        """By application: a call to Serve that takes long delays no other model."""
+        self._deleting: set[asyncio.Task[None]] = set()
 
     async def load(self) -> list[tuple[str, int]]:
         """Find the applications that an earlier control left running. Return their models and versions."""
@@ -60,7 +66,7 @@ class ServeApps:
         Does nothing for a deleted application. Raises RayError or TimeoutError; the target is then unconfirmed.
         """
         name = app_name(row.name, row.engine_version)
-        async with self._lock:
+        async with self._lock_of(name):
             if name in self._deleted or (name not in self._targets and not replicas):
                 return
             self._unconfirmed.add(name)
@@ -71,21 +77,44 @@ class ServeApps:
                 except ray.exceptions.RayTaskError as error:  # the application no longer exists
                     log.info("Serve has no application %s: %s", name, error.cause)
                     if replicas:
-                        await asyncio.to_thread(self._run, row, name, replicas)
+                        await _call(self._run, row, name, replicas)
             else:
                 self._targets[name] = replicas
-                await asyncio.to_thread(self._run, row, name, replicas)
+                await _call(self._run, row, name, replicas)
             self._targets[name] = replicas
             self._unconfirmed.discard(name)
 
     async def delete(self, model: str, version: int) -> None:
-        """Drain and remove a version's application permanently. Returns when Serve has accepted the call."""
+        """Drain and remove a version's application permanently.
+
+        Returns when Serve has accepted the call. If Serve fails, the call is repeated in the background.
+        """
         name = app_name(model, version)
-        async with self._lock:
-            self._deleted.add(name)
+        self._deleted.add(name)
+        if not await self._try_delete(name):
+            task = asyncio.get_running_loop().create_task(self._delete_until_accepted(name))
+            self._deleting.add(task)
+            task.add_done_callback(self._deleting.discard)
+
+    async def _try_delete(self, name: str) -> bool:
+        async with self._lock_of(name):
             self._unconfirmed.discard(name)
-            if self._targets.pop(name, None) is not None:
-                await asyncio.to_thread(serve.delete, name, _blocking=False)
+            if name in self._targets:
+                try:
+                    await _call(_delete, name)
+                except (ray.exceptions.RayError, RayServeException, TimeoutError) as error:
+                    log.warning("Serve did not delete %s, retrying: %r", name, error)
+                    return False
+                del self._targets[name]
+        self._locks.pop(name, None)
+        return True
+
+    async def _delete_until_accepted(self, name: str) -> None:
+        while not await self._try_delete(name):
+            await asyncio.sleep(RETRY_S)
+
+    def _lock_of(self, name: str) -> asyncio.Lock:
+        return self._locks.setdefault(name, asyncio.Lock())
 
     async def last_error(self, model: str, version: int) -> str:
         """Return Serve's error about a version's replicas, in one line; "" if there is none."""
@@ -117,3 +146,13 @@ class ServeApps:
             wait_for_ingress_deployment_creation=True,
             wait_for_applications_running=False,
         )
+
+
+async def _call(function: Callable[..., None], *args: Any) -> None:
+    """Call Serve in a thread. Raises TimeoutError after CALL_TIMEOUT_S: some of Serve's calls have no deadline."""
+    async with asyncio.timeout(CALL_TIMEOUT_S):
+        await asyncio.to_thread(function, *args)
+
+
+def _delete(name: str) -> None:
+    serve.delete(name, _blocking=False)

@@ -161,27 +161,33 @@ class Deployer:
             await self._weights.distribute(row.pin, row.spec.env, nodes, operation, row.name)
 
     async def _prove_and_activate(self, row: Deployed, request: DeployRequest, operation: Operation) -> None:
-        """Activate a version if its proof succeeds, or if there is no capacity for one. Else the old one stays."""
+        """Activate a version if its proof succeeds. Else the old one stays.
+
+        Without capacity for a proof, a version is activated only if it replaces no proven one.
+        """
         old = self._models.deployed.get(row.name)
-        activated = False
         try:
-            if shortage := await self._prover.free_capacity(row, old, operation):
-                await self._replace_active(row, request.source)
-                text = f"version {row.version} deployed, not proven: {shortage}"
+            cause = await self._prover.free_capacity(row, old, operation)
+            if cause and not (old and old.proven):
+                self._activate(row, request.source)
+                text = f"version {row.version} deployed, not proven: {cause}"
                 await operation.emit("unproven", row.name, text)
-                activated = True
-            elif cause := await self._prover.prove(row, operation):
+            elif cause or (cause := await self._prover.prove(row, operation)):
                 self._database.put_version(row, active=False)
                 self._models.candidates[row.name] = Candidate(row, cause)
                 kept = f"; version {old.version} stays active" if old else ""
                 await operation.emit("failed", row.name, f"{cause}{kept} (details: `llmrun logs {row.name}`)")
             else:
-                await self._replace_active(replace(row, proven=True), request.source)
+                if old:
+                    await self._prover.match(row, old, operation)
+                self._activate(replace(row, proven=True), request.source)
                 await operation.emit("ready", row.name, f"version {row.version}")
-                activated = True
         finally:
-            if not activated:
-                await self._serve_apps.delete(row.name, row.engine_version)
+            # Also after an error, the application of the active version stays.
+            active = self._models.deployed.get(row.name)
+            for version in (old, row):
+                if version and not (active and active.engine_version == version.engine_version):
+                    await self._serve_apps.delete(version.name, version.engine_version)
             self._models.unlock(row.name)
             self._autoscaler.kick()
 

@@ -70,13 +70,13 @@ class Prover:
 
         Return "" if it fits, else what is missing. The model stays locked if the old version was drained.
         """
-        if any(not node.id and could_run(row.placement, node) for node in cluster_nodes()):
-            return ""  # the cluster's autoscaler can add a node
+        if _autoscaler_fits(row):
+            return ""
         if await self._wait_for_capacity(row, SETTLE_S):
             return ""
         nodes = cluster_nodes()
         replicas = self._registry.replicas_of(row.name)
-        freed = {replica.node: old.placement for replica in replicas} if old else {}
+        freed = {node.id: [old.placement for r in replicas if r.node == node.id] for node in nodes} if old else {}
         if not old or not replicas or not has_capacity(row.placement, nodes, freed):
             return self._autoscaler.shortage(row, nodes)
         text = f"not enough capacity next to version {old.version}: draining it first, requests are queued"
@@ -96,8 +96,9 @@ class Prover:
         try:
             await operation.emit("step", row.name, f"version {row.version}: placing a replica on {row.placement}")
             await self._serve_apps.set_target(row, 1)
-            if not await _wait_until(proof.placed.is_set, self._settings.place_timeout):
-                return await self._not_placed(row)
+            limit_s = self._placing_limit(row)
+            if not await _wait_until(proof.placed.is_set, limit_s):
+                return await self._not_placed(row, limit_s)
             host = next((report.host for report in self._registry.replicas_of(row.name, row.engine_version)), "")
             await operation.emit("step", row.name, f"starting the engine on node {host}")
             # The replica enforces start_timeout itself. The rest is for preparing its node, and for its report.
@@ -108,13 +109,65 @@ class Prover:
         finally:
             del self._proofs[row.name, row.engine_version]
 
-    async def _not_placed(self, row: Deployed) -> str:
-        limit = f"no replica was placed within {self._settings.place_timeout:g} s (LLMRUN_PLACE_TIMEOUT)"
+    async def match(self, row: Deployed, old: Deployed, operation: Operation) -> None:
+        """Start as many replicas of a proven version as the old version has, where they fit next to those.
+
+        Returns when they are ready, or when no more of them can be.
+        """
+        wanted = min(len(self._registry.ready(old.name, old.engine_version)), row.spec.max_replicas)
+        if wanted <= 1:
+            return
+        text = f"starting {wanted} replicas, as many as version {old.version} has"
+        await operation.emit("step", row.name, text)
+        proof = self._proofs[row.name, row.engine_version] = Proof()
+        try:
+            await self._serve_apps.set_target(row, wanted)
+            fits = await self._wait_for_replicas(row, wanted, proof)
+            ready = len(self._registry.ready(row.name, row.engine_version))
+            if ready < wanted:
+                cause = proof.cause or ("they were not ready in time" if fits else "not enough capacity for more")
+                await operation.emit("step", row.name, f"continuing with {ready} of {wanted} replicas: {cause}")
+                await self._serve_apps.set_target(row, max(1, ready))
+        finally:
+            del self._proofs[row.name, row.engine_version]
+
+    async def _wait_for_replicas(self, row: Deployed, wanted: int, proof: Proof) -> bool:
+        """Wait until that many replicas are ready, or one has failed. Return False if some cannot be placed."""
+        started = time.monotonic()
+        settle_s = self._placing_limit(row) if _autoscaler_fits(row) else SETTLE_S
+        unplaced_since = 0.0
+        while (now := time.monotonic()) - started < self._settings.start_timeout + PREPARE_TIMEOUT_S:
+            if proof.cause or len(self._registry.ready(row.name, row.engine_version)) >= wanted:
+                return True
+            placed = self._registry.placed(row.name, row.engine_version)
+            if len(placed) >= wanted or has_capacity(row.placement, cluster_nodes()):
+                unplaced_since = 0.0
+            else:
+                unplaced_since = unplaced_since or now
+            # Those that are placed still become ready: they carry what the old version's replicas carried.
+            if unplaced_since and now - unplaced_since > settle_s and all(r.state == "ready" for r in placed):
+                return False
+            await asyncio.sleep(POLL_S)
+        return True
+
+    def _placing_limit(self, row: Deployed) -> float:
+        """How long placing a replica may take, in seconds: longer if the cluster's autoscaler must add a node."""
+        waits_for_node = _autoscaler_fits(row) and not has_capacity(row.placement, cluster_nodes())
+        return self._settings.start_timeout if waits_for_node else self._settings.place_timeout
+
+    async def _not_placed(self, row: Deployed, limit_s: float) -> str:
+        limit = f"no replica was placed within {limit_s:g} s"
+        limit += " (LLMRUN_PLACE_TIMEOUT)" if limit_s == self._settings.place_timeout else " (LLMRUN_START_TIMEOUT)"
         error = await self._serve_apps.last_error(row.name, row.engine_version) or self._autoscaler.shortage(row)
         return f"{limit}: {error or 'Ray reports no reason'}"
 
     async def _wait_for_capacity(self, row: Deployed, timeout: float) -> bool:
         return await _wait_until(lambda: has_capacity(row.placement, cluster_nodes()), timeout)
+
+
+def _autoscaler_fits(row: Deployed) -> bool:
+    """Whether the cluster's autoscaler can add a node that fits."""
+    return any(not node.id and could_run(row.placement, node) for node in cluster_nodes())
 
 
 async def _wait_until(condition: Callable[[], bool], timeout: float) -> bool:
