@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
+from sqlalchemy.exc import OperationalError
 
 from llmrun.errors import ClusterError
 from llmrun.settings import Settings
 from llmrun_runtime import supervise
+from llmrun_runtime.cluster import bootstrap
 from llmrun_runtime.control import actor as actor_module
 from llmrun_runtime.control.actor import Control
 from llmrun_runtime.control.control_plane import ControlPlane
@@ -30,7 +33,7 @@ async def test_control_that_restarts_while_its_database_is_away_comes_back(
         await asyncio.Event().wait()
 
     monkeypatch.setattr(ControlPlane, "load", load)
-    monkeypatch.setattr(actor_module.http, "serve", serve)
+    monkeypatch.setattr("llmrun_runtime.http.serve", serve)
     monkeypatch.setattr(actor_module, "RELOAD_S", 0.05)
     control = Control.__new__(Control)
     await control.__init__(Settings(home=tmp_path).model_dump(mode="json"), "http://127.0.0.1:8000")  # type: ignore[misc]
@@ -48,6 +51,30 @@ async def test_control_that_restarts_while_its_database_is_away_comes_back(
         await asyncio.gather(*control._running, return_exceptions=True)
         control._socket.close()
         control._plane.database.close()
+
+
+async def test_an_error_of_the_database_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def load(plane: ControlPlane) -> None:
+        raise OperationalError("SELECT models.new", {}, Exception("no such column: models.new"))
+
+    monkeypatch.setattr(ControlPlane, "load", load)
+    control = Control.__new__(Control)
+    await control.__init__(Settings(home=tmp_path).model_dump(mode="json"), "http://127.0.0.1:8000")  # type: ignore[misc]
+    with pytest.raises(ClusterError) as caught:
+        await control.start()
+    control._socket.close()
+    text = str(caught.value)
+    assert "cannot read the database" in text and "no such column: models.new" in text and "\n" not in text
+
+
+def test_an_unexpected_error_of_a_start_is_one_line_without_colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get(*_: Any, **__: Any) -> None:
+        raise ray.exceptions.RayTaskError("start", "\x1b[36mray::Control.start\x1b[39m", KeyError("port\nmore"))
+
+    monkeypatch.setattr("ray.get", get)
+    with pytest.raises(ClusterError) as caught:
+        bootstrap._get(None)
+    assert str(caught.value).startswith("llmrun failed to start: KeyError: ") and "\x1b" not in str(caught.value)
 
 
 async def test_a_task_that_raises_is_counted_and_runs_again(monkeypatch: pytest.MonkeyPatch) -> None:

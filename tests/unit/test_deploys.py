@@ -14,6 +14,7 @@ from llmrun.settings import Settings
 from llmrun.wire import DeployRequest, Event
 from llmrun_runtime.control.autoscaling import serve_apps as serve_apps_module
 from llmrun_runtime.control.autoscaling.serve_apps import ServeApps
+from llmrun_runtime.control.autoscaling.serve_config import app_name
 from llmrun_runtime.control.operations import deploy as deploy_module
 from llmrun_runtime.control.operations import proof as proof_module
 from llmrun_runtime.control.operations.deploy import Deployer
@@ -39,6 +40,7 @@ class Cluster:
         self.adapters_error: Exception | None = None
         self.database = Database(f"sqlite:///{folder}/control.db")
         this: Any = self
+        adapters: Any = _Adapters(this)
         self.deployer = Deployer(
             settings=Settings(home=folder, place_timeout=0.2),
             database=self.database,
@@ -47,7 +49,7 @@ class Cluster:
             autoscaler=this,
             serve_apps=this,
             weights=this,
-            adapters=_Adapters(this),
+            adapters=adapters,
             operations=Operations(),
         )
 
@@ -180,7 +182,7 @@ async def test_an_application_that_serve_does_not_delete_is_deleted_later(
     monkeypatch.setattr(serve_apps_module, "_delete", delete)
     monkeypatch.setattr(serve_apps_module, "RETRY_S", 0.01)
     apps = ServeApps(Settings(home=tmp_path))
-    apps._targets[serve_apps_module.app_name("one", 1)] = 1
+    apps._targets[app_name("one", 1)] = 1
     await apps.delete("one", 1)
     async with asyncio.timeout(5):
         while apps._deleting:

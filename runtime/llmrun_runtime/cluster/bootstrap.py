@@ -100,7 +100,10 @@ def _get(call: Any) -> None:
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, LLMRunError):
             raise error.cause from None
-        raise
+        # Ray's own text is a coloured traceback.
+        reason = str(error.cause).strip().partition("\n")[0]
+        text = f"llmrun failed to start: {type(error.cause).__name__}: {reason}. See control.log on the head node"
+        raise ClusterError(text) from error
     except ray.exceptions.ActorDiedError as error:
         raise ClusterError(_root_cause(error)) from error
 

@@ -9,6 +9,9 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from sqlalchemy.exc import SQLAlchemyError
+
+from llmrun.errors import ClusterError
 from llmrun.settings import Settings
 from llmrun_runtime import http
 from llmrun_runtime.control.api.app import make_api
@@ -60,9 +63,13 @@ class Control:
             host, port = self._socket.getsockname()
             plane = ControlPlane(self._settings, self._url, (host, port))
             await plane.load()
-        except Exception:
+        except Exception as error:
             log.exception("could not load the stored state")
             self._load_failed = time.monotonic()
+            if isinstance(error, SQLAlchemyError):
+                reason = str(error).splitlines()[0]
+                text = f"cannot read the database: {reason}. Check LLMRUN_DATABASE_URL, and control.log for details"
+                raise ClusterError(text) from error
             raise
         self._loaded = plane
         work: dict[str, Callable[[], Awaitable[None]]] = {
