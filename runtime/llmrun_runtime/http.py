@@ -12,6 +12,10 @@ from llmrun_runtime.asgi import App
 
 # Longer than the ingress keeps an idle connection to control open.
 KEEP_ALIVE_S = 75
+# For a connection on which nothing is sent.
+KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S = 30, 10
+# For a client that acknowledges nothing, or that does not read.
+UNREAD_TIMEOUT_MS = 60_000
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -22,6 +26,12 @@ def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     sock = socket.socket(family)
+    # Accepted connections inherit these: without them, a client that is gone would stay connected for ever.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_TIMEOUT_MS)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if shared:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)

@@ -16,6 +16,7 @@ class RateWindow:
 
     def add(self, now: float, amount: int = 1) -> None:
         """Add an amount."""
+        self._trim(now)
         second = int(now)
         if self._amounts and self._amounts[-1][0] == second:
             second, previous = self._amounts.pop()
@@ -26,8 +27,7 @@ class RateWindow:
 
     def total(self, now: float) -> int:
         """Return the sum over the last minute."""
-        while self._amounts and self._amounts[0][0] <= int(now) - WINDOW_S:
-            self._total -= self._amounts.popleft()[1]
+        self._trim(now)
         return self._total
 
     def wait(self, now: float, limit: int) -> float:
@@ -40,3 +40,7 @@ class RateWindow:
             if remaining < limit:
                 return second + WINDOW_S - now
         return WINDOW_S
+
+    def _trim(self, now: float) -> None:
+        while self._amounts and self._amounts[0][0] <= int(now) - WINDOW_S:
+            self._total -= self._amounts.popleft()[1]

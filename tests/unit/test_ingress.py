@@ -151,13 +151,6 @@ async def test_an_unreachable_replica_is_replaced_by_another(bench: Bench, engin
     assert (await bench.post())[0] == 200
 
 
-async def test_a_replica_that_dies_before_the_first_byte_fails_the_request(bench: Bench, engine: Engine) -> None:
-    bench.table(route(engine.port))
-    status, _, answer = await bench.post({"model": "one", "die_early": True})
-    assert (status, answer["error"]["code"]) == (503, "replica_gone")
-    assert len(engine.requests) == 2
-
-
 async def test_a_refused_connection_is_retried_until_the_deadline(bench: Bench, engine: Engine) -> None:
     late = http.bind("127.0.0.1", 0)
     port = late.getsockname()[1]

@@ -126,7 +126,7 @@ class IngressActor:
                     await self._dirty.wait()
             self._dirty.clear()
             try:
-                queue, usage = self._queue, self._limiter.usage(time.time())
+                queue, usage = self._queue, self._limiter.usage(time.monotonic())
                 call = self._control.demand.remote(self._id, queue.traffic(), queue.first_tokens(), usage)
                 self._limiter.remote = await asyncio.wait_for(call, CALL_TIMEOUT_S)
             except (ray.exceptions.RayError, TimeoutError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import time
 from collections.abc import Coroutine
@@ -19,6 +18,7 @@ from llmrun_runtime.ingress.admission.revision import Resolver, resolve_pin
 from llmrun_runtime.ingress.admission.target import Target, check_path
 from llmrun_runtime.ingress.disconnect import cancel_on_disconnect
 from llmrun_runtime.ingress.endpoints.metrics import IngressMetrics
+from llmrun_runtime.ingress.engine_deaths import FORGET_S, EngineDeaths, request_digest
 from llmrun_runtime.ingress.errors import HTTPError
 from llmrun_runtime.ingress.queue.caller_wait import CallerWait
 from llmrun_runtime.ingress.queue.claim import Caller, Claim
@@ -59,6 +59,7 @@ class Inference:
         self._resolver = resolver
         self._links = links
         self._keepalive = keepalive
+        self._deaths = EngineDeaths()
 
     async def __call__(
         self, scope: Scope, receive: Receive, send: Send, key: KeyInfo | None, record: RequestRecord
@@ -68,14 +69,16 @@ class Inference:
         admission = admit(self._queue.table, key, scope, body)
         model, adapter = admission.target.model.name, admission.target.adapter
         record.model, record.adapter = model, self._metrics.adapter(model, adapter)
+        if self._deaths:  # a digest of every body would cost too much
+            self._check_deaths(_digest(admission, scope, body), record)
         stream = KeepaliveStream(send, [record.id_header], self._keepalive)
         try:
-            with self._limiter.acquire(admission.limits, time.time()):
-                record.rate_limit_headers = self._limiter.headers(admission.limits, time.time())
+            with self._limiter.acquire(admission.limits, time.monotonic()):
+                record.rate_limit_headers = self._limiter.headers(admission.limits, time.monotonic())
                 work = self._queue_and_relay(admission, scope, body, stream, record)
                 await cancel_on_disconnect(self._in_time(work), receive)
         except HTTPError as error:
-            record.rate_limit_headers = self._limiter.headers(admission.limits, time.time())
+            record.rate_limit_headers = self._limiter.headers(admission.limits, time.monotonic())
             if not stream.response_started:
                 raise
             if not stream.is_event_stream:
@@ -97,7 +100,7 @@ class Inference:
     async def _queue_and_relay(
         self, admission: Admission, scope: Scope, body: bytes, stream: KeepaliveStream, record: RequestRecord
     ) -> None:
-        """Wait for a replica and relay; use another replica if the first one fails before its first byte."""
+        """Wait for a replica and relay; use another replica if the request has not reached an engine."""
         target = await resolve_pin(admission.target, self._resolver)
         parsed = admission.request
         caller = Caller(record.key, admission.probe, parsed.prefix, target.pin, record.adapter)
@@ -112,7 +115,7 @@ class Inference:
             deadlines=self._deadlines,
         )
         failed: list[str] = []
-        for attempt in itertools.count():
+        while True:
             claim = await wait.claim(failed)
             with self._queue.releasing(claim):
                 try:
@@ -123,16 +126,42 @@ class Inference:
                         record.first_byte = time.monotonic()
                         record.streamed = stream.streams_answer
                         self._queue.on_first_byte(claim)
+                        if self._deaths:
+                            self._deaths.forget(_digest(admission, scope, body))
 
                     await relay(self._links, claim.replica, request, stream, on_first_byte)
                     return
                 except UpstreamUnavailable as error:
                     log.warning("request %s: replica %s is unavailable: %s", record.id, claim.replica.id[:12], error)
                     failed.append(claim.replica.id)
-                    # A request that has not reached an engine is retried until it does; one that has, only once.
-                    if error.reached and attempt:
-                        message = f"two replicas of {claim.model} failed before responding. See `llmrun logs`"
+                    # A replica that has left the routing table was shut down in order. The request of one that was
+                    # not may be what ended its engine, so only the client may retry it.
+                    if error.reached and self._is_routed(claim):
+                        digest = _digest(admission, scope, body)
+                        self._deaths.add(digest, claim.replica.id, time.monotonic())
+                        self._check_deaths(digest, record)
+                        message = f"the engine of {claim.model} died while it ran the request. See `llmrun logs`"
                         raise HTTPError(503, message, "replica_gone", "service_unavailable", retry_after=5) from None
+
+    def _is_routed(self, claim: Claim) -> bool:
+        """Whether the routing table still has the claim's replica."""
+        model = self._queue.table.models.get(claim.model)
+        return model is not None and claim.replica.id in {replica.id for replica in model.replicas}
+
+    def _check_deaths(self, digest: bytes, record: RequestRecord) -> None:
+        """Raises HTTPError (500) for a request that two engines did not survive. It must not reach a third one."""
+        if self._deaths.blocks(digest, time.monotonic()):
+            log.error("request %s is refused: two engines of %s died while they ran it", record.id, record.model)
+            message = (
+                f"two engines of {record.model} died while they ran this request, so it is refused for "
+                f"{FORGET_S / 60:g} min. See request {record.id} in the ingress log, and `llmrun logs`"
+            )
+            raise HTTPError(500, message, "engine_failed", "internal_error")
+
+
+def _digest(admission: Admission, scope: Scope, body: bytes) -> bytes:
+    model = admission.target.model
+    return request_digest(model.name, model.version, scope["path"], body)
 
 
 def _upstream_headers(

@@ -5,6 +5,7 @@ The engine's events follow unchanged; if the request fails, one event with the e
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import dataclass
 
@@ -21,10 +22,15 @@ class KeepaliveTiming:
 
 
 DEFAULT_TIMING = KeepaliveTiming()
+# A client that reads so little that one chunk does not fit into the buffers would keep its engine busy for ever.
+WRITE_TIMEOUT_S = 60.0
 
 
 class KeepaliveStream:
-    """A `Send` around the client's; it changes nothing until the first comment is sent."""
+    """A `Send` around the client's; it changes nothing until the first comment is sent.
+
+    Raises ConnectionAbortedError if the client reads too little for WRITE_TIMEOUT_S.
+    """
 
     def __init__(self, send: Send, headers: Headers, timing: KeepaliveTiming) -> None:
         self.timing = timing
@@ -32,7 +38,7 @@ class KeepaliveStream:
         """Whether the client has received a status."""
         self.is_event_stream = False
         """Whether the response is an event stream, so that an error can be sent as its last event."""
-        self._send = send
+        self._client_send = send
         self._headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
         self._headers += headers
         self._comment_sent = False
@@ -71,6 +77,13 @@ class KeepaliveStream:
             self._error_body += message.get("body", b"")
             if not message.get("more_body"):
                 await self._end(_one_line(bytes(self._error_body)))
+
+    async def _send(self, message: Message) -> None:
+        try:
+            async with asyncio.timeout(WRITE_TIMEOUT_S):
+                await self._client_send(message)
+        except TimeoutError:
+            raise ConnectionAbortedError(f"the client read too little for {WRITE_TIMEOUT_S:g} s") from None
 
     async def _end(self, data: bytes) -> None:
         await self._send({"type": "http.response.body", "body": b"data: " + data + b"\n\n"})
