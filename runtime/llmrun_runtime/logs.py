@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import fcntl
 import logging
+import os
 import time
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from typing import IO
 
 LOG_BYTES, LOG_FILES = 10 * 2**20, 3
 KEEP_FILES = 20  # per model and node
+READ_BYTES = 2**20
+# An engine writes to its log for as long as it runs.
+MAX_BYTES, KEEP_BYTES = 64 * 2**20, 8 * 2**20
+TRIM_S = 60.0
+
+log = logging.getLogger("llmrun")
 
 
 def log_to_file(root: Path, name: str) -> None:
@@ -26,35 +37,98 @@ def model_logs(root: Path) -> Path:
 
 
 def log_path(root: Path, model: str, version: int, replica: str) -> Path:
-    """The log file of one replica. Removes the model's oldest logs above KEEP_FILES."""
+    """The log file of one replica. Removes the model's oldest logs above KEEP_FILES, but none of a running engine."""
     folder = model_logs(root) / model
-    for old in sorted(_files(folder), key=lambda file: file.stat().st_mtime)[: -(KEEP_FILES - 1)]:
-        old.unlink(missing_ok=True)
+    for old in _by_age(folder)[: -(KEEP_FILES - 1)]:
+        if not _is_in_use(old):
+            old.unlink(missing_ok=True)
     return folder / f"v{version}-{replica[:12]}.log"
 
 
 def read_logs(root: Path, model: str, offsets: dict[str, int], tail: int) -> dict[str, tuple[int, str]]:
     """The new text of each of the model's logs on this node: file name → (offset after the text, text).
 
-    A file that is not in `offsets` starts at its last `tail` lines. At most 1 MiB per file and call.
+    A file that is not in `offsets` starts at its last `tail` lines; a file that has become smaller than its offset
+    starts at 0. At most READ_BYTES per file and call.
     """
     texts: dict[str, tuple[int, str]] = {}
-    for path in sorted(_files(model_logs(root) / model), key=lambda file: file.stat().st_mtime):
-        data = path.read_bytes()
-        if path.name in offsets:
-            chunk = data[offsets[path.name] :][: 2**20]
-            end = offsets[path.name] + len(chunk)
-        else:
-            chunk, end = b"".join(data.splitlines(keepends=True)[-tail:]) if tail else b"", len(data)
-        texts[path.name] = (end, chunk.decode(errors="replace"))
+    for path in _by_age(model_logs(root) / model):
+        with contextlib.suppress(FileNotFoundError):  # it has been removed
+            offset = offsets.get(path.name)
+            end, chunk = _last_lines(path, tail) if offset is None else _chunk(path, offset)
+            texts[path.name] = (end, chunk.decode(errors="replace"))
     return texts
 
 
-def _files(folder: Path) -> list[Path]:
-    return list(folder.glob("*.log")) if folder.is_dir() else []
+def _last_lines(path: Path, tail: int) -> tuple[int, bytes]:
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        start = file.seek(max(0, size - READ_BYTES))
+        lines = file.read(size - start).splitlines(keepends=True)
+    return size, b"".join(lines[-tail:]) if tail else b""
 
 
-def write_log(log: Path, text: str) -> None:
+def _chunk(path: Path, offset: int) -> tuple[int, bytes]:
+    with path.open("rb") as file:
+        start = file.seek(offset if offset <= file.seek(0, os.SEEK_END) else 0)
+        chunk = file.read(READ_BYTES)
+    return start + len(chunk), chunk
+
+
+async def trim_periodically(root: Path) -> None:
+    """Trim the models' logs every TRIM_S. Never returns."""
+    while True:
+        try:
+            await asyncio.to_thread(trim_logs, root)
+        except OSError as error:  # a full disk
+            log.warning("cannot trim the logs: %s", error)
+        await asyncio.sleep(TRIM_S)
+
+
+def trim_logs(root: Path) -> None:
+    """Reduce every model's log above MAX_BYTES to its last KEEP_BYTES. Raises OSError.
+
+    The file stays the same one, because its engine holds it open. A line written at that moment can be lost.
+    """
+    for path in model_logs(root).rglob("*.log"):
+        with contextlib.suppress(FileNotFoundError):  # it has been removed
+            if path.stat().st_size <= MAX_BYTES:
+                continue
+            with path.open("rb") as old, path.open("ab") as file:
+                old.seek(-KEEP_BYTES, os.SEEK_END)
+                kept = old.read(KEEP_BYTES)
+                file.truncate(0)  # engines append, so their next line follows
+                file.write(b"[llmrun] the log was too large: older lines were removed\n" + kept)
+
+
+def mark_in_use(file: IO[bytes]) -> None:
+    """Keep an open log from removal until each process that inherits the open file has exited."""
+    with contextlib.suppress(OSError):  # not every network filesystem has locks
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
+def _is_in_use(path: Path) -> bool:
+    """Whether a process has the file open that `mark_in_use` was called for."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return False
+
+
+def _by_age(folder: Path) -> list[Path]:
+    """The logs in a folder, the one that was written last at the end."""
+    times: dict[Path, float] = {}
+    for path in folder.glob("*.log"):
+        with contextlib.suppress(FileNotFoundError):  # it has been removed
+            times[path] = path.stat().st_mtime
+    return sorted(times, key=lambda path: times[path])
+
+
+def write_log(path: Path, text: str) -> None:
     """Append a line of llmrun to an engine's log. Raises OSError."""
-    with log.open("a") as file:
+    with path.open("a") as file:
         file.write(f"[llmrun] {time.strftime('%H:%M:%S')} {text}\n")

@@ -211,7 +211,7 @@ class Source:
         listed = tuple(File(name=f"{name}/{file}", size=1, version="1") for name in names for file in files)
         self.adapters = list(find_adapters(Pin(weights=Weights("s3://acme/all"), files=listed)).values())
 
-    async def list_adapters(self, *_: Any) -> list[Adapter]:
+    async def list_adapters(self, *_: Any, **__: Any) -> list[Adapter]:
         """Return the adapters, or raise WeightsError."""
         await self.available.wait()
         if self.error:
@@ -295,7 +295,7 @@ async def test_an_unavailable_source_does_not_block_the_others(tmp_path: Path) -
             self.unavailable: set[str] = set()
             self.version = "1"
 
-        async def list_adapters(self, weights: Weights, *_: Any) -> list[Adapter]:
+        async def list_adapters(self, weights: Weights, *_: Any, **__: Any) -> list[Adapter]:
             if weights.source in self.unavailable:
                 raise WeightsError(f"{weights.source} is unavailable")
             names = ("adapter_config.json", "adapter_model.safetensors")

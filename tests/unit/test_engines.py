@@ -25,6 +25,7 @@ from llmrun_runtime.engines.shim.hooks import Hooks
 from llmrun_runtime.engines.sidecar import engine as sidecar
 from llmrun_runtime.engines.vllm import engine as vllm
 from llmrun_runtime.engines.vllm.engine import cpu_defaults
+from llmrun_runtime.logs import KEEP_FILES, log_path
 from tests.support.cluster import until
 
 VLLM = get_engine("vllm")
@@ -431,16 +432,51 @@ async def test_the_start_of_an_unresponsive_engine_times_out(tmp_path: Path) -> 
     assert time.monotonic() - started < 5
 
 
-async def test_messages_without_the_token_are_ignored(tmp_path: Path) -> None:
+@pytest.mark.parametrize("token", ["guess", "gu\u00e9ss"])
+async def test_messages_without_the_token_are_ignored(tmp_path: Path, token: str) -> None:
+    errors: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
     engine = EngineProcess(Script("import time; time.sleep(600)"), launch(log=tmp_path / "log"))
     await engine.start()
     assert engine._lease
     host, port = engine._lease.sockets[0].getsockname()[:2]
     reader, writer = await asyncio.open_connection(host, port)
-    writer.write(json.dumps({"token": "guess"}).encode() + b"\n" + json.dumps({"port": 1}).encode() + b"\n")
+    writer.write(json.dumps({"token": token}).encode() + b"\n" + json.dumps({"port": 1}).encode() + b"\n")
     assert await asyncio.wait_for(reader.read(), 5) == b""
     writer.close()
     assert engine.port == 0
+    await engine.end()
+    assert not errors
+
+
+@pytest.mark.parametrize(("host", "url"), [("10.0.0.1", "http://10.0.0.1:0/x"), ("fd00::1", "http://[fd00::1]:0/x")])
+def test_the_url_of_an_engine(host: str, url: str) -> None:
+    assert EngineProcess(VLLM, launch(members=(Member("n", host),)))._url("/x") == url
+
+
+async def test_the_log_of_a_running_engine_is_kept(tmp_path: Path) -> None:
+    path = log_path(tmp_path, "one", 1, "a")
+    engine = EngineProcess(Script("import time; time.sleep(600)"), launch(log=path))
+    await engine.start()
+    for replica in range(2 * KEEP_FILES):
+        os.utime(path, (1, 1))
+        log_path(tmp_path, "one", 2, str(replica)).touch()
+    assert path.exists()
+    await engine.end()
+    log_path(tmp_path, "one", 2, "last")
+    assert not path.exists()
+
+
+async def test_the_cause_of_a_failure_is_found_in_a_trimmed_log_and_none_in_a_removed_one(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("of the replica\n" * 1000)
+    engine = EngineProcess(Script("raise SystemExit(3)"), launch(log=path))
+    await engine.start()
+    until(engine.ended, 20, "the engine has exited")
+    path.write_text("ValueError: no such dtype\n")
+    assert engine.cause() == "ValueError: no such dtype"
+    path.unlink()
+    assert engine.cause() == "the engine exited with code 3; no cause found in its log"
     await engine.end()
 
 

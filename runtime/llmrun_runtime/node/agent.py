@@ -12,6 +12,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from llmrun.errors import EngineError
 from llmrun.settings import Settings
 from llmrun.spec import ModelSpec, Secret
 from llmrun.weights import Weights
@@ -22,7 +23,7 @@ from llmrun_runtime.engines.forkserver.prestart import Prestarts, prestart_socke
 from llmrun_runtime.engines.forkserver.supervisor import ForkServerSupervisor, forkserver_socket
 from llmrun_runtime.engines.process.temp_dir import sweep_temp_dirs
 from llmrun_runtime.engines.registry import get_engine
-from llmrun_runtime.logs import log_path, read_logs
+from llmrun_runtime.logs import log_path, read_logs, trim_periodically
 from llmrun_runtime.node.environments import Environments, merged_env, worker_env
 from llmrun_runtime.node.launch import find_weights, make_launch
 from llmrun_runtime.node.spare_worker import keep_spare_worker
@@ -36,7 +37,7 @@ from llmrun_runtime.wire.replica_config import ReplicaConfig
 class NodeAgent:
     """A node's API for control and for replicas. Failures are LLMRunErrors that name the node."""
 
-    def __init__(self) -> None:
+    async def __init__(self) -> None:  # type: ignore[misc] # Ray awaits it
         settings = Settings()
         self._root = settings.root
         self._host = ray.util.get_node_ip_address()
@@ -47,6 +48,7 @@ class NodeAgent:
         self._supervisors: dict[str, ForkServerSupervisor] = {}
         self._spare_worker: asyncio.Task[None] | None = None
         self._prestarts: Prestarts | None = None
+        self._trimming = asyncio.get_running_loop().create_task(trim_periodically(self._root))
 
     async def warm(self, engine_name: str) -> None:
         """Prepare for the next replica: start a spare worker, and the engine's fork server if it supports one.
@@ -99,7 +101,7 @@ class NodeAgent:
 
     async def logs(self, model: str, offsets: dict[str, int], tail: int) -> dict[str, tuple[int, str]]:
         """See `read_logs`."""
-        return read_logs(self._root, model, offsets, tail)
+        return await asyncio.to_thread(read_logs, self._root, model, offsets, tail)
 
     async def pin(self, weights: Weights, env: Mapping[str, Secret | str]) -> Pin:
         """The source's current revision."""
@@ -188,8 +190,20 @@ def agent_name(node_id: str) -> str:
     return f"node-{node_id}"
 
 
+class NoAgent(EngineError):
+    """No agent runs on a node."""
+
+
+def agent_of(node_id: str) -> Any:
+    """A handle to the node's agent. Raises NoAgent if it is not running."""
+    try:
+        return ray.get_actor(agent_name(node_id), namespace=NAMESPACE)
+    except ValueError:
+        raise NoAgent(f"no agent runs on node {node_id[:12]}") from None
+
+
 def agent_on(node_id: str) -> Any:
-    """A handle to the node's agent, which is started if necessary."""
+    """A handle to the node's agent, which is started if necessary. An autoscaler keeps a node that has an agent."""
     return (
         ray.remote(NodeAgent)
         .options(

@@ -31,11 +31,13 @@ from llmrun_runtime.replica.drain import LINGER_S, UNRESPONSIVE_S, wait_until_dr
 from llmrun_runtime.replica.multinode import RemoteMembers, free_port
 from llmrun_runtime.replica.provisioner import Provisioner
 from llmrun_runtime.wire.replica_config import ReplicaConfig
-from llmrun_runtime.wire.reports import REPORT_S, ReplicaReport
+from llmrun_runtime.wire.reports import LEASE_S, REPORT_S, ReplicaReport
 from llmrun_runtime.wire.usage import PaceRow, Row
 
 log = logging.getLogger("ray.serve")
 CONTROL_TIMEOUT_S = 10
+# Control removes a replica that has not reported for LEASE_S, so there is time for another report.
+REPORT_TIMEOUT_S = 0.4 * LEASE_S
 # Serve replaces a replica after three failed health checks.
 HEALTH_CHECK_S = 1
 
@@ -241,14 +243,14 @@ class Replica:
 
     async def _report(self) -> None:
         report = self._make_report()
-        if await self._call_control("report", report):
+        if await self._call_control("report", report, timeout=REPORT_TIMEOUT_S):
             self._acked_usage |= {(row[0], row[1]): row for row in report.usage}
             self._acked_paces |= {row[0]: row for row, _ in report.paces}
 
-    async def _call_control(self, method: str, *args: Any) -> bool:
+    async def _call_control(self, method: str, *args: Any, timeout: float = CONTROL_TIMEOUT_S) -> bool:
         """Call control; False while it is unavailable (the next report restores its table)."""
         try:
-            await asyncio.wait_for(getattr(self._control, method).remote(*args), CONTROL_TIMEOUT_S)
+            await asyncio.wait_for(getattr(self._control, method).remote(*args), timeout)
         except (ray.exceptions.RayError, TimeoutError) as error:
             log.warning("control is unavailable: %s", type(error).__name__)
             return False

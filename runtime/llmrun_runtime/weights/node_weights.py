@@ -225,7 +225,8 @@ class NodeWeights:
 
     async def _serve(self, request: web.Request, token: str) -> web.StreamResponse:
         """Respond with a manifest, or with one of its files (with ranges, by sendfile)."""
-        if not hmac.compare_digest(request.headers.get("Authorization", ""), f"Bearer {token}"):
+        given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
+        if not hmac.compare_digest(given, f"Bearer {token}".encode()):
             return web.Response(status=401)
         pin_id, name = request.match_info["pin"], request.match_info.get("name")
         if name is None:  # a peer requests the manifest first; the pin is not checked again for each file

@@ -53,13 +53,17 @@ async def list_sources(
     """List all adapters at the sources of `lora`, by name. Raises LLMRunError.
 
     The ranks of configurations in `last` are not read again. If one of several sources cannot be listed, its adapter
-    is taken from `last`; with `strict`, it is an error.
+    is taken from `last`; with `strict`, for a deploy, it is an error, and nodes without an agent are used too.
     """
     if lora.path:
-        listed = await weights.list_adapters(lora.path, env, placement, last.ranks if last else {})
+        ranks = last.ranks if last else {}
+        listed = await weights.list_adapters(lora.path, env, placement, ranks, start_agents=strict)
         return {adapter.name: adapter for adapter in listed}
     old = last.adapters if last else {}
-    calls = [_list_one(weights, name, source, env, placement, old.get(name)) for name, source in lora.adapters.items()]
+    calls = [
+        _list_one(weights, name, source, env, placement, old.get(name), start_agents=strict)
+        for name, source in lora.adapters.items()
+    ]
     adapters: dict[str, Adapter] = {}
     errors: list[LLMRunError] = []
     for name, result in zip(lora.adapters, await asyncio.gather(*calls, return_exceptions=True), strict=True):
@@ -84,8 +88,11 @@ async def _list_one(
     env: Mapping[str, Secret | str],
     placement: Placement,
     last: Adapter | None,
+    *,
+    start_agents: bool,
 ) -> Adapter:
-    adapters = await weights.list_adapters(source, env, placement, {last.config_id: last.rank} if last else {})
+    ranks = {last.config_id: last.rank} if last else {}
+    adapters = await weights.list_adapters(source, env, placement, ranks, start_agents=start_agents)
     if not adapters:
         raise WeightsError(f"lora={name!r}: no adapter found in {source} (adapter_config.json and its weights)")
     if len(adapters) > 1:

@@ -10,7 +10,7 @@ from typing import TypeVar
 import ray
 
 from llmrun.errors import EngineError, LLMRunError
-from llmrun_runtime.node.agent import agent_on
+from llmrun_runtime.node.agent import NoAgent, agent_of, agent_on
 from llmrun_runtime.placement import Node
 
 T = TypeVar("T")
@@ -22,16 +22,20 @@ class AgentUnreachable(EngineError):
     """A node's agent does not respond."""
 
 
-async def reachable(nodes: Sequence[Node]) -> list[Node]:
-    """Return the nodes whose agents respond: Ray takes some time to notice that a node is down."""
-    replies = await call_each(nodes, lambda node: agent_on(node.id).has_pin.remote(""), None)
+async def reachable(nodes: Sequence[Node], *, start: bool = True) -> list[Node]:
+    """Return the nodes whose agents respond: Ray takes some time to notice that a node is down.
+
+    `start`: start an agent on each node that has none.
+    """
+    agent = agent_on if start else agent_of
+    replies = await call_each(nodes, lambda node: agent(node.id).has_pin.remote(""), None)
     return [node for node, reply in zip(nodes, replies, strict=True) if reply is not None]
 
 
 async def call_each(
     nodes: Sequence[Node], call: Callable[[Node], Awaitable[T]], default: T, timeout: float = CALL_TIMEOUT_S
 ) -> list[T]:
-    """Return the agents' replies in the order of `nodes`; `default` for an unreachable one, which may have just died.
+    """Return the agents' replies in the order of `nodes`; `default` for one that does not run or respond.
 
     Raises the LLMRunError of any agent.
     """
@@ -41,6 +45,8 @@ async def call_each(
             return (await call_all([node], call, timeout))[0]
         except AgentUnreachable as error:
             log.warning("%s", error)
+            return default
+        except NoAgent:
             return default
 
     return list(await asyncio.gather(*map(call_one, nodes)))

@@ -10,6 +10,8 @@ import contextlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import ray
+
 from llmrun.errors import EngineError
 from llmrun.spec import ModelSpec, Secret
 from llmrun.weights import Weights
@@ -17,7 +19,7 @@ from llmrun.wire import WeightsRow
 from llmrun_runtime.control.catalog.node_agents import CALL_TIMEOUT_S, call_all, call_each, reachable
 from llmrun_runtime.control.state.models import Deployed, Models
 from llmrun_runtime.control.state.operation import Operation
-from llmrun_runtime.node.agent import agent_on
+from llmrun_runtime.node.agent import agent_of, agent_on
 from llmrun_runtime.placement import Node, Placement, could_run
 from llmrun_runtime.ray_nodes import real_nodes
 from llmrun_runtime.weights.adapters import Adapter
@@ -28,6 +30,8 @@ from llmrun_runtime.weights.pin import Pin
 # The only limit on hashing and uploading; a download also has a limit of its own in the worker.
 TASK_TIMEOUT_S = 24 * 3600
 PROGRESS_S = 0.5
+# A replica or a request waits meanwhile. A node that responds later is no peer: the store is used.
+HOLDER_TIMEOUT_S = 1.5
 KEEP_PINS = 64
 T = TypeVar("T")
 COMMIT_LENGTH = 40
@@ -80,13 +84,23 @@ class WeightsCatalog:
         return newest[1] if newest else None
 
     async def list_adapters(
-        self, weights: Weights, env: Mapping[str, Secret | str], placement: Placement, ranks: dict[str, int] | None
+        self,
+        weights: Weights,
+        env: Mapping[str, Secret | str],
+        placement: Placement,
+        ranks: dict[str, int] | None,
+        *,
+        start_agents: bool = False,
     ) -> list[Adapter]:
         """List the adapters at a source now, from a node that could run the model. Raises LLMRunError.
 
-        `ranks`: see `NodeWeights.list_adapters`.
+        `ranks`: see `NodeWeights.list_adapters`. Without `start_agents`, use a node that has an agent, or control's
+        own: an autoscaler keeps a node that has an agent.
         """
-        nodes = await reachable(real_nodes())
+        nodes = await reachable(real_nodes(), start=start_agents)
+        if not nodes and not start_agents:
+            own = ray.get_runtime_context().get_node_id()
+            nodes = [node for node in real_nodes() if node.id == own]
         return await _first_reply(
             weights, _able(placement, nodes), lambda node: agent_on(node.id).list_adapters.remote(weights, env, ranks)
         )
@@ -114,9 +128,13 @@ class WeightsCatalog:
     async def elsewhere(self, pin_id: str, node: str) -> tuple[list[Peer], list[str]]:
         """Return the peers, other than `node`, that have a pin; and the IDs of the pins that must be kept."""
         others = [other for other in real_nodes() if other.id != node]
-        complete = await call_each(others, lambda other: agent_on(other.id).has_pin.remote(pin_id), False)
+        complete = await call_each(
+            others, lambda other: agent_of(other.id).has_pin.remote(pin_id), False, HOLDER_TIMEOUT_S
+        )
         holders = [other for other, has_pin in zip(others, complete, strict=True) if has_pin]
-        peers: list[Peer | None] = await call_each(holders, lambda other: agent_on(other.id).serve_peers.remote(), None)
+        peers: list[Peer | None] = await call_each(
+            holders, lambda other: agent_of(other.id).serve_peers.remote(), None, HOLDER_TIMEOUT_S
+        )
         return [peer for peer in peers if peer], list(self.pinned())
 
     async def distribute(
@@ -148,7 +166,7 @@ class WeightsCatalog:
                 done, _ = await asyncio.wait([calls], timeout=PROGRESS_S)
                 if done:
                     return calls.result()
-                progress = await call_each(nodes, lambda node: agent_on(node.id).progress.remote(key), (0, 0))
+                progress = await call_each(nodes, lambda node: agent_of(node.id).progress.remote(key), (0, 0))
                 for node, (transferred, total) in zip(nodes, progress, strict=True):
                     if total:
                         await operation.emit("progress", model, node.host, transferred, total)
@@ -158,7 +176,7 @@ class WeightsCatalog:
     async def rows(self) -> list[WeightsRow]:
         """Return the weights on all nodes, each with the models that use it."""
         default: list[WeightsRow] = []
-        replies = await call_each(real_nodes(), lambda node: agent_on(node.id).list_weights.remote(), default)
+        replies = await call_each(real_nodes(), lambda node: agent_of(node.id).list_weights.remote(), default)
         users = self.pinned()
         return [
             row.model_copy(update={"pinned_by": tuple(sorted(users.get(row.pin, ())))})

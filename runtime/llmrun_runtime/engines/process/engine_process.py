@@ -139,10 +139,14 @@ class EngineProcess:
             return self._reported_failure
         if not self._started:
             return ""
-        with self._started.log.open("rb") as log:
-            size = log.seek(0, os.SEEK_END)
-            log.seek(max(self._started.log_start, size - LOG_TAIL_BYTES))
-            return self._engine.root_cause(log.read().decode(errors="replace"))
+        try:
+            with self._started.log.open("rb") as log:
+                size = log.seek(0, os.SEEK_END)
+                start = self._started.log_start if self._started.log_start <= size else 0  # 0: it has been trimmed
+                log.seek(max(start, size - LOG_TAIL_BYTES))
+                return self._engine.root_cause(log.read().decode(errors="replace"))
+        except FileNotFoundError:
+            return ""
 
     async def state(self) -> dict[str, Any]:
         """Return the shim's counts. Raises EngineError if the engine does not answer within STATE_TIMEOUT_S."""
@@ -221,13 +225,14 @@ class EngineProcess:
         return self._session
 
     def _url(self, path: str) -> str:
-        return f"http://{self._launch.members[0].host}:{self.port}{path}"
+        host = self._launch.members[0].host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}{path}"
 
     async def _serve_lease(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Keep one process's connection open until it or this replica ends, and handle its messages."""
         try:
             hello = json.loads(await asyncio.wait_for(reader.readline(), 10) or b"{}")
-            if not hmac.compare_digest(str(hello.get("token", "")), self.token):
+            if not hmac.compare_digest(str(hello.get("token", "")).encode(), self.token.encode()):
                 return
             self._lease_connections.add(writer)
             while line := await reader.readline():

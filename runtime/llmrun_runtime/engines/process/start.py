@@ -23,6 +23,7 @@ from llmrun_runtime.engines.base import LEASE_ENV, SHIM_ENV, TOKEN_ENV, Engine, 
 from llmrun_runtime.engines.process.child import Child, Forked, ForkRefused, Spawned
 from llmrun_runtime.engines.process.fork import fork
 from llmrun_runtime.engines.process.temp_dir import TempDir
+from llmrun_runtime.logs import mark_in_use
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ async def start_process(engine: Engine, launch: Launch, *, spawn: bool = True) -
     try:
         launch.log.parent.mkdir(parents=True, exist_ok=True)
         with launch.log.open("ab") as log:
+            mark_in_use(log)
             log_start = log.tell()
             child: Child
             try:
