@@ -17,13 +17,19 @@ ReplicaState = Literal["starting", "ready", "draining"]
 EventKind = Literal["step", "progress", "done", "ready", "unproven", "failed", "removed", "tuned", "end"]
 
 
-class Message(BaseModel):
-    """The base class of all messages."""
+class Request(BaseModel):
+    """The base class of messages to control. An unknown field is an error: control would not do what it asks for."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class DeployRequest(Message):
+class Answer(BaseModel):
+    """The base class of messages from control. Ignores the fields that a later release added."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class DeployRequest(Request):
     """An app file's models, and the plan that the user confirmed."""
 
     app: str
@@ -39,7 +45,7 @@ class DeployRequest(Message):
     """The fingerprint of the confirmed plan. Control refuses the deploy if the current plan differs."""
 
 
-class Change(Message):
+class Change(Answer):
     """The effect of a deploy on one model. `remove` applies only with `prune`."""
 
     model: str
@@ -49,7 +55,7 @@ class Change(Message):
     placement: str = ""
 
 
-class Plan(Message):
+class Plan(Answer):
     """The changes that a deploy would make."""
 
     app: str
@@ -57,7 +63,7 @@ class Plan(Message):
     fingerprint: str
 
 
-class Event(Message):
+class Event(Answer):
     """One event of an operation. `end` is its last; `ready`, `unproven`, `failed` or `removed` is a model's last."""
 
     kind: EventKind
@@ -69,7 +75,7 @@ class Event(Message):
     """For `progress`: bytes to download."""
 
 
-class AdapterRow(Message):
+class AdapterRow(Answer):
     """One adapter of a model."""
 
     name: str
@@ -85,7 +91,7 @@ class AdapterRow(Message):
     """Unix time; 0 if unused since control started."""
 
 
-class WeightsRow(Message):
+class WeightsRow(Answer):
     """Weights that are stored on a node."""
 
     source: str
@@ -103,7 +109,7 @@ class WeightsRow(Message):
     """The deployed models that use them."""
 
 
-class WeightsRequest(Message):
+class WeightsRequest(Request):
     """The request of a `llmrun weights …` command."""
 
     do: Literal["pull", "verify", "remove", "prune", "import", "mirror"]
@@ -114,7 +120,7 @@ class WeightsRequest(Message):
     """For `import`: an absolute path on a node."""
 
 
-class ReplicaStatus(Message):
+class ReplicaStatus(Answer):
     """One replica."""
 
     id: str
@@ -129,7 +135,7 @@ class ReplicaStatus(Message):
 START_PARTS = ("decided", "placed", "weights", "forked", "ready", "registered", "first_token")
 
 
-class ColdStart(Message):
+class ColdStart(Answer):
     """The timing of one start from zero replicas to the first token."""
 
     model: str
@@ -144,7 +150,7 @@ class ColdStart(Message):
     """Seconds from `asked` to the end of each phase in START_PARTS."""
 
 
-class ModelStatus(Message):
+class ModelStatus(Answer):
     """One model, as shown by `llmrun status --json`."""
 
     name: str
@@ -164,14 +170,14 @@ class ModelStatus(Message):
     details: tuple[ReplicaStatus, ...]
 
 
-class Status(Message):
+class Status(Answer):
     """All deployed models."""
 
     url: str
     models: tuple[ModelStatus, ...]
 
 
-class KeyInfo(Message):
+class KeyFacts(Answer):
     """An API key's permissions and limits. 0 means no limit."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?$")]
@@ -196,15 +202,21 @@ class KeyInfo(Message):
         return bool(self.rpm or self.tpm or self.max_in_flight)
 
 
-class NewKey(Message):
+class KeyInfo(KeyFacts):
+    """The same as a request: an unknown field is an error, because it may be a limit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class NewKey(Answer):
     """A new API key."""
 
     key: str
     """Shown only once: control stores only its hash."""
-    facts: KeyInfo
+    facts: KeyFacts
 
 
-class UsageLine(Message):
+class UsageLine(Answer):
     """Usage, summed over the dimensions that the query does not group by; their fields are empty."""
 
     day: str = ""

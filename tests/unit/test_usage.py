@@ -36,7 +36,8 @@ def test_a_key_is_shown_once_and_only_its_hash_is_stored(database: Database, tmp
     keys.on_change = lambda: changes.append(1)
     created = keys.create(KeyInfo(name="ci", models=("one",), rpm=5, wake=False))
     assert created.key.startswith("sk-llmrun-") and len(created.key) > 50
-    assert created.key.encode() not in (tmp_path / "test.db").read_bytes()
+    stored = b"".join(path.read_bytes() for path in tmp_path.glob("test.db*"))
+    assert b'"rpm":5' in stored and created.key.encode() not in stored
     again = Keys(database)
     again.load()
     route = again.routes[digest_of(created.key)]
@@ -73,6 +74,33 @@ async def test_usage_of_replicas_is_added_up_once(database: Database) -> None:
     by_key = {(line.key, line.adapter): line.requests for line in second.lines(["key", "adapter"], "0000-00-00")}
     assert by_key == {("", ""): 0, ("a", ""): 5, ("b", "sql"): 1}
     assert second.lines(["day"], "9999-01-01") == []
+
+
+async def test_old_days_are_merged_into_the_first_of_their_month(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    today = ""
+    monkeypatch.setattr(usage_module, "_today", lambda: today)
+    usage = Usage(database)
+    monkeypatch.setattr(usage, "_next_merge", float("inf"))
+    days = ("2024-10-31", "2024-11-01", "2024-11-02", "2024-11-21", "2024-11-22")
+    for requests, today in enumerate(days, start=1):  # noqa: B007 - read above
+        usage.report(report(("a", "sql", requests, requests, 0, 0)), 1000)
+        usage.add_gpu_seconds("one", 1, 0.5)
+        await usage.flush()
+    today = "2025-12-26"  # 400 days after 2024-11-21
+    monkeypatch.setattr(usage, "_next_merge", 0)
+    await usage.flush()
+    await usage.flush()
+    lines = usage.lines(["day", "key", "model", "adapter"], "0000-00-00")
+    assert {(line.day, line.requests, line.prompt_tokens) for line in lines if line.key} == {
+        ("2024-10-01", 1, 1),
+        ("2024-11-01", 2, 2),
+        ("2024-11-21", 1, 1),
+        ("2024-11-22", 1, 1),
+    }
+    assert {line.day: line.gpu_seconds for line in lines if not line.key}["2024-11-01"] == 1
+    assert len(lines) == 8 and {line.model for line in lines} == {"one"}
 
 
 async def test_tokens_of_the_last_minute(database: Database) -> None:

@@ -16,6 +16,7 @@ from llmrun_runtime.control.autoscaling.cold_starts import ColdStarts
 from llmrun_runtime.control.autoscaling.serve_apps import ServeApps
 from llmrun_runtime.control.autoscaling.warm_nodes import WarmNodes, prestart
 from llmrun_runtime.control.catalog.adapters import AdaptersCatalog
+from llmrun_runtime.control.catalog.node_agents import call_each
 from llmrun_runtime.control.catalog.weights import WeightsCatalog
 from llmrun_runtime.control.keys import Keys
 from llmrun_runtime.control.metrics import ControlMetrics
@@ -27,13 +28,12 @@ from llmrun_runtime.control.state.models import Models
 from llmrun_runtime.control.state.operation import Operations
 from llmrun_runtime.control.state.registry import Registry
 from llmrun_runtime.control.usage import Usage
-from llmrun_runtime.node.agent import agent_on
-from llmrun_runtime.ray_nodes import cluster_nodes
+from llmrun_runtime.node.agent import agent_of
+from llmrun_runtime.ray_nodes import real_nodes
 from llmrun_runtime.wire.reports import RemoteUsage, Subject, key_subject, model_subject
 from llmrun_runtime.wire.routing_table import digest_of
 
 log = logging.getLogger("llmrun.control")
-AGENT_TIMEOUT_S = 30
 UNKNOWN_MODEL = (
     "the database does not know this model. If LLMRUN_DATABASE_URL names another database than before, or it was "
     "lost, restore it and restart llmrun; otherwise stop the cluster with `llmrun down`"
@@ -105,12 +105,13 @@ class ControlPlane:
         self.keys.load()
         self.usage.load()
         rows, self.deployer.sources = self.database.load()
+        self.autoscaler.unreadable = self.database.unreadable
         for row in rows.values():
             self.autoscaler.activate(row)
         self.adapters.load()
         active = {(row.name, row.engine_version) for row in rows.values()}
         for model, version in await self.serve_apps.load():
-            if (model, version) in active:
+            if (model, version) in active or model in self.database.unreadable:
                 continue
             if self.database.next_version(model) == 1:  # a lost or another database must not end what runs
                 log.error("the application of %s v%d keeps running: %s", model, version, UNKNOWN_MODEL)
@@ -139,8 +140,12 @@ class ControlPlane:
     async def read_logs(
         self, model: str, offsets: dict[str, dict[str, int]], tail: int
     ) -> dict[str, dict[str, tuple[int, str]]]:
-        """Return new log text, by node and file, with the offset to continue from."""
-        nodes = [node.id for node in cluster_nodes() if node.id]
-        calls = [agent_on(node).logs.remote(model, offsets.get(node, {}), tail) for node in nodes]
-        async with asyncio.timeout(AGENT_TIMEOUT_S):
-            return dict(zip(nodes, await asyncio.gather(*calls), strict=True))
+        """Return new log text, by node and file, with the offset to continue from.
+
+        A node whose agent does not run or respond has none.
+        """
+        nodes, none = await asyncio.to_thread(real_nodes), dict[str, tuple[int, str]]()
+        replies = await call_each(
+            nodes, lambda node: agent_of(node.id).logs.remote(model, offsets.get(node.id, {}), tail), none
+        )
+        return {node.id: reply for node, reply in zip(nodes, replies, strict=True)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Callable
@@ -12,11 +13,14 @@ from sqlalchemy.exc import IntegrityError
 from llmrun.errors import Refused
 from llmrun.wire import KeyInfo, NewKey
 from llmrun_runtime.control.state.database import Database
+from llmrun_runtime.control.state.stored_json import read_stored
 from llmrun_runtime.control.state.tables import KeyRow
 from llmrun_runtime.wire.routing_table import digest_of
 
+log = logging.getLogger("llmrun.control")
 PREFIX = "sk-llmrun-"
 SECRET_BYTES = 32
+EXPIRED = 1.0  # a Unix time in the past
 
 
 class Keys:
@@ -28,10 +32,14 @@ class Keys:
         self.on_change: Callable[[], None] = lambda: None
 
     def load(self) -> None:
-        """Read the stored keys."""
+        """Read the stored keys. A key that cannot be read counts as expired: without any key, none is required."""
         with self._database.session() as session:
             for row in session.scalars(select(KeyRow)):
-                self._routes[row.digest] = KeyInfo.model_validate_json(row.facts)
+                try:
+                    self._routes[row.digest] = read_stored(KeyInfo, row.facts)
+                except ValueError as error:
+                    log.warning("key %s cannot be read, so it is not valid: %s", row.name, error)
+                    self._routes[row.digest] = KeyInfo.model_construct(name=row.name, expires=EXPIRED)
 
     @property
     def routes(self) -> dict[str, KeyInfo]:

@@ -11,10 +11,11 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, timedelta
 
 from sqlalchemy import delete, func, select
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 
 from llmrun.wire import UsageLine
 from llmrun_runtime.control.state.database import Database
@@ -27,6 +28,8 @@ log = logging.getLogger("llmrun.control")
 FLUSH_S = 2.0
 # Replicas that are not registered in two checks at this interval have ended.
 ABSENCE_CHECK_S = 300.0
+KEEP_DAYS = 400
+MERGE_OLD_S = 86400.0
 COUNTS = ("requests", "prompt_tokens", "completion_tokens", "cached_tokens")
 Group = tuple[str, str, str, str]
 """Day, key, model, adapter."""
@@ -43,6 +46,7 @@ class Usage:
         self._ended: set[str] = set()
         self._sums: dict[Group, list[float]] = {}
         self._tokens: dict[Subject, RateWindow] = {}
+        self._next_merge = 0.0
         self.on_new: Callable[[str, str, Sequence[int]], None] = lambda model, adapter, counts: None
         """Called with the new part of each row of a report: model, adapter, COUNTS."""
 
@@ -111,7 +115,13 @@ class Usage:
             await self.flush()
 
     async def flush(self) -> None:
-        """Store the new sums. If that fails, they are stored with the next ones."""
+        """Store the new sums. If that fails, they are stored with the next ones. Merges old days once a day."""
+        if time.monotonic() >= self._next_merge:
+            self._next_merge = time.monotonic() + MERGE_OLD_S
+            try:
+                await asyncio.to_thread(self.merge_old_days)
+            except SQLAlchemyError:
+                log.exception("could not merge the usage of old days, retrying in a day")
         sums, self._sums = self._sums, {}
         changed, self._changed = self._changed, set()
         ended, self._ended = self._ended, set()
@@ -131,18 +141,22 @@ class Usage:
     def _store(self, sums: dict[Group, list[float]], counted: dict[str, list[list[object]]], ended: set[str]) -> None:
         with self._database.session() as session, session.begin():
             for group, amounts in sums.items():
-                row = session.get(UsageRow, group)
-                if not row:
-                    row = UsageRow(**dict(zip(("day", "key", "model", "adapter"), group, strict=True)))
-                    for name in (*COUNTS, "gpu_seconds"):
-                        setattr(row, name, 0)
-                    session.add(row)
-                for name, amount in zip(COUNTS, amounts, strict=False):
-                    setattr(row, name, getattr(row, name) + int(amount))
-                row.gpu_seconds += amounts[-1]
+                _add_to_row(session, group, amounts)
             for replica, counts in counted.items():
                 session.merge(CountedRow(replica=replica, counts=json.dumps(counts)))
             session.execute(delete(CountedRow).where(CountedRow.replica.in_(ended)))
+
+    def merge_old_days(self) -> None:
+        """Add the rows that are older than KEEP_DAYS to those of their month's first day."""
+        oldest = (date.fromisoformat(_today()) - timedelta(days=KEEP_DAYS)).isoformat()
+        old = (UsageRow.day < oldest) & UsageRow.day.not_like("%-01")
+        group = (func.substr(UsageRow.day, 1, 7), UsageRow.key, UsageRow.model, UsageRow.adapter)
+        sums = [func.sum(getattr(UsageRow, name)) for name in (*COUNTS, "gpu_seconds")]
+        with self._database.session() as session, session.begin():
+            merged = session.execute(select(*group, *sums).where(old).group_by(*group)).all()
+            for month, key, model, adapter, *amounts in merged:
+                _add_to_row(session, (f"{month}-01", key, model, adapter), amounts)
+            session.execute(delete(UsageRow).where(old))
 
     def lines(self, by: Iterable[str], since: str) -> list[UsageLine]:
         """Return the sums from the day `since` on, grouped by `by` (any of day, key, model, adapter)."""
@@ -153,6 +167,18 @@ class Usage:
                 select(*columns, *sums).where(UsageRow.day >= since).group_by(*columns).order_by(*columns)
             )
             return [UsageLine.model_validate({k: v for k, v in row._mapping.items() if v is not None}) for row in rows]
+
+
+def _add_to_row(session: Session, group: Group, amounts: Sequence[float]) -> None:
+    row = session.get(UsageRow, group)
+    if not row:
+        row = UsageRow(**dict(zip(("day", "key", "model", "adapter"), group, strict=True)))
+        for name in (*COUNTS, "gpu_seconds"):
+            setattr(row, name, 0)
+        session.add(row)
+    for name, amount in zip(COUNTS, amounts, strict=False):
+        setattr(row, name, getattr(row, name) + int(amount))
+    row.gpu_seconds += amounts[-1]
 
 
 def _today() -> str:

@@ -21,7 +21,7 @@ from llmrun.wire import ModelStatus, State
 from llmrun_runtime.control.autoscaling.cold_starts import ColdStarts
 from llmrun_runtime.control.autoscaling.eviction import EvictionCandidate, choose_evictions
 from llmrun_runtime.control.autoscaling.model_state import EvictionState, ModelState
-from llmrun_runtime.control.autoscaling.model_view import ModelView
+from llmrun_runtime.control.autoscaling.model_view import ModelView, unreadable_status
 from llmrun_runtime.control.autoscaling.policy import Demand, Failure, ScalingLimits, decide
 from llmrun_runtime.control.autoscaling.serve_apps import ServeApps
 from llmrun_runtime.control.keys import Keys
@@ -66,6 +66,8 @@ class Autoscaler:
         """Called when a request raises a model's target from zero."""
         self.on_error: Callable[[str], None] = lambda task: None
         """Called with "autoscaler" for each exception of a tick."""
+        self.unreadable: dict[str, str] = {}
+        """By name, the stored models that this release cannot read, with the cause."""
         self._models = models
         self._serve_apps = serve_apps
         self._registry = registry
@@ -418,4 +420,6 @@ class Autoscaler:
             if name not in self._models.deployed:
                 state: State = "failed" if candidate.cause else "waking"
                 statuses.append(self._view(candidate.row).status(state, candidate.cause))
+        shown = {status.name for status in statuses}
+        statuses += [unreadable_status(name, cause) for name, cause in self.unreadable.items() if name not in shown]
         return tuple(statuses)

@@ -118,3 +118,23 @@ class ModelView:
                 for r in self.registry.replicas_of(row.name)
             ),
         )
+
+
+def unreadable_status(name: str, cause: str) -> ModelStatus:
+    """Return the status of a stored model that this release cannot read."""
+    return ModelStatus(
+        name=name,
+        app="",
+        state="failed",
+        version=0,
+        proven=False,
+        replicas=0,
+        in_flight=0,
+        waiting=0,
+        model="",
+        pin="",
+        aliases=(),
+        placement="",
+        cause=f"{cause}. Deploy the model again, or start the release that stored it",
+        details=(),
+    )

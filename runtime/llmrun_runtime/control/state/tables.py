@@ -1,4 +1,4 @@
-"""The tables of control's database."""
+"""The tables of control's database. `migrations` has the rules for changes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ ADAPTER = String(255)
 
 class Base(DeclarativeBase):
     """The tables."""
+
+
+class MetaRow(Base):
+    """A fact about the database itself: its schema version, its cluster's id."""
+
+    __tablename__ = "meta"
+    key: Mapped[str] = mapped_column(NAME, primary_key=True)
+    value: Mapped[str] = mapped_column(Text)
 
 
 class AppRow(Base):
