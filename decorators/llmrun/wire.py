@@ -14,6 +14,7 @@ MAX_ADAPTER_BYTES = 8 * 2**30
 MAX_PACKAGE_BYTES = 100 * 2**20
 State = Literal["cold", "waking", "hot", "draining", "failed"]
 ReplicaState = Literal["starting", "ready", "draining"]
+Priority = Literal["batch", "normal", "high"]
 EventKind = Literal["step", "progress", "done", "ready", "unproven", "failed", "removed", "tuned", "end"]
 
 
@@ -191,6 +192,8 @@ class KeyFacts(Answer):
     """Requests that wait or are being answered."""
     wake: bool = True
     """Whether requests wake models. Otherwise they reach hot models only, and do not keep them hot."""
+    priority: Priority = "normal"
+    """The highest priority that its requests may have."""
     expires: float = 0
     """Unix time; 0 if the key does not expire."""
     created: float = 0

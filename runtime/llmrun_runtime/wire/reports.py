@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import get_args
 
-from llmrun.wire import ReplicaState
+from llmrun.wire import Priority, ReplicaState
 from llmrun_runtime.wire.usage import PaceRow, Row
 
 REPORT_S = 0.5
 # Control drops a replica or an ingress that has not reported for this long.
 LEASE_S = 5.0
+# From the lowest to the highest.
+PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class Traffic:
     in_flight: int = 0
     since: float = 0
     """Since when (Unix time) requests have been waiting; 0 if none waits."""
+    priority: int = PRIORITIES.index("normal")
+    """The highest priority of the waiting requests: its index in PRIORITIES."""
 
 
 # What a limit applies to: a key (`key:NAME`) or a model (`model:NAME`).
