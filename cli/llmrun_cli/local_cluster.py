@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -47,13 +48,35 @@ def start(command: list[str]) -> str:
     raise ClusterError(f"the cluster process exited with code {code}: see logs/ in LLMRUN_HOME")
 
 
-def stop() -> bool:
-    """Stop this home's cluster; return False if none is running. Raises ClusterError."""
-    done = subprocess.run([*_runtime(), "down"], capture_output=True, text=True, check=False)
-    event = _parse_event(done.stdout)
-    if "stopped" not in event:
-        raise ClusterError(event.get("error") or done.stderr.strip()[-500:])
-    return bool(event["stopped"])
+def restart() -> str:
+    """Replace control and the ingresses of this home's cluster; return its URL. Raises ClusterError."""
+    return str(_run("restart")["ready"])
+
+
+def stop(on_waiting: Callable[[int], None], *, now: bool = False) -> bool:
+    """Stop this home's cluster; return False if none is running. Raises ClusterError.
+
+    Calls `on_waiting` with the number of requests in flight that it waits for. `now`: do not wait.
+    """
+    return bool(_run("down", *(["--now"] if now else []), on_waiting=on_waiting)["stopped"])
+
+
+def _run(*args: str, on_waiting: Callable[[int], None] = lambda requests: None) -> dict[str, Any]:
+    """Run an action of the runtime to its end; return its last event. Raises ClusterError."""
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen([*_runtime(), *args], stdout=subprocess.PIPE, stderr=errors, text=True) as process:
+            assert process.stdout
+            for line in process.stdout:
+                event = _parse_event(line)
+                if "waiting" in event:
+                    on_waiting(event["waiting"])
+                else:
+                    result = event or result
+        errors.seek(0)
+        if not result or "error" in result:
+            raise ClusterError(result.get("error") or errors.read().strip()[-500:])
+    return result
 
 
 def ensure(settings: Settings, starting: Callable[[str], AbstractContextManager[object]]) -> None:
@@ -75,7 +98,7 @@ def ensure(settings: Settings, starting: Callable[[str], AbstractContextManager[
 
 
 def _parse_event(line: str) -> dict[str, Any]:
-    """Parse an event of the runtime: `{"ready": URL}`, `{"stopped": BOOL}`, `{"error": TEXT}`; {} for other output."""
+    """Parse an event of `llmrun_runtime.cluster.local`, like `{"ready": URL}`; {} for other output."""
     try:
         event = json.loads(line)
     except ValueError:

@@ -36,6 +36,7 @@ app.add_typer(keys.key, name="key")
 app.command()(keys.usage)
 app.command()(dashboards.dashboards)
 app.command()(cluster.up)
+app.command()(cluster.restart)
 app.command()(cluster.down)
 
 

@@ -14,6 +14,8 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+# In the home: when (Unix time) and why the cluster stopped by itself, as JSON.
+STOPPED_FILE = "stopped.json"
 
 
 class Settings(BaseSettings):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
+from collections.abc import Sequence
+from typing import Any
 
 import uvicorn
 
@@ -16,6 +19,7 @@ KEEP_ALIVE_S = 75
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S = 30, 10
 # For a client that acknowledges nothing, or that does not read.
 UNREAD_TIMEOUT_MS = 60_000
+POLL_S = 0.05
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -47,25 +51,75 @@ def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
     return sock
 
 
+class HTTPServer:
+    """Serves an ASGI app on listening sockets until it is cancelled or drained."""
+
+    def __init__(self, app: App) -> None:
+        self._config = uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
+        )
+        self._server = uvicorn.Server(self._config)
+
+    async def serve(self, sockets: Sequence[socket.socket]) -> None:
+        """Serve until cancelled; then close the sockets and all connections."""
+        server = self._server
+        try:
+            await server.serve(sockets=list(sockets))
+        except asyncio.CancelledError:
+            server.should_exit = server.force_exit = True
+            if server.started:
+                await server.shutdown(sockets=list(sockets))
+            raise
+        finally:
+            for sock in sockets:
+                sock.close()
+
+    def stop_accepting(self) -> None:
+        """Leave new connections to the other processes that listen on the same sockets."""
+        for listener in self._server.servers:
+            listener.close()
+
+    def end_keepalive(self) -> None:
+        """From now on, each response that starts has `Connection: close`.
+
+        A stream that runs keeps its connection for one more request: a client that cannot know of the close would send
+        its next request into it.
+        """
+        state, header = self._server.server_state, (b"connection", b"close")
+        self._config.encoded_headers.append(header)  # uvicorn copies these once per second
+        state.default_headers = [*state.default_headers, header]
+        for connection in state.connections:
+            cycle = connection.cycle
+            if cycle and not cycle.response_started:
+                cycle.keep_alive = False
+
+    async def idle(self, linger: float) -> None:
+        """Return when no connection has a request; close each that has had none for `linger` seconds."""
+        since: dict[Any, float] = {}
+        while connections := set(self._server.server_state.connections):
+            now = time.monotonic()
+            unused = {each for each in connections if each.cycle is None or each.cycle.response_complete}
+            since = {each: since.get(each, now) for each in unused}
+            for connection in [each for each, began in since.items() if now - began >= linger]:
+                connection.transport.close()
+            await asyncio.sleep(POLL_S)
+
+    async def flush(self) -> None:
+        """Return when the operating system has the end of every complete response."""
+        while any(
+            each.cycle and each.cycle.response_complete and each.transport.get_write_buffer_size()
+            for each in self._server.server_state.connections
+        ):
+            await asyncio.sleep(POLL_S)
+
+
 async def serve(app: App, sock: socket.socket) -> None:
     """Serve until cancelled."""
-    config = uvicorn.Config(
-        app,
-        http="httptools",
-        ws="none",
-        lifespan="off",
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_S,
-    )
-    server = uvicorn.Server(config)
-    try:
-        await server.serve(sockets=[sock])
-    except asyncio.CancelledError:
-        server.should_exit = server.force_exit = True
-        if server.started:
-            await server.shutdown(sockets=[sock])
-        raise
-    finally:
-        sock.close()
+    await HTTPServer(app).serve([sock])

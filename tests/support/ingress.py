@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 from collections.abc import AsyncIterator
 from io import BytesIO
 from typing import Any
@@ -20,9 +21,11 @@ from llmrun_runtime.asgi import Receive, Scope, Send
 from llmrun_runtime.ingress.admission.rate_limits import Limiter
 from llmrun_runtime.ingress.app import Ingress
 from llmrun_runtime.ingress.cors import with_cors
+from llmrun_runtime.ingress.drain import Drain
 from llmrun_runtime.ingress.endpoints.metrics import IngressMetrics
 from llmrun_runtime.ingress.queue.keepalive import DEFAULT_TIMING, KeepaliveTiming
 from llmrun_runtime.ingress.queue.request_queue import RequestQueue
+from llmrun_runtime.ingress.readiness import Readiness
 from llmrun_runtime.link.server import Server
 from llmrun_runtime.wire.headers import GONE_HEADER
 from llmrun_runtime.wire.reports import AdapterRevision
@@ -127,6 +130,9 @@ class Bench:
 
     revisions: dict[str, AdapterRevision]
     control: asyncio.Event
+    readiness: Readiness
+    drain: Drain
+    socket: socket.socket
 
     def __init__(self, queue: RequestQueue, limiter: Limiter, url: str, session: aiohttp.ClientSession) -> None:
         self.queue, self.limiter, self.url, self.session = queue, limiter, url, session
@@ -166,13 +172,16 @@ async def running_ingress(
         return revisions[adapter]
 
     metrics = IngressMetrics("ingress", queue, timeout=metrics_timeout)
-    ingress = Ingress(parsed, queue, limiter, metrics, resolve, keys_only=keys_only, keepalive=keepalive)
+    readiness = Readiness()
+    ingress = Ingress(parsed, queue, limiter, metrics, resolve, readiness, keys_only=keys_only, keepalive=keepalive)
+    http_server = http.HTTPServer(with_cors(ingress, parsed.cors_origins) if parsed.cors_origins else ingress)
     sock = http.bind("127.0.0.1", 0)
-    app = with_cors(ingress, parsed.cors_origins) if parsed.cors_origins else ingress
-    server = asyncio.create_task(http.serve(app, sock))
+    server = asyncio.create_task(http_server.serve([sock]))
     async with aiohttp.ClientSession() as session:
         bench = Bench(queue, limiter, f"http://127.0.0.1:{sock.getsockname()[1]}", session)
         bench.revisions, bench.control = revisions, control
+        bench.readiness, bench.drain = readiness, Drain(queue, ingress, http_server, readiness)
+        bench.socket = sock
         yield bench
     await ingress.close()
     await queue.close()

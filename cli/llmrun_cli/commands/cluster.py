@@ -1,4 +1,4 @@
-"""`llmrun up` and `llmrun down`: start and stop a cluster on this machine."""
+"""`llmrun up`, `llmrun restart` and `llmrun down`: start, restart and stop a cluster on this machine."""
 
 from __future__ import annotations
 
@@ -49,14 +49,34 @@ def up(
     out.print(f"llmrun is running at {ready_url}")
 
 
-def down() -> None:
-    """Stop the cluster on this machine.
+def restart() -> None:
+    """Restart control and the ingresses of the cluster on this machine, without a failed request.
 
-    Stops all its models; `llmrun up` restores them.
+    Applies this command's LLMRUN_* settings and the installed release to them. Engines, replicas and other nodes keep
+    running; `llmrun down` and `llmrun up` restart everything.
     """
     started = time.monotonic()
-    with err.status("Stopping the cluster"):
-        stopped = local_cluster.stop()
+    with err.status("Restarting control and the ingress"):
+        url = local_cluster.restart()
+    out.print(f"llmrun is running at {url} ({time.monotonic() - started:.0f} s)")
+
+
+def down(
+    now: Annotated[bool, typer.Option("--now", help="Cut the requests in flight instead of waiting for them.")] = False,
+) -> None:
+    """Stop the cluster on this machine.
+
+    Refuses new requests and waits for those in flight, at most LLMRUN_DRAIN_TIMEOUT. Stops all models; `llmrun up`
+    restores them.
+    """
+    started = time.monotonic()
+    with err.status("Stopping the cluster") as status:
+
+        def on_waiting(requests: int) -> None:
+            noun = "request" if requests == 1 else "requests"
+            status.update(f"Waiting for {requests} {noun} in flight; `llmrun down --now` cuts them")
+
+        stopped = local_cluster.stop(on_waiting, now=now)
     if stopped:
         out.print(f"Cluster stopped ({time.monotonic() - started:.0f} s)")
     else:

@@ -1,7 +1,8 @@
-"""`python -m llmrun_runtime.cluster.local up|down`: starts or stops a local Ray cluster with llmrun.
+"""`python -m llmrun_runtime.cluster.local up|restart|down`: starts, restarts or stops a local Ray cluster with llmrun.
 
 The `up` process is the cluster's parent: `down` sends it SIGTERM, and it stops every process that writes the cluster's
-logs. With `RAY_ADDRESS` set, `up` starts llmrun on that cluster instead, and exits. Imports no Ray.
+logs. It starts the cluster again if Ray dies. With `RAY_ADDRESS` set, `up` starts llmrun on that cluster instead, and
+exits. Imports no Ray.
 """
 
 from __future__ import annotations
@@ -19,26 +20,32 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import psutil
 
 from llmrun.errors import ClusterError
-from llmrun.settings import Settings, read_or_create_secret
+from llmrun.settings import STOPPED_FILE, Settings, read_or_create_secret
 from llmrun_runtime import http
 from llmrun_runtime.cluster.bootstrap_process import (
-    finish_bootstrap,
+    BootstrapProcess,
     ingress_args,
     run_bootstrap,
-    start_bootstrap,
     url_of,
 )
 from llmrun_runtime.cluster.cluster_file import ClusterFile
 from llmrun_runtime.cluster.processes import END_TIMEOUT_S, end_processes
+from llmrun_runtime.cluster.restarts import RestartPolicy
 from llmrun_runtime.ray_internals import PRELOADED_MODULES
 
 START_TIMEOUT_S = 120
+RESTART_TIMEOUT_S = 300
+STOP_TIMEOUT_S = 120
+# The drain's own timeout comes first.
+DRAIN_MARGIN_S = 10
+POLL_S = 0.1
 # Only code packages (at most 100 MiB) pass through Ray's object store.
 OBJECT_STORE_BYTES = 256 * 2**20
 # Nothing listens on this port.
@@ -56,54 +63,104 @@ class LocalCluster:
         # The folder of Ray's sockets. Their paths must be shorter than 108 bytes, so it is not in the home.
         name = hashlib.sha256(str(settings.root).encode()).hexdigest()[:10]
         self._temp = Path(tempfile.gettempdir()) / f"llmrun-{name}"
+        self._ports: list[int] = []
         self._ray: subprocess.Popen[bytes] | None = None
         # The driver of the job that started Serve. It stays: Ray ends the spare workers of a job that has ended.
-        self._bootstrap: subprocess.Popen[bytes] | None = None
+        self._bootstrap: BootstrapProcess | None = None
+        self._signals = 0
+        """How many SIGTERM and SIGINT this process has received: one drains, a second one stops at once."""
 
     def start(self) -> None:
         """Start Ray, then control and the ingress. Raises ClusterError; call `end` also then."""
         if self._settings.cluster_file.exists():  # the parent was killed, and its children may still run
             down(self._settings)
+        stopped_file(self._settings).unlink(missing_ok=True)
+        # The same ports after a restart, so that other nodes find the cluster at its address.
+        self._ports = _free_ports(self._node_ip, 3)
+        self._start()
+
+    def _start(self) -> None:
         http.bind(self._host, self._port).close()
-        ports = _free_ports(self._node_ip, 3)
-        env = self._environment(f"{self._node_ip}:{ports[0]}")
+        address = f"{self._node_ip}:{self._ports[0]}"
+        env = _environment(self._settings, address)
         shutil.rmtree(self._temp, ignore_errors=True)
         self._temp.mkdir(mode=0o700)
         logs = _make_logs(self._settings)
         args = ["--stay", *ingress_args(self._host, self._port, self._insecure)]
-        self._bootstrap = start_bootstrap("start", env, args, logs / "boot.log")  # does its imports while Ray starts
-        self._ray = self._start_ray(env, ports, logs / "ray.log")
-        self._wait_for_ray(ports[0])
-        finish_bootstrap(self._bootstrap, logs / "boot.log", stays=True)
-        cluster = ClusterFile(self.url, env["RAY_ADDRESS"], os.getpid(), str(self._temp))
+        self._bootstrap = BootstrapProcess("start", env, args, logs / "boot.log")  # does its imports while Ray starts
+        self._ray = self._start_ray(env, self._ports, logs / "ray.log")
+        self._wait_for_ray(self._ports[0])
+        self._bootstrap.finish()
+        cluster = ClusterFile(self.url, address, os.getpid(), str(self._temp))
         cluster.write(self._settings.cluster_file)
 
-    def wait(self) -> int:
-        """Return 0 at SIGTERM or SIGINT, 1 if Ray exits."""
-        stop = False
+    def run(self, on_waiting: Callable[[int], None]) -> None:
+        """Return at SIGTERM or SIGINT, when the requests in flight have ended. Starts the cluster again if Ray exits.
 
-        def on_signal(*_: object) -> None:
-            nonlocal stop
-            stop = True
-
+        `on_waiting` receives the number of requests in flight. Raises ClusterError if the cluster does not stay up.
+        """
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, on_signal)
-        while not stop:
+            signal.signal(number, self._on_signal)
+        policy = RestartPolicy()
+        while cause := self._wait():
+            while cause:
+                pause = policy.pause(time.monotonic())
+                if pause is None:
+                    self._give_up(cause)
+                _log(f"the cluster stopped: {cause}. Starting it again in {pause:g} s")
+                self._end_processes()
+                if self._sleep(pause):
+                    return
+                cause = self._try_start()
+            _log("the cluster is running again")
+        if self._bootstrap:
+            timeout = self._settings.drain_timeout + DRAIN_MARGIN_S
+            self._bootstrap.drain(timeout, lambda: self._signals > 1, on_waiting)
+
+    def _on_signal(self, *_: object) -> None:
+        self._signals += 1
+
+    def _wait(self) -> str:
+        """Return "" at a signal, the cause when Ray exits."""
+        while not self._signals:
             if self._ray and self._ray.poll() is not None:
-                return 1
-            time.sleep(0.1)
-        return 0
+                return ray_failure(_logs(self._settings) / "ray.log")
+            time.sleep(POLL_S)
+        return ""
+
+    def _sleep(self, seconds: float) -> bool:
+        """Return whether a signal has arrived."""
+        deadline = time.monotonic() + seconds
+        while not self._signals and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        return bool(self._signals)
+
+    def _try_start(self) -> str:
+        """Start the cluster; return why that failed, "" if it did not."""
+        try:
+            self._start()
+        except ClusterError as error:
+            return str(error)
+        return ""
+
+    def _give_up(self, cause: str) -> NoReturn:
+        """Leave the cause for `llmrun status`. Raises ClusterError."""
+        _log(f"the cluster stopped: {cause}. It has stopped too often to start it again")
+        stopped_file(self._settings).write_text(json.dumps({"at": time.time(), "cause": cause}))
+        raise ClusterError(f"the cluster stopped: {cause}. See {_logs(self._settings) / 'ray.log'}")
 
     def end(self) -> None:
         """Stop every process of the cluster, and remove its files outside of the home."""
+        self._end_processes()
+        self._settings.cluster_file.unlink(missing_ok=True)
+
+    def _end_processes(self) -> None:
         if self._ray:
             self._ray.kill()
             self._ray.wait()
         if self._bootstrap:
-            self._bootstrap.kill()
-            self._bootstrap.communicate()
+            self._bootstrap.end()
         end_processes(self._temp, self._settings.root)
-        self._settings.cluster_file.unlink(missing_ok=True)
 
     def _start_ray(self, env: dict[str, str], ports: list[int], log: Path) -> subprocess.Popen[bytes]:
         command = [
@@ -122,28 +179,6 @@ class LocalCluster:
                 command, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
             )
 
-    def _environment(self, ray_address: str) -> dict[str, str]:
-        token = self._settings.root / "ray.token"
-        read_or_create_secret(token)
-        env = {
-            # No usage reports unless the user enables them. Ray would otherwise even report that they are disabled.
-            **({} if _reports_usage() else {"RAY_USAGE_STATS_ENABLED": "0", "RAY_USAGE_STATS_REPORT_URL": NOWHERE}),
-            "DO_NOT_TRACK": "1",
-            **os.environ,
-            "LLMRUN_HOME": str(self._settings.root),
-            "RAY_ADDRESS": ray_address,
-            # Start workers on demand only: each takes 80 MiB.
-            "RAY_enable_worker_prestart": "0",
-            "RAY_prestart_worker_first_driver": "0",
-            "RAY_preload_python_modules": PRELOADED_MODULES,
-        }
-        if self._node_ip in http.LOOPBACK:
-            # Without this Ray looks for an address that other machines can reach, and listens on it.
-            env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-        if "RAY_AUTH_MODE" not in env:
-            env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-        return env
-
     def _wait_for_ray(self, port: int) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
@@ -153,6 +188,30 @@ class LocalCluster:
                 return
             time.sleep(0.1)
         raise ClusterError(f"Ray did not start: see {self._settings.root / 'logs' / 'ray.log'}")
+
+
+def _environment(settings: Settings, ray_address: str) -> dict[str, str]:
+    """The environment of Ray and of its drivers."""
+    token = settings.root / "ray.token"
+    read_or_create_secret(token)
+    env = {
+        # No usage reports unless the user enables them. Ray would otherwise even report that they are disabled.
+        **({} if _reports_usage() else {"RAY_USAGE_STATS_ENABLED": "0", "RAY_USAGE_STATS_REPORT_URL": NOWHERE}),
+        "DO_NOT_TRACK": "1",
+        **os.environ,
+        "LLMRUN_HOME": str(settings.root),
+        "RAY_ADDRESS": ray_address,
+        # Start workers on demand only: each takes 80 MiB.
+        "RAY_enable_worker_prestart": "0",
+        "RAY_prestart_worker_first_driver": "0",
+        "RAY_preload_python_modules": PRELOADED_MODULES,
+    }
+    if ray_address.rpartition(":")[0] in http.LOOPBACK:
+        # Without this Ray looks for an address that other machines can reach, and listens on it.
+        env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    if "RAY_AUTH_MODE" not in env:
+        env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    return env
 
 
 def join(settings: Settings, host: str, port: int, insecure: bool) -> str:
@@ -165,27 +224,89 @@ def join(settings: Settings, host: str, port: int, insecure: bool) -> str:
     return cluster.url
 
 
-def down(settings: Settings) -> bool:
-    """Stop this home's cluster; return False if none is running. Raises ClusterError if it does not stop."""
+def restart(settings: Settings) -> str:
+    """Replace control and the ingresses of this home's cluster; return its URL. Raises ClusterError."""
+    cluster = ClusterFile.read(settings.cluster_file)
+    if not cluster or (cluster.pid and not _find_parent(cluster.pid)):
+        raise ClusterError(f"no cluster is running in {settings.root}. Start one with `llmrun up`")
+    joined = {**os.environ, "RAY_ADDRESS": cluster.ray_address}
+    env = _environment(settings, cluster.ray_address) if cluster.pid else joined
+    run_bootstrap("restart", env, [], _logs(settings) / "restart.log", RESTART_TIMEOUT_S)
+    return cluster.url
+
+
+def down(settings: Settings, on_waiting: Callable[[int], None] = lambda requests: None, *, now: bool = False) -> bool:
+    """Stop this home's cluster; return False if none is running.
+
+    Waits for requests in flight for LLMRUN_DRAIN_TIMEOUT, unless `now`; calls `on_waiting` with their number. Raises
+    ClusterError if the cluster does not stop.
+    """
     cluster = ClusterFile.read(settings.cluster_file)
     if not cluster:
         return False
     if not cluster.pid:
         env = {**os.environ, "RAY_ADDRESS": cluster.ray_address}
-        run_bootstrap("stop", env, [], settings.root / "logs" / "boot.log")
+        timeout = STOP_TIMEOUT_S + settings.drain_timeout
+        log = _logs(settings) / "boot.log"
+        run_bootstrap("stop", env, ["--now"] if now else [], log, timeout, on_waiting)
         settings.cluster_file.unlink(missing_ok=True)
         return True
     if parent := _find_parent(cluster.pid):
-        parent.send_signal(signal.SIGTERM)
-        try:
-            parent.wait(4 * END_TIMEOUT_S)
-        except psutil.TimeoutExpired:
-            raise ClusterError(f"process {parent.pid} did not exit within {4 * END_TIMEOUT_S} s: kill it") from None
+        _stop_parent(settings, parent, on_waiting, now=now)
     else:
         # The parent was killed; Ray's processes and engines may still run.
         end_processes(Path(cluster.temp), settings.root)
         settings.cluster_file.unlink(missing_ok=True)
     return True
+
+
+def _stop_parent(
+    settings: Settings, parent: psutil.Process, on_waiting: Callable[[int], None], *, now: bool
+) -> None:
+    """Signal the parent and wait until it exits. Raises ClusterError."""
+    # Two different signals: a second SIGTERM could arrive as one with the first.
+    for number in (signal.SIGTERM, signal.SIGINT) if now else (signal.SIGTERM,):
+        parent.send_signal(number)
+    progress = waiting_file(settings)
+    # It counts from the last sign of a drain, whose timeout is a setting of the parent.
+    deadline = time.monotonic() + 4 * END_TIMEOUT_S
+    while True:
+        try:
+            parent.wait(POLL_S)
+            return
+        except psutil.TimeoutExpired:
+            pass
+        with contextlib.suppress(OSError, ValueError):
+            if time.time() - progress.stat().st_mtime < END_TIMEOUT_S:
+                on_waiting(int(progress.read_text()))
+                deadline = time.monotonic() + 4 * END_TIMEOUT_S
+        if time.monotonic() > deadline:
+            raise ClusterError(f"process {parent.pid} did not exit within {4 * END_TIMEOUT_S} s: kill it")
+
+
+def waiting_file(settings: Settings) -> Path:
+    """The file with the number of requests that a stopping cluster waits for."""
+    return settings.root / "stopping"
+
+
+def stopped_file(settings: Settings) -> Path:
+    """The file that says when and why the cluster stopped by itself."""
+    return settings.root / STOPPED_FILE
+
+
+def ray_failure(log: Path) -> str:
+    """Why Ray exited, from the output of `ray start --block`, like `raylet [exit code=-9]`."""
+    try:
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    except OSError:
+        lines = []
+    processes = [line for line in lines if "[exit code" in line]
+    return f"Ray's process {', '.join(processes)} exited" if processes else f"Ray exited: see {log}"
+
+
+def _log(text: str) -> None:
+    """Write to the standard output, which is `logs/cluster.log` in the background."""
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}", flush=True)
 
 
 def _find_parent(pid: int) -> psutil.Process | None:
@@ -197,8 +318,12 @@ def _find_parent(pid: int) -> psutil.Process | None:
         return None
 
 
+def _logs(settings: Settings) -> Path:
+    return settings.root / "logs"
+
+
 def _make_logs(settings: Settings) -> Path:
-    logs = settings.root / "logs"
+    logs = _logs(settings)
     logs.mkdir(exist_ok=True)
     return logs
 
@@ -216,7 +341,10 @@ def _lock(settings: Settings) -> IO[str]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise ClusterError(f"a cluster is already running in {settings.root}: {settings.resolved_url()}") from None
+        raise ClusterError(
+            f"a cluster is already running in {settings.root}: {settings.resolved_url()}. To apply new settings or a "
+            f"new release, run `llmrun restart`"
+        ) from None
     return lock
 
 
@@ -238,23 +366,28 @@ def _emit(event: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """Run `up` or `down`. A local cluster's `up` returns when the cluster stops.
+    """Run an action. A local cluster's `up` returns when the cluster stops.
 
-    Prints events: `{"ready": URL}`, `{"stopped": BOOL}`, `{"error": TEXT}`; in the foreground, text for people.
+    Prints events: `{"ready": URL}`, `{"waiting": REQUESTS}`, `{"stopped": BOOL}`, `{"error": TEXT}`; in the
+    foreground, text for people.
     """
     parser = argparse.ArgumentParser()
-    parser.add_argument("action", choices=["up", "down"])
+    parser.add_argument("action", choices=["up", "restart", "down"])
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--node-ip", default="127.0.0.1")
     parser.add_argument("--insecure", action="store_true")
     parser.add_argument("--detach", action="store_true", help="print events; log to a file once ready")
+    parser.add_argument("--now", action="store_true", help="down: end requests in flight")
     args = parser.parse_args()
     settings = Settings()
     for_people = args.action == "up" and not args.detach
     try:
         if args.action == "down":
-            _emit({"stopped": down(settings)})
+            _emit({"stopped": down(settings, lambda requests: _emit({"waiting": requests}), now=args.now)})
+            return 0
+        if args.action == "restart":
+            _emit({"ready": restart(settings)})
             return 0
         if os.environ.get("RAY_ADDRESS"):
             _report_ready(join(settings, args.host, args.port, args.insecure), for_people)
@@ -266,9 +399,11 @@ def main() -> int:
                 _report_ready(cluster.url, for_people)
                 if args.detach:
                     _redirect_output(settings.root / "logs" / "cluster.log")
-                return cluster.wait()
+                cluster.run(lambda requests: _report_waiting(settings, requests, for_people=for_people))
+                return 0
             finally:
                 cluster.end()
+                waiting_file(settings).unlink(missing_ok=True)
     except ClusterError as error:
         if for_people:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -282,6 +417,13 @@ def _report_ready(url: str, for_people: bool) -> None:
         print(f"llmrun is running at {url}", flush=True)
     else:
         _emit({"ready": url})
+
+
+def _report_waiting(settings: Settings, requests: int, *, for_people: bool) -> None:
+    if for_people:
+        print(f"Waiting for {requests} requests in flight; press Ctrl-C again to cut them", flush=True)
+    with contextlib.suppress(OSError):  # a full disk
+        waiting_file(settings).write_text(str(requests))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from llmrun.errors import ClusterError
 from llmrun.settings import Settings
 from llmrun_runtime import http
+from llmrun_runtime.actors import ClusterActors
 from llmrun_runtime.control.api.app import make_api
 from llmrun_runtime.control.control_plane import ControlPlane
+from llmrun_runtime.control.ingresses import keep_ingresses
 from llmrun_runtime.logs import log_to_file
 from llmrun_runtime.supervise import supervise
 from llmrun_runtime.weights.adapters import Adapter
@@ -30,9 +32,10 @@ RELOAD_S = 1.0
 class Control:
     """The actor's class. Replicas, node agents and ingresses call its public methods."""
 
-    async def __init__(self, settings: dict[str, Any], url: str) -> None:  # type: ignore[misc] # Ray awaits it
+    async def __init__(self, actors: ClusterActors) -> None:  # type: ignore[misc] # Ray awaits it
         # Nothing here may fail for a while: Ray never restarts an actor whose constructor raised.
-        self._settings, self._url = Settings.model_validate(settings), url
+        self._actors = actors
+        self._settings, self._url = Settings.model_validate(actors.settings), actors.url
         with contextlib.suppress(OSError):  # a full disk
             log_to_file(self._settings.root, "control")
         self._socket = http.bind("127.0.0.1", 0)
@@ -77,6 +80,7 @@ class Control:
             "warm nodes": plane.warm_nodes.run,
             "usage": lambda: plane.usage.run(plane.live_replicas),
             "adapters": plane.adapters.run,
+            "ingresses": lambda: keep_ingresses(self._actors),
             "api": lambda: http.serve(make_api(plane), self._socket),
         }
         loop, count = asyncio.get_running_loop(), plane.metrics.count_error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -29,6 +31,7 @@ from llmrun_runtime.ingress.errors import HTTPError
 from llmrun_runtime.ingress.inference import Inference
 from llmrun_runtime.ingress.queue.keepalive import DEFAULT_TIMING, KeepaliveTiming
 from llmrun_runtime.ingress.queue.request_queue import RequestQueue
+from llmrun_runtime.ingress.readiness import Readiness
 from llmrun_runtime.ingress.relay import UpstreamUnavailable
 from llmrun_runtime.ingress.request_record import RequestRecord, new_record
 from llmrun_runtime.link.client import Links
@@ -48,6 +51,7 @@ class Ingress:
         limiter: Limiter,
         metrics: IngressMetrics,
         resolver: Resolver,
+        readiness: Readiness,
         *,
         keys_only: bool = False,
         keepalive: KeepaliveTiming = DEFAULT_TIMING,
@@ -56,6 +60,9 @@ class Ingress:
         self._keys_only = keys_only
         self._metrics = metrics
         self._resolver = resolver
+        self._readiness = readiness
+        self.answering = 0
+        """The number of inference requests that are being answered or are waiting for a replica."""
         self._links = Links(settings.connect_timeout)
         self._session: aiohttp.ClientSession | None = None
         self._infer = Inference(settings, queue, limiter, metrics, resolver, self._links, keepalive)
@@ -96,6 +103,8 @@ class Ingress:
         path, method = scope["path"], scope["method"]
         if path == "/health":
             await send_json(send, 200, {"status": "ok", "version": llmrun.__version__})
+        elif path == "/ready":
+            await send_json(send, *self._readiness.report(time.monotonic()))
         elif path == "/openapi.json":
             await send_json(send, 200, openapi(USUAL_PATHS))
         elif path == MODELS or path.startswith(MODELS + "/"):
@@ -113,9 +122,18 @@ class Ingress:
                 raise HTTPError(404, f"path {path} not found", "path_not_found")
             check_method(method, path, "POST")
             record.path = path
-            key = self._authenticate(scope)
-            record.key = key.name if key else ""
-            await self._infer(scope, receive, send, key, record)
+            with self._counted():
+                key = self._authenticate(scope)
+                record.key = key.name if key else ""
+                await self._infer(scope, receive, send, key, record)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        self.answering += 1
+        try:
+            yield
+        finally:
+            self.answering -= 1
 
     def _authenticate(self, scope: Scope) -> KeyInfo | None:
         return authenticate(self._queue.table, scope, time.time(), required=self._keys_only)

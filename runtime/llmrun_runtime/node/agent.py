@@ -17,7 +17,7 @@ from llmrun.settings import Settings
 from llmrun.spec import ModelSpec, Secret
 from llmrun.weights import Weights
 from llmrun.wire import WeightsRow
-from llmrun_runtime.actors import NAMESPACE, control_handle
+from llmrun_runtime.actors import NAMESPACE, ControlClient
 from llmrun_runtime.engines.base import Member
 from llmrun_runtime.engines.forkserver.prestart import Prestarts, prestart_socket
 from llmrun_runtime.engines.forkserver.supervisor import ForkServerSupervisor, forkserver_socket
@@ -42,7 +42,7 @@ class NodeAgent:
         self._root = settings.root
         self._host = ray.util.get_node_ip_address()
         self._node = ray.get_runtime_context().get_node_id()
-        self._control = control_handle()
+        self._control = ControlClient()
         self._weights = NodeWeights(settings, self._host)
         self._environments = Environments(self._root, self._fetch_package)
         self._supervisors: dict[str, ForkServerSupervisor] = {}
@@ -122,7 +122,7 @@ class NodeAgent:
         if await self._weights.has_pin(pin.id):
             peers, keep = [], []
         else:
-            peers, keep = await self._control.weights_elsewhere.remote(pin.id, self._node)
+            peers, keep = await self._control.call("weights_elsewhere", pin.id, self._node)
         return str(await self._weights.fetch(pin, self._worker_env(env), peers, keep))
 
     async def has_pin(self, pin_id: str) -> bool:
@@ -178,7 +178,7 @@ class NodeAgent:
         return worker_env(env, self._where())
 
     async def _fetch_package(self, digest: str) -> bytes:
-        package: bytes = await self._control.package.remote(digest)
+        package: bytes = await self._control.call("package", digest)
         return package
 
     def _where(self) -> str:

@@ -19,7 +19,7 @@ import ray
 from llmrun.errors import EngineError, LLMRunError
 from llmrun.settings import Settings
 from llmrun.wire import ReplicaState
-from llmrun_runtime.actors import control_handle
+from llmrun_runtime.actors import ControlClient
 from llmrun_runtime.engines.base import Launch
 from llmrun_runtime.engines.forkserver.prestart import adopt, prestart_socket
 from llmrun_runtime.engines.process.engine_process import EngineProcess, ForkFailed
@@ -47,7 +47,7 @@ class Replica:
 
     def __init__(self, config: dict[str, Any]) -> None:
         self._config = ReplicaConfig.model_validate(config)
-        self._control = control_handle()
+        self._control = ControlClient()
         self._provisioner = Provisioner(self._config, self._write_line, self._mark)
         self._log = self._provisioner.log
         self._engine: EngineProcess | None = None
@@ -250,7 +250,7 @@ class Replica:
     async def _call_control(self, method: str, *args: Any, timeout: float = CONTROL_TIMEOUT_S) -> bool:
         """Call control; False while it is unavailable (the next report restores its table)."""
         try:
-            await asyncio.wait_for(getattr(self._control, method).remote(*args), timeout)
+            await self._control.call(method, *args, timeout=timeout)
         except (ray.exceptions.RayError, TimeoutError) as error:
             log.warning("control is unavailable: %s", type(error).__name__)
             return False

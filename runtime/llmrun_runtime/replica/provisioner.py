@@ -17,7 +17,7 @@ import ray
 
 from llmrun.errors import EngineError, LLMRunError
 from llmrun.settings import Settings
-from llmrun_runtime.actors import control_handle
+from llmrun_runtime.actors import ControlClient
 from llmrun_runtime.engines.base import Launch, Member
 from llmrun_runtime.engines.forkserver.supervisor import forkserver_socket
 from llmrun_runtime.engines.process.unix_sockets import is_listening
@@ -44,7 +44,7 @@ class Provisioner:
         self._config = config
         self._write_line = write_line
         self._mark = mark
-        self._control = control_handle()
+        self._control = ControlClient()
         context = ray.get_runtime_context()
         self.actor = context.get_actor_id()
         self.node = context.get_node_id()
@@ -81,7 +81,7 @@ class Provisioner:
     async def adapter(self, name: str, pin: str) -> Path:
         """Fetch an adapter to this node; return its folder. Raises LLMRunError."""
         try:
-            adapter: Adapter = await _unwrapped(self._control.adapter.remote(self._config.spec.name, name, pin))
+            adapter: Adapter = await _unwrapped(self._control.call("adapter", self._config.spec.name, name, pin))
             return await _unwrapped(self._fetch(adapter.pin)) / adapter.folder
         except ray.exceptions.RayTaskError:
             raise  # a bug, not an unreachable actor
@@ -124,7 +124,7 @@ class Provisioner:
         return Path(await agent_on(self.node).fetch.remote(pin, self._config.spec.env))
 
     async def _fetch_package(self, digest: str) -> bytes:
-        package: bytes = await self._control.package.remote(digest)
+        package: bytes = await self._control.call("package", digest)
         return package
 
 

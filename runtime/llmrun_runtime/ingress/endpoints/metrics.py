@@ -68,6 +68,14 @@ class IngressMetrics:
         )
         self._duration = self._histogram("llmrun_request_seconds", "Time from a request's arrival to its end.")
 
+        self._errors = Counter(
+            "llmrun_ingress_errors", "Unexpected exceptions in the ingress, by task.", ("task",), registry=self._registry
+        )
+
+    def count_error(self, task: str) -> None:
+        """Count an unexpected exception of one of the ingress's tasks."""
+        self._errors.labels(task).inc()
+
     def _histogram(self, name: str, text: str, *more: str) -> Histogram:
         return Histogram(name, text, ("model", *more), registry=self._registry, buckets=BUCKETS)
 
@@ -91,6 +99,7 @@ class IngressMetrics:
         now = _Gauges(models, *self._queue.by_adapter())
 
         def text() -> str:
+            self._errors.labels("routing table")
             for model in models:  # start at 0, so that the first request is an increase
                 self._requests.labels(model, "", "200")
                 self._first_token.labels(model, "")

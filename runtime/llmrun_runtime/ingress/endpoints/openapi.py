@@ -60,6 +60,7 @@ def openapi(paths: Iterable[str]) -> dict[str, Any]:
     """Return the document for these inference paths."""
     operations: dict[str, Any] = {
         "/health": {"get": _operation("Liveness of the ingress", {"type": "object"})},
+        "/ready": {"get": _operation("Readiness of the ingress", {"type": "object"})},
         "/v1/models": {"get": _operation("All models", _ref("Models"))},
         "/v1/models/{id}": {"get": _operation("One model", _ref("Model"))},
     }

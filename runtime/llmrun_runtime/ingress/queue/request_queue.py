@@ -13,7 +13,13 @@ from llmrun_runtime.ingress.admission.target import find_model
 from llmrun_runtime.ingress.errors import HTTPError
 from llmrun_runtime.ingress.queue.claim import ANONYMOUS, PLACEHOLDER, Caller, Claim, Waiter, WaitLimit
 from llmrun_runtime.ingress.queue.in_flight import InFlight
-from llmrun_runtime.ingress.queue.wait_errors import DEFAULT_RETRY_AFTER_S, queue_full, start_failed, wait_timed_out
+from llmrun_runtime.ingress.queue.wait_errors import (
+    DEFAULT_RETRY_AFTER_S,
+    queue_full,
+    shutting_down,
+    start_failed,
+    wait_timed_out,
+)
 from llmrun_runtime.ingress.routing import choose
 from llmrun_runtime.wire.reports import Traffic
 from llmrun_runtime.wire.routing_table import ModelRoute, Table
@@ -33,6 +39,8 @@ class RequestQueue:
         self.table = Table()
         self.wake_timeout = wake_timeout
         self.in_flight = InFlight()
+        self.draining = False
+        """Whether requests without a replica are refused, because this ingress stops."""
         self._on_change = on_change
         self._queues: dict[str, dict[str, deque[Waiter]]] = {}
         """By model and key."""
@@ -41,8 +49,17 @@ class RequestQueue:
         self._first_tokens: dict[str, float] = {}
 
     def update(self, table: Table) -> None:
-        """Replace the routing table and wake all waiters, so that they check it."""
+        """Replace the routing table."""
         self.table = table
+        self._wake_waiters()
+
+    def drain(self) -> None:
+        """Refuse waiting and new requests; those in flight continue."""
+        self.draining = True
+        self._wake_waiters()
+
+    def _wake_waiters(self) -> None:
+        """Let all waiters check the table and `draining`."""
         for model, queue in self._queues.items():
             self._serve(model)
             for waiter in (waiter for waiters in queue.values() for waiter in waiters):
@@ -132,8 +149,11 @@ class RequestQueue:
         """Return a slot at a replica of the model called `name`, once one is free; `release` it afterwards.
 
         Replicas in `avoid` have just failed this request: they are used again after AVOID_S if no other one is free.
-        Raises HTTPError: the model was deleted, its start failed while waiting, the queue is full, or `limit` is over.
+        Raises HTTPError: the model was deleted, its start failed while waiting, the queue is full, `limit` is over, or
+        the ingress is draining.
         """
+        if self.draining:
+            raise shutting_down()
         model = find_model(self.table, name)
         if not self._queues.get(model.name) and (claim := self._take(model, avoid, caller, waited=False)):
             return claim
@@ -152,6 +172,8 @@ class RequestQueue:
         avoid_until = loop.time() + AVOID_S
         with self._queued(queued_for, Waiter(caller, avoid, loop.create_future())) as waiter:
             while model.name == queued_for:
+                if self.draining:
+                    raise shutting_down()
                 now = loop.time()
                 if now >= avoid_until:
                     waiter.avoid = ()

@@ -8,6 +8,7 @@ from llmrun_runtime.ingress.errors import NOT_READY, HTTPError
 from llmrun_runtime.wire.routing_table import ModelRoute
 
 DEFAULT_RETRY_AFTER_S, MAX_RETRY_AFTER_S = 10, 120
+SHUTDOWN_RETRY_AFTER_S = 5
 # Shorter waits are not worth mentioning in a message.
 _NO_WAIT_S = 0.05
 
@@ -27,6 +28,12 @@ def start_failed(model: ModelRoute) -> HTTPError:
     """The error for a model whose start failed."""
     message = f"{model.name} failed to start: {model.cause}"
     return HTTPError(503, message, "model_failed", "service_unavailable", retry_after=retry_after(model))
+
+
+def shutting_down() -> HTTPError:
+    """The error for a request that has no replica yet when its ingress stops."""
+    message = "llmrun is shutting down. Retry when it is running again"
+    return HTTPError(503, message, "shutting_down", "service_unavailable", retry_after=SHUTDOWN_RETRY_AFTER_S)
 
 
 def wait_timed_out(model: ModelRoute, waited: float, source: str) -> HTTPError:
