@@ -29,10 +29,10 @@ from tests.support.cluster import (
     write_app,
 )
 
-# Number of 0→1→0 cycles of two models with random overlap. `just soak` sets 100.
+# Number of 0→1→0 cycles of two models with random overlap. `just soak-cold-starts` sets 100.
 CYCLES = int(os.environ.get("LLMRUN_TEST_CYCLES", "4"))
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600 + 20 * CYCLES)]
-# Seconds from the start of a wake until a process is killed. `just soak` runs all three.
+# Seconds from the start of a wake until a process is killed. `just soak-cold-starts` runs all three.
 DELAYS = [0.0, 0.7, 1.4] if CYCLES > 4 else [0.7]
 
 

@@ -52,7 +52,7 @@ def main() -> int:
     print(f"soak: {args.minutes:g} min, a kill every {args.every:g} s, seed {args.seed}", flush=True)
     processes, files = {process.pid for process in psutil.process_iter()}, leftovers()
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
-        weights = args.weights or make_tiny_weights(Path(folder) / "weights")
+        weights = args.weights.absolute() if args.weights else make_tiny_weights(Path(folder) / "weights")
         home = Home(Path(folder) / "home", free_port(), {"LLMRUN_WAKE_TIMEOUT": "120"})
         home.ok("up", "--node-ip", "127.0.0.10")
         try:
@@ -80,7 +80,7 @@ def run(home: Home, folder: Path, weights: Path, minutes: float, every: float, s
         home.unload()
         until(lambda: not any(home.engines(model) for model in MODELS), 60, "all engines have exited")
         rows = _count_rows(home.path / "llmrun.db")
-        home.ok("delete", *MODELS, "--yes")
+        home.ok("delete", "--app", "soak", "--yes")
     finally:
         faults.close()
     shortcomings = [*ledger.shortcomings(), *watch.shortcomings()]
