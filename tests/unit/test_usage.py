@@ -142,4 +142,4 @@ def test_a_request_is_counted_once_however_many_prompts_it_has() -> None:
         request.record("", prompt=4)
         request.record("", completion=5)
     assert usage_meter.current() is None
-    assert [row for row in usage_meter.rows() if row[:2] not in before] == [("many", "", 1, 7, 6, 2)]
+    assert [row for row in usage_meter.snapshot()["usage"] if row[:2] not in before] == [("many", "", 1, 7, 6, 2)]
