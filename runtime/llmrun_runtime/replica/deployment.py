@@ -40,6 +40,8 @@ log = logging.getLogger("ray.serve")
 CONTROL_TIMEOUT_S = 10
 # Control removes a replica that has not reported for LEASE_S, so there is time for another report.
 REPORT_TIMEOUT_S = 0.4 * LEASE_S
+# After the drain: at most 23 s until the engine has ended, 30 s more for members on other nodes, and the last reports.
+STOP_S = 70
 # Serve replaces a replica after three failed health checks.
 HEALTH_CHECK_S = 1
 
