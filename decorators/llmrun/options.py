@@ -70,6 +70,10 @@ class LLMOptions(TypedDict, total=False):
     max_in_flight: int
     """The largest number of requests that wait or are being answered, over all replicas and clients. Further requests
     get status 429. With 0 there is no limit."""
+    stall_timeout: float
+    """Seconds without any output while requests are in flight, after which the replica checks its engine with a request
+    of its own, and replaces the engine if that is not answered in the same time or within 60 s. An engine that does not
+    respond at all is replaced after the same time, 120 s at most. With 0 no output is waited for."""
     cold_start: ColdStartMode
     """`"fast"` shortens the start of an engine on GPUs at the cost of throughput: it skips preparations such as most
     CUDA graphs."""

@@ -74,7 +74,7 @@ class ThingEngine:
 
     name = "thing"
     module = "preloaded.server"
-    paths = frozenset[str]()
+    paths = probe_paths = frozenset[str]()
 
     def refuses(self, spec: ModelSpec) -> str:
         return ""

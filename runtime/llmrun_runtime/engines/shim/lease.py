@@ -20,6 +20,8 @@ from typing import Any, NoReturn
 from llmrun_runtime.engines.base import LEASE_ENV, TOKEN_ENV
 
 CONNECT_TIMEOUT_S = 10
+# The replica reads lines up to MESSAGE_BYTES. JSON has at most 12 bytes per character.
+MAX_TEXT = 8000
 _connection: socket.socket | None = None
 _owner_pid = 0
 _whole_group = False
@@ -55,6 +57,8 @@ def hold(*, whole_group: bool = False) -> None:
 
 def notify(**message: Any) -> None:
     """Send the replica a message: `port=` (HTTP), `ready=True` or `failed="reason"`. No effect without a lease."""
+    if "failed" in message:
+        message["failed"] = message["failed"][:MAX_TEXT]
     if _connection is not None:
         _connection.sendall(json.dumps(message).encode() + b"\n")
 
