@@ -139,15 +139,15 @@ class WeightsCatalog:
         has chosen, else the one that was first the longest time ago, so that no node feeds all others.
         """
         nodes, holders = await self._holders(pin_id, {node})
-        self._last_fed = {key: count for key, count in self._last_fed.items() if key in {other.id for other in nodes}}
+        alive = {other.id for other in nodes}
+        self._last_fed = {key: count for key, count in self._last_fed.items() if key in alive}
         chosen = self._feeders.get((pin_id, node))
         holders.sort(key=lambda other: (other.id != chosen, self._last_fed.get(other.id, 0)))
+        if holders:
+            self._last_fed[holders[0].id] = max(self._last_fed.values(), default=0) + 1
         peers: list[Peer | None] = await call_each(
             holders, lambda other: agent_of(other.id).serve_peers.remote(), None, HOLDER_TIMEOUT_S
         )
-        first = next((other for other, peer in zip(holders, peers, strict=True) if peer), None)
-        if first:
-            self._last_fed[first.id] = max(self._last_fed.values(), default=0) + 1
         return [peer for peer in peers if peer], list(self.pinned())
 
     async def _holders(self, pin_id: str, without: Collection[str]) -> tuple[list[Node], list[Node]]:
