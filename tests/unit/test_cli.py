@@ -160,6 +160,12 @@ def test_a_deploy_shows_what_is_ready_and_then_fails(capsys: pytest.CaptureFixtu
     assert "curl http://cluster/v1/chat/completions" in shown.out and '"model": "one"' in shown.out
 
 
+def test_a_command_of_two_words_does_not_hide_a_file(home: Home) -> None:
+    assert "cannot reach llmrun" in home.fails("deploy", "list")
+    assert "cannot reach llmrun" in home.fails("deploy", "cancel", "5a1")
+    assert "list: file not found" in home.fails("deploy", "./list")
+
+
 def test_ctrl_c_detaches_from_a_deploy(capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted() -> Iterator[Event]:
         yield Event(kind="step", text="checking weights")

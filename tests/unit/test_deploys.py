@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from ray.serve.exceptions import RayServeException
 
-from llmrun.errors import Refused
+from llmrun.errors import EngineError, Refused
 from llmrun.settings import Settings
 from llmrun.spec import ModelSpec
 from llmrun.wire import DeployRequest, Event
@@ -379,6 +379,27 @@ async def test_two_proofs_do_not_count_on_the_same_resources(cluster: Cluster) -
     assert "two: version 1 deployed, not proven: not enough" in texts(await cluster.run("two"), "unproven")[0]
     placed.set()
     assert [event.kind async for event in first.events()][-2:] == ["ready", "end"]
+
+
+async def test_a_node_that_cannot_install_code_is_a_warning(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [Node(name, name, {"CPU": 1}, {"CPU": 1}) for name in "ab"]
+    failing = {"a"}
+
+    class Agent:
+        def __init__(self, node: str) -> None:
+            self._node, self.install = node, self
+
+        async def remote(self, *_: Any) -> None:
+            if self._node in failing:
+                raise EngineError("no uv")
+
+    monkeypatch.setattr(rollout_module, "agent_on", Agent)
+    row, operation = factories.deployed(factories.spec()), Operation()
+    assert await cluster.deployer._rollout._install(row, nodes, operation) == nodes[1:]
+    assert operation.last == "one: node a: cannot install code and requirements: no uv. Tried again when it wakes there"
+    failing.add("b")
+    with pytest.raises(EngineError, match="on enough nodes: node a: no uv; node b: no uv"):
+        await cluster.deployer._rollout._install(row, nodes, operation)
 
 
 async def test_an_application_that_serve_does_not_delete_is_deleted_later(
