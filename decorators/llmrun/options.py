@@ -33,6 +33,9 @@ class LLMOptions(TypedDict, total=False):
     like), which is 1 if none is set."""
     nodes: int
     """Nodes that each replica spans, with the same number of GPUs on each node."""
+    weights_nodes: int
+    """Nodes that get the weights at the deploy. Other nodes download them, from these, when a replica first starts
+    there. With 0, as many as `max_replicas` replicas need, and at least two if two could run the model."""
     cpus: float
     """CPU cores that Ray reserves for each replica; a fraction is allowed."""
     lora: LoRA | Weights | str | Mapping[str, Weights | str] | None

@@ -104,7 +104,8 @@ class ControlPlane:
         """Restore the stored state, adopt running applications, delete those of versions that are not active."""
         self.keys.load()
         self.usage.load()
-        rows, self.deployer.sources = self.database.load()
+        rows, sources = self.database.load()
+        self.deployer.restore_sources(sources)
         self.autoscaler.unreadable = self.database.unreadable
         for row in rows.values():
             self.autoscaler.activate(row)
