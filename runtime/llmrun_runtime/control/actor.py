@@ -36,6 +36,7 @@ class Control:
         with contextlib.suppress(OSError):  # a full disk
             log_to_file(self._settings.root, "control")
         self._socket = http.bind("127.0.0.1", 0)
+        self._made: ControlPlane | None = None
         self._loaded: ControlPlane | None = None
         self._loading: asyncio.Task[None] | None = None
         self._load_failed = 0.0
@@ -60,8 +61,9 @@ class Control:
 
     async def _load(self) -> None:
         try:
-            host, port = self._socket.getsockname()
-            plane = ControlPlane(self._settings, self._url, (host, port))
+            if self._made is None:  # once: its thread may still wait for the database
+                self._made = ControlPlane(self._settings, self._url, self._socket.getsockname())
+            plane = self._made
             await plane.load()
         except Exception as error:
             log.exception("could not load the stored state")
@@ -158,7 +160,7 @@ class Control:
 
     async def package(self, digest: str) -> bytes:
         """Return a code package. Raises KeyError if it is not stored."""
-        data = await asyncio.to_thread(self._plane.database.package, digest)
+        data = await self._plane.database.run(self._plane.database.package, digest)
         if data is None:
             raise KeyError(digest)
         return data

@@ -67,7 +67,7 @@ class Deployer:
         """
         nodes = cluster_nodes()
         for spec in request.specs:
-            self._check(spec, nodes)
+            await self._check(spec, nodes)
         placements = {spec.name: resolve(spec, nodes) for spec in request.specs}
         deployed = self._models.deployed
         check(request, deployed, self.sources)
@@ -86,7 +86,7 @@ class Deployer:
         }
         return make_plan(request, deployed, rows), rows
 
-    def _check(self, spec: ModelSpec, nodes: list[Node]) -> None:
+    async def _check(self, spec: ModelSpec, nodes: list[Node]) -> None:
         """Raise Refused for errors that are certain before anything starts."""
         if why := get_engine(spec.engine).refuses(spec):
             raise Refused(f"{spec.name}: {why}", 422)
@@ -94,7 +94,7 @@ class Deployer:
         path = Path(spec.path).expanduser() if spec.path else None
         if path and len(nodes) == len(real) == 1 and not path.exists():
             raise Refused(f"{spec.name}: model={spec.model.source!r}: path not found on the cluster's node", 409)
-        if spec.code and not self._database.has_package(spec.code.package):
+        if spec.code and not await self._database.run(self._database.has_package, spec.code.package):
             text = f"{spec.name}: code package {spec.code.package[:12]} not found: it was not uploaded. Deploy again"
             raise Refused(text, 409)
 
@@ -131,13 +131,14 @@ class Deployer:
     async def _tune(self, row: Deployed, request: DeployRequest, operation: Operation) -> None:
         """Activate new options. The running engine stays."""
         active = self._models.deployed[row.name]
-        row = replace(active, version=self._database.next_version(row.name), spec=row.spec)
-        self._activate(row, request.source)
+        number = await self._database.run(self._database.reserve_version, row.name)
+        row = replace(active, version=number, spec=row.spec)
+        await self._activate(row, request.source)
         await operation.emit("tuned", row.name, f"version {row.version}, without a restart")
 
     async def _start_version(self, row: Deployed, request: DeployRequest, operation: Operation) -> None:
         """Prepare nodes, prove the new version and activate it. An error fails this model only."""
-        number = self._database.next_version(row.name)
+        number = await self._database.run(self._database.reserve_version, row.name)
         row = replace(row, version=number, engine_version=number)
         try:
             with self._weights.protect(row.pin):
@@ -169,18 +170,18 @@ class Deployer:
         try:
             cause = await self._prover.free_capacity(row, old, operation)
             if cause and not (old and old.proven):
-                self._activate(row, request.source)
+                await self._activate(row, request.source)
                 text = f"version {row.version} deployed, not proven: {cause}"
                 await operation.emit("unproven", row.name, text)
             elif cause or (cause := await self._prover.prove(row, operation)):
-                self._database.put_version(row, active=False)
+                await self._database.run(self._database.put_version, row, active=False)
                 self._models.candidates[row.name] = Candidate(row, cause)
                 kept = f"; version {old.version} stays active" if old else ""
                 await operation.emit("failed", row.name, f"{cause}{kept} (details: `llmrun logs {row.name}`)")
             else:
                 if old:
                     await self._prover.match(row, old, operation)
-                self._activate(replace(row, proven=True), request.source)
+                await self._activate(replace(row, proven=True), request.source)
                 await operation.emit("ready", row.name, f"version {row.version}")
         finally:
             # Also after an error, the application of the active version stays.
@@ -194,15 +195,15 @@ class Deployer:
     async def _replace_active(self, row: Deployed, source: str) -> None:
         """Activate a version and drain the one before."""
         old = self._models.deployed.get(row.name)
-        self._activate(row, source)
+        await self._activate(row, source)
         if old and old.engine_version != row.engine_version:
             await self._serve_apps.delete(old.name, old.engine_version)
 
-    def _activate(self, row: Deployed, source: str) -> None:
+    async def _activate(self, row: Deployed, source: str) -> None:
         """Store a version as the active one, and send requests to it."""
         self.sources[row.app] = source
-        self._database.put_app(row.app, source)
-        self._database.put_version(row, active=True)
+        await self._database.run(self._database.put_app, row.app, source)
+        await self._database.run(self._database.put_version, row, active=True)
         self._autoscaler.activate(row)
         self._adapters.activate(row.name)
 
@@ -216,7 +217,7 @@ class Deployer:
     async def _remove(self, models: list[str]) -> None:
         """Remove models and drain their replicas."""
         rows = [self._models.deployed[name] for name in models if name in self._models.deployed]
-        self._database.remove(models)
+        await self._database.run(self._database.remove, models)
         for name in models:
             self._models.candidates.pop(name, None)
         for row in rows:

@@ -7,6 +7,8 @@ import logging
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from llmrun.errors import LLMRunError, Refused
 from llmrun.wire import Event, EventKind
 
@@ -86,6 +88,9 @@ class Operations:
             await work(operation)
         except LLMRunError as error:
             await operation.emit("failed", text=str(error))
+        except SQLAlchemyError as error:
+            log.exception("%s (operation %s) failed", name, operation.id)
+            await operation.emit("failed", text=f"database error in control: {str(error).splitlines()[0]}")
         except Exception as error:
             log.exception("%s (operation %s) failed", name, operation.id)
             await operation.emit("failed", text=f"internal error in control: {type(error).__name__}: {error}")
