@@ -12,6 +12,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -48,7 +49,9 @@ def start(host: str, port: int, url: str, insecure: bool) -> None:
     try:
         _start_actors(options, settings.model_dump(mode="json"), url, (host, port, insecure))
     except Exception:  # also if Serve fails to start: control exists by then
-        stop()
+        _kill_actors(lambda name: name == CONTROL or name.startswith(INGRESS))
+        if not _applications():  # applications of an earlier control stay: this one may have had a wrong database
+            stop()
         raise
 
 
@@ -72,19 +75,26 @@ def _start_actors(
 
 def stop() -> None:
     """Stop llmrun's actors and applications on a Ray cluster that continues to run."""
-    for name in sorted(_actors(), reverse=True):
-        if name == CONTROL or name.startswith(INGRESS):
-            ray.kill(ray.get_actor(name, namespace=NAMESPACE))
-    apps = [name for name in serve.status().applications if parse_app_name(name)]
+    _kill_actors(lambda name: name == CONTROL or name.startswith(INGRESS))
+    apps = _applications()
     for name in apps:
         serve.delete(name, _blocking=False)
     deadline = time.monotonic() + DRAIN_S
     while time.monotonic() < deadline and set(apps) & set(serve.status().applications):
         time.sleep(POLL_S)
-    for name in _actors():
-        ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+    _kill_actors(lambda _: True)
     if not serve.status().applications:
         serve.shutdown()
+
+
+def _kill_actors(condition: Callable[[str], bool]) -> None:
+    for name in sorted(filter(condition, _actors()), reverse=True):
+        ray.kill(ray.get_actor(name, namespace=NAMESPACE))
+
+
+def _applications() -> list[str]:
+    """The names of llmrun's Serve applications."""
+    return [name for name in serve.status().applications if parse_app_name(name)]
 
 
 def _actors() -> list[str]:

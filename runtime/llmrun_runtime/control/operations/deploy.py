@@ -72,7 +72,7 @@ class Deployer:
         """
         nodes = cluster_nodes()
         for spec in request.specs:
-            self._check(spec, nodes)
+            await self._check(spec, nodes)
         placements = {spec.name: resolve(spec, nodes) for spec in request.specs}
         deployed = self._models.deployed
         check(request, deployed, self._rollout.sources)
@@ -91,7 +91,7 @@ class Deployer:
         }
         return make_plan(request, deployed, rows), rows
 
-    def _check(self, spec: ModelSpec, nodes: list[Node]) -> None:
+    async def _check(self, spec: ModelSpec, nodes: list[Node]) -> None:
         """Raise Refused for errors that are certain before anything starts."""
         if why := get_engine(spec.engine).refuses(spec):
             raise Refused(f"{spec.name}: {why}", 422)
@@ -99,7 +99,7 @@ class Deployer:
         path = Path(spec.path).expanduser() if spec.path else None
         if path and len(nodes) == len(real) == 1 and not path.exists():
             raise Refused(f"{spec.name}: model={spec.model.source!r}: path not found on the cluster's node", 409)
-        if spec.code and not self._database.has_package(spec.code.package):
+        if spec.code and not await self._database.run(self._database.has_package, spec.code.package):
             text = f"{spec.name}: code package {spec.code.package[:12]} not found: it was not uploaded. Deploy again"
             raise Refused(text, 409)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from dataclasses import replace
+
+from sqlalchemy.exc import SQLAlchemyError
 
 from llmrun.errors import EngineError, LLMRunError
 from llmrun.settings import Settings
@@ -15,6 +18,7 @@ from llmrun_runtime.control.catalog.node_agents import try_each
 from llmrun_runtime.control.catalog.weights import WeightsCatalog
 from llmrun_runtime.control.operations.proof import PREPARE_TIMEOUT_S, Prover
 from llmrun_runtime.control.operations.weights_nodes import count_weights_nodes, freest_first
+from llmrun_runtime.control.state.connection import describe_error
 from llmrun_runtime.control.state.database import Database
 from llmrun_runtime.control.state.models import Candidate, Deployed, Models
 from llmrun_runtime.control.state.operation import Operation
@@ -22,6 +26,8 @@ from llmrun_runtime.control.state.registry import Registry
 from llmrun_runtime.node.agent import agent_on
 from llmrun_runtime.placement import Node, could_run
 from llmrun_runtime.ray_nodes import cluster_nodes
+
+log = logging.getLogger("llmrun.control")
 
 
 class Rollout:
@@ -57,8 +63,9 @@ class Rollout:
         counts = [(spec.weights_nodes, spec.max_replicas) for spec in (active.spec, row.spec)]
         if counts[0] != counts[1] and not request.lazy:
             await self._distribute(replace(active, spec=row.spec), self._able_nodes(active), operation, needed=0)
-        row = replace(active, version=self._database.next_version(row.name), spec=row.spec)
-        self._put_active(row, request.source)
+        number = await self._database.run(self._database.reserve_version, row.name)
+        row = replace(active, version=number, spec=row.spec)
+        await self._put_active(row, request.source)
         await operation.emit("tuned", row.name, f"version {row.version}, without a restart")
 
     async def start_version(
@@ -68,7 +75,7 @@ class Rollout:
 
         `removals`: the models to be removed by this deploy. Those whose names or resources it needs are removed here.
         """
-        number = self._database.next_version(row.name)
+        number = await self._database.run(self._database.reserve_version, row.name)
         row = replace(row, version=number, engine_version=number)
         try:
             with self._weights.protect(row.pin):  # until it is active
@@ -81,6 +88,10 @@ class Rollout:
                     await operation.emit("unproven", row.name, text)
         except LLMRunError as error:
             await operation.emit("failed", row.name, str(error))
+            return False
+        except SQLAlchemyError as error:
+            log.exception("version %d of %s could not be stored", row.version, row.name)
+            await operation.emit("failed", row.name, describe_error(error))
             return False
         return True
 
@@ -130,7 +141,6 @@ class Rollout:
         Without capacity for a proof, a version is activated only if it replaces no proven one, or with `force`.
         """
         old = self._models.deployed.get(row.name)
-        self._database.put_version(row, active=False)  # whatever happens, its number is not used again
         try:
             cause = await self._make_room(row, old, operation, removals)
             hint = ""
@@ -149,6 +159,7 @@ class Rollout:
                 if not cause and old:
                     await self.prover.match(row, old, operation)
             if cause:
+                await self._database.run(self._database.put_version, row, active=False)
                 self._models.candidates[row.name] = Candidate(row, cause)
                 kept = f"; version {old.version} stays active{hint}" if old else ""
                 await operation.emit("failed", row.name, f"{cause}{kept} (details: `llmrun logs {row.name}`)")
@@ -195,13 +206,13 @@ class Rollout:
         await operation.emit("step", row.name, text)
         proven = False
         try:
-            self._put_active(row, request.source)
+            await self._put_active(row, request.source)
             await self._serve_apps.set_target(old, 0)
             cause = await self.prover.prove(row, operation, in_place=True)
             proven = not cause
         finally:
             if not proven:
-                self._put_active(old, request.source)
+                await self._put_active(old, request.source)
         return cause
 
     async def _replace_active(self, row: Deployed, source: str, operation: Operation, removals: list[str]) -> None:
@@ -218,14 +229,14 @@ class Rollout:
         if taken:
             text = f"removing {', '.join(taken)}: its names now belong to {row.name}"
             await operation.emit("step", row.name, text)
-        rows = self._forget(taken)
-        self._put_active(row, source)
+        rows = await self._forget(taken)
+        await self._put_active(row, source)
         await self._report_removed(rows, removals, operation)
 
-    def _put_active(self, row: Deployed, source: str) -> None:
+    async def _put_active(self, row: Deployed, source: str) -> None:
+        await self._database.run(self._database.put_app, row.app, source)
+        await self._database.run(self._database.put_version, row, active=True)
         self.sources[row.app] = source
-        self._database.put_app(row.app, source)
-        self._database.put_version(row, active=True)
         self._autoscaler.activate(row)
         self._adapters.activate(row.name)
 
@@ -235,7 +246,7 @@ class Rollout:
             await self._remove_from(removals, list(removals), operation)
 
     async def _remove_from(self, removals: list[str], names: Collection[str], operation: Operation) -> None:
-        await self._report_removed(self._forget(names), removals, operation)
+        await self._report_removed(await self._forget(names), removals, operation)
 
     async def _report_removed(self, rows: list[Deployed], removals: list[str], operation: Operation) -> None:
         """Delete the applications of removed models, one event for each."""
@@ -246,15 +257,15 @@ class Rollout:
 
     async def remove(self, models: Collection[str]) -> None:
         """Remove models and drain their replicas."""
-        for row in self._forget(models):
+        for row in await self._forget(models):
             await self._serve_apps.delete(row.name, row.engine_version)
 
-    def _forget(self, models: Collection[str]) -> list[Deployed]:
+    async def _forget(self, models: Collection[str]) -> list[Deployed]:
         """Remove models at once, except their applications. Return the versions that were active."""
         if not models:
             return []
         rows = [self._models.deployed[name] for name in models if name in self._models.deployed]
-        self._database.remove(models)
+        await self._database.run(self._database.remove, models)
         for name in models:
             self._models.candidates.pop(name, None)
         for row in rows:

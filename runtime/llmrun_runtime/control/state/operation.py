@@ -9,8 +9,11 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from llmrun.errors import LLMRunError, Refused
 from llmrun.wire import Event, EventKind, OperationState
+from llmrun_runtime.control.state.connection import describe_error
 
 log = logging.getLogger("llmrun.control")
 KEEP_OPERATIONS = 20
@@ -89,6 +92,9 @@ class Operation:
             self.state = "cancelled"
         except LLMRunError as failure:
             error = str(failure)
+        except SQLAlchemyError as failure:
+            log.exception("%s (operation %s) failed", name, self.id)
+            error = describe_error(failure)
         except Exception as failure:
             log.exception("%s (operation %s) failed", name, self.id)
             error = f"internal error in control: {type(failure).__name__}: {failure}"
