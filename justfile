@@ -125,5 +125,9 @@ soak-lora: setup
     LLMRUN_TEST_REQUESTS=5000 pytest tests/e2e/test_lora.py -k under_load
 
 # 100 cold starts under random requests, and kills in every phase of a cold start (25 minutes)
-soak: setup _smollm2
+soak-cold-starts: setup _smollm2
     LLMRUN_TEST_CYCLES=100 pytest tests/e2e/test_cold_starts.py -k "cycles or killed"
+
+# mixed traffic on two nodes; every 30 s a process is killed, once all of them: prints `soak: ok, …`, or what fell short
+soak minutes="30" *args: setup _smollm2
+    python -m tests.soak {{minutes}} {{args}}

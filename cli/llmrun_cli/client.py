@@ -15,8 +15,10 @@ from llmrun.spec import ModelSpec
 from llmrun.wire import (
     CONTROL_ROOT,
     AdapterRow,
+    CancelRequest,
     ColdStart,
     DeployRequest,
+    DeployRow,
     Event,
     KeyInfo,
     NewKey,
@@ -63,6 +65,15 @@ class Client:
     def deploy(self, request: DeployRequest) -> str:
         """Start a deploy; return the operation's id."""
         return str(self._call("POST", "/deploys", json=request.model_dump(mode="json"), timeout=PLAN_TIMEOUT_S)["id"])
+
+    def deploys(self) -> list[DeployRow]:
+        """List the running deploys and the last ones that ended, the newest first."""
+        return [DeployRow.model_validate(row) for row in self._call("GET", "/deploys")]
+
+    def cancel_deploy(self, operation: str, by: str) -> str:
+        """Cancel a deploy; return its app."""
+        body = CancelRequest(by=by).model_dump(mode="json")
+        return str(self._call("POST", f"/deploys/{quote(operation, safe='')}/cancel", json=body)["app"])
 
     def weights(self) -> list[WeightsRow]:
         """List the weights on the nodes."""

@@ -38,7 +38,7 @@ def deploy_class(cls: type) -> Deployment:
     show_plan(plan)
     if deployment.changed(plan):
         operation = deployment.start(client, prepared.request, plan)
-        show_events(deployment.follow(client, operation), client.url)
+        show_events(deployment.follow(client, operation), operation, client.url)
     else:
         out.print(f"{plan.app}: no changes")
     return Deployment(spec.name, client.url)

@@ -38,14 +38,15 @@ def _headline(change: Change) -> str:
     return f"{change.model}  (no restart)" if change.kind == "tune" else change.model
 
 
-def show_events(events: Iterable[Event], url: str) -> None:
-    """Print a deploy's events, then how to call its first model.
+def show_events(events: Iterable[Event], operation: str, url: str) -> None:
+    """Print the events of the deploy with that id, then how to call its first model.
 
     Raises DeployError if models failed. Ctrl-C leaves the deploy running and raises KeyboardInterrupt.
     """
     first = ""
+    hint = f"check it with `llmrun deploy list`, cancel it with `llmrun deploy cancel {operation}`"
     try:
-        for event in show_progress(events, "deploy"):
+        for event in show_progress(events, "deploy", hint):
             mark, style = EVENT_MARKS.get(event.kind, ("✓", "green"))
             result = ", ".join(text for text in (EVENT_VERBS.get(event.kind, ""), event.text) if text)
             note(f"{mark} {event.model} {result}", style)

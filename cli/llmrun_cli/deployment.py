@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -120,7 +121,15 @@ def removed(plan: Plan) -> list[str]:
 
 def start(client: Client, request: DeployRequest, plan: Plan) -> str:
     """Start the deploy; return the operation's id. Control refuses if it would no longer do what `plan` shows."""
-    return client.deploy(request.model_copy(update={"plan": plan.fingerprint}))
+    return client.deploy(request.model_copy(update={"plan": plan.fingerprint, "by": user()}))
+
+
+def user() -> str:
+    """Return `user@host`, by which `llmrun deploy list` names who deployed; the host alone if the user has no name."""
+    try:
+        return f"{getpass.getuser()}@{socket.gethostname()}"
+    except (OSError, KeyError):  # a container's user may have no name
+        return socket.gethostname()
 
 
 def follow(client: Client, operation: str) -> Iterator[Event]:

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 import llmrun
 from llmrun.errors import AppError, LLMRunError
 from llmrun_cli.commands import adapters, chat, cluster, dashboards, deploy, export, init, keys, models, weights
 from llmrun_cli.terminal import error_line
 
+
+class Commands(TyperGroup):
+    """Commands of which some have two words: `deploy list` next to `deploy PATH`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Join the first two arguments if they are a command."""
+        words = " ".join(args[:2])
+        return super().parse_args(ctx, [words, *args[2:]] if words in self.commands else args)
+
+
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -21,6 +33,8 @@ app = typer.Typer(
     help="Deploy LLMs from a Python file to your own machines, behind one OpenAI-compatible endpoint.",
 )
 app.command()(deploy.deploy)
+app.command("deploy list")(deploy.list_)
+app.command("deploy cancel")(deploy.cancel)
 app.command()(deploy.schema)
 app.command()(export.export)
 app.command()(init.init)

@@ -22,7 +22,7 @@ from rich.spinner import Spinner
 from rich.text import Text
 
 from llmrun.wire import Event
-from llmrun_cli.terminal import err, note
+from llmrun_cli.terminal import err, note, warn
 
 LINE_EVERY_S = 5.0
 
@@ -35,10 +35,12 @@ def starting_cluster(url: str) -> Iterator[None]:
         yield
 
 
-def show_progress(events: Iterable[Event], operation: str) -> Iterator[Event]:
-    """Show an operation's steps and transfers; yield its other events.
+def show_progress(
+    events: Iterable[Event], operation: str, hint: str = "check it with `llmrun status`"
+) -> Iterator[Event]:
+    """Show an operation's steps, transfers and warnings; yield its other events.
 
-    On Ctrl-C, tells that the operation continues and raises KeyboardInterrupt.
+    On Ctrl-C, tells that the operation continues, with the hint, and raises KeyboardInterrupt.
     """
     display = _Bars(operation) if err.is_terminal else _Lines()
     try:
@@ -48,10 +50,12 @@ def show_progress(events: Iterable[Event], operation: str) -> Iterator[Event]:
                     display.step(f"{event.model}: {event.text}" if event.model else event.text)
                 elif event.kind == "progress":
                     display.progress(event)
+                elif event.kind == "warning":
+                    warn(f"{event.model}: {event.text}" if event.model else event.text)
                 else:
                     yield event
     except KeyboardInterrupt:
-        note(f"\nDetached. The {operation} continues on the cluster; check it with `llmrun status`.", "yellow")
+        note(f"\nDetached. The {operation} continues on the cluster; {hint}.", "yellow")
         raise
 
 

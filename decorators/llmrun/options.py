@@ -33,6 +33,9 @@ class LLMOptions(TypedDict, total=False):
     like), which is 1 if none is set."""
     nodes: int
     """Nodes that each replica spans, with the same number of GPUs on each node."""
+    weights_nodes: int
+    """Nodes that get the weights at the deploy. Other nodes download them, from these, when a replica first starts
+    there. With 0, as many as `max_replicas` replicas need, and at least two if two could run the model."""
     cpus: float
     """CPU cores that Ray reserves for each replica; a fraction is allowed."""
     lora: LoRA | Weights | str | Mapping[str, Weights | str] | None
@@ -70,6 +73,10 @@ class LLMOptions(TypedDict, total=False):
     max_in_flight: int
     """The largest number of requests that wait or are being answered, over all replicas and clients. Further requests
     get status 429. With 0 there is no limit."""
+    stall_timeout: float
+    """Seconds without any output while requests are in flight, after which the replica checks its engine with a request
+    of its own, and replaces the engine if that is not answered in the same time or within 60 s. An engine that does not
+    respond at all is replaced after the same time, 120 s at most. With 0 no output is waited for."""
     cold_start: ColdStartMode
     """`"fast"` shortens the start of an engine on GPUs at the cost of throughput: it skips preparations such as most
     CUDA graphs."""

@@ -74,6 +74,19 @@ class Settings(BaseSettings):
         gt=0,
         description="Largest request body that the ingress accepts, in bytes. Larger ones get a 413.",
     )
+    max_held_bytes: int = Field(
+        default=2**30,
+        gt=0,
+        description="Largest size of the request bodies that an ingress process holds, in bytes: those that are being "
+        "read, that wait, or that have no response yet. One API key may hold half of it. Beyond that, requests get a "
+        "503, or a 429.",
+    )
+    body_timeout: float = Field(
+        default=60,
+        gt=0,
+        description="Longest pause while a request body arrives. A body that is slower than 16 KiB per second for "
+        "longer than this also gets a 408.",
+    )
 
     cors_origins: str = Field(
         default="",

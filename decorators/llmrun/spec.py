@@ -72,6 +72,7 @@ class ModelSpec(BaseModel):
     accelerator: Annotated[Accelerator | None, BeforeValidator(parse_accelerator)] = None
     gpus: int | float | None = Field(default=None, ge=0, allow_inf_nan=False)
     nodes: int = Field(default=1, ge=1)
+    weights_nodes: Annotated[int, Marker.NO_RESTART, Marker.NEEDS_CONTROL] = Field(default=0, ge=0)
     cpus: float = Field(default=1, gt=0)
     lora: Annotated[LoRA | None, BeforeValidator(as_lora)] = None
     min_replicas: Annotated[int, Marker.NO_RESTART] = Field(default=0, ge=0)
@@ -86,6 +87,7 @@ class ModelSpec(BaseModel):
     rpm: Annotated[int, Marker.NO_RESTART, Marker.NEEDS_CONTROL] = Field(default=0, ge=0)
     tpm: Annotated[int, Marker.NO_RESTART, Marker.NEEDS_CONTROL] = Field(default=0, ge=0)
     max_in_flight: Annotated[int, Marker.NO_RESTART, Marker.NEEDS_CONTROL] = Field(default=0, ge=0)
+    stall_timeout: float = Field(default=120, ge=0, allow_inf_nan=False)
     cold_start: ColdStartMode = "default"
     task: Task = "auto"
     log_engine_metrics: Annotated[bool, Marker.NO_RESTART, Marker.NEEDS_CONTROL] = True

@@ -15,7 +15,8 @@ MAX_PACKAGE_BYTES = 100 * 2**20
 State = Literal["cold", "waking", "hot", "draining", "failed"]
 ReplicaState = Literal["starting", "ready", "draining"]
 Priority = Literal["batch", "normal", "high"]
-EventKind = Literal["step", "progress", "done", "ready", "unproven", "failed", "removed", "tuned", "end"]
+EventKind = Literal["step", "progress", "warning", "done", "ready", "unproven", "failed", "removed", "tuned", "end"]
+OperationState = Literal["running", "finished", "failed", "cancelled"]
 
 
 class Request(BaseModel):
@@ -42,6 +43,10 @@ class DeployRequest(Request):
     prune: bool = False
     adopt: bool = False
     lazy: bool = False
+    force: bool = False
+    """Without capacity next to a proven version, replace it before the proof."""
+    by: str = ""
+    """Who deploys, for `llmrun deploy list`. Not verified."""
     plan: str = ""
     """The fingerprint of the confirmed plan. Control refuses the deploy if the current plan differs."""
 
@@ -62,6 +67,28 @@ class Plan(Answer):
     app: str
     changes: tuple[Change, ...]
     fingerprint: str
+
+
+class DeployRow(Answer):
+    """One deploy, running or ended."""
+
+    id: str
+    app: str
+    state: OperationState
+    step: str
+    """The current step, or the result."""
+    started: float
+    """Unix time."""
+    ended: float
+    """Unix time; 0 while it runs."""
+    by: str
+
+
+class CancelRequest(Request):
+    """The request of `llmrun deploy cancel`."""
+
+    by: str = ""
+    """Who cancels. Not verified."""
 
 
 class Event(Answer):

@@ -23,6 +23,11 @@ POLL_S = 0.05
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
+def http_url(host: str, port: int) -> str:
+    """Return the URL of a server, with an IPv6 address in brackets."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
     """Return a listening socket; port 0 lets the kernel choose. Raises ClusterError if the port is in use.
 

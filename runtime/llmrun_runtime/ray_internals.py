@@ -105,3 +105,21 @@ def update_replicas(app: str, deployment: str, replicas: int) -> Any:
 
     deployment_id = DeploymentID(name=deployment, app_name=app)
     return _get_global_client()._controller.update_deployment_replicas.remote(deployment_id, replicas)
+
+
+def read_cluster_value(key: str) -> str | None:
+    """Return a value that `write_cluster_value` stored; None if there is none. Blocks.
+
+    Needed because Ray has no public store that lives exactly as long as the cluster.
+    """
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    value: bytes | None = _internal_kv_get(f"llmrun:{key}".encode())
+    return value.decode() if value else None
+
+
+def write_cluster_value(key: str, value: str) -> None:
+    """Store a value in Ray's head for as long as the Ray cluster lives. Blocks."""
+    from ray.experimental.internal_kv import _internal_kv_put
+
+    _internal_kv_put(f"llmrun:{key}".encode(), value.encode(), overwrite=True)

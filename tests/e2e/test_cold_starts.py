@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import threading
@@ -18,12 +17,22 @@ import psutil
 import pytest
 
 from llmrun.wire import START_PARTS
-from tests.support.cluster import ENGINE_START_S, Home, leftovers, second_node, until, write_app
+from tests.support.cluster import (
+    ENGINE_START_S,
+    Home,
+    family,
+    fork_servers,
+    leftovers,
+    second_node,
+    titled,
+    until,
+    write_app,
+)
 
-# Number of 0→1→0 cycles of two models with random overlap. `just soak` sets 100.
+# Number of 0→1→0 cycles of two models with random overlap. `just soak-cold-starts` sets 100.
 CYCLES = int(os.environ.get("LLMRUN_TEST_CYCLES", "4"))
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600 + 20 * CYCLES)]
-# Seconds from the start of a wake until a process is killed. `just soak` runs all three.
+# Seconds from the start of a wake until a process is killed. `just soak-cold-starts` runs all three.
 DELAYS = [0.0, 0.7, 1.4] if CYCLES > 4 else [0.7]
 
 
@@ -39,29 +48,6 @@ def tiny(cluster: Home, tmp_path_factory: pytest.TempPathFactory, tiny_weights: 
     cluster.ok("deploy", app, "--lazy")
     yield weights
     cluster.ok("delete", "--app", "cold", "--yes")
-
-
-def family(cluster: Home) -> list[psutil.Process]:
-    """Return all processes of the cluster except its engines, which run in separate sessions."""
-    parent = psutil.Process(json.loads((cluster.path / "cluster.json").read_text())["pid"])
-    return [parent, *parent.children(recursive=True)]
-
-
-def titled(cluster: Home, title: str) -> list[psutil.Process]:
-    """Return the cluster processes whose command line contains `title`."""
-    processes = []
-    for process in family(cluster):
-        try:
-            if title in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
-                processes.append(process)
-        except psutil.Error:
-            continue
-    return processes
-
-
-def fork_servers(cluster: Home) -> list[psutil.Process]:
-    """Return the fork server processes."""
-    return titled(cluster, "llmrun: fork server")
 
 
 def asking(cluster: Home, model: str, **more: Any) -> Future[httpx.Response]:

@@ -23,8 +23,7 @@ from prometheus_client.samples import Sample
 from schemathesis.core.result import Ok
 
 from llmrun.wire import KeyInfo
-from tests.e2e.test_cold_starts import titled
-from tests.support.cluster import ENGINE_START_S, Home, free_port, until, write_app
+from tests.support.cluster import ENGINE_START_S, Home, free_port, titled, until, write_app
 from tests.support.stub_engine import install
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]

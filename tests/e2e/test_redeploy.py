@@ -204,33 +204,43 @@ def test_a_failed_redeploy_keeps_the_previous_version_active(
     assert cluster.ask("plain").status_code == 200 and cluster.status("plain")["version"] == plain["version"]
 
 
-def test_a_redeploy_loses_no_request(cluster: Home, hooked_app: Path, plain: dict[str, Any]) -> None:
-    before = cluster.engines("plain")
-    assert len(before) == 1
-    stop, codes = threading.Event(), list[int]()
+def test_a_redeploy_of_two_replicas_loses_no_request_and_no_capacity(
+    cluster: Home, tmp_path: Path, tiny_weights: Path
+) -> None:
+    text = f"@llm({str(tiny_weights)!r}, cpus=0.2, min_replicas=2, max_replicas=2)\nclass Pair: ...\n"
+    app = write_app(tmp_path / "pair" / "app.py", text)
+    cluster.unload()
+    cluster.ok("deploy", app)
+    until(lambda: cluster.status("pair")["replicas"] == 2, 60, "both replicas are ready")
+    before, version = cluster.engines("pair"), cluster.status("pair")["version"]
+    stop, ends, ready = threading.Event(), list[str](), list[int]()
+    body = {"model": "pair", "prompt": "Once", "max_tokens": 30, "ignore_eos": True, "stream": True}
 
-    def keep_asking() -> None:
+    def keep_streaming() -> None:
         while not stop.is_set():
-            codes.append(cluster.ask("plain").status_code)
-            stop.wait(0.1)
+            with httpx.stream("POST", f"{cluster.url}/v1/completions", json=body, timeout=ENGINE_START_S) as stream:
+                ends.append([line for line in stream.iter_lines() if line][-1])
 
-    callers = [threading.Thread(target=keep_asking) for _ in range(4)]
-    for caller in callers:
-        caller.start()
+    def keep_looking() -> None:
+        while not stop.wait(0.1):
+            ready.append(cluster.status("pair")["replicas"])
+
+    threads = [threading.Thread(target=work) for work in (keep_looking, *[keep_streaming] * 10)]
+    for thread in threads:
+        thread.start()
     try:
-        text = hooked_app.read_text()
-        hooked_app.write_text(
-            text.replace("cpus=0.3, idle_timeout=300", 'cpus=0.3, engine_args="--max-model-len 1024"')
-        )
-        output = cluster.ok("deploy", f"{hooked_app}::plain")
+        app.write_text(app.read_text().replace("cpus=0.2,", 'cpus=0.2, engine_args="--max-model-len 1024",'))
+        output = cluster.ok("deploy", app)
     finally:
         stop.set()
-        for caller in callers:
-            caller.join()
-    assert "~ plain  (new engine" in output and "engine_args {} → {max_model_len: 1024}" in output
-    assert len(codes) > 10 and set(codes) == {200}
+        for thread in threads:
+            thread.join()
+    assert "~ pair  (new engine" in output and "engine_args {} → {max_model_len: 1024}" in output
+    assert len(ends) > 20 and set(ends) == {"data: [DONE]"}
+    assert len(ready) > 10 and min(ready) >= 2
     until(lambda: not any(map(alive, before)), 30, "the previous version has drained")
-    assert cluster.status("plain")["version"] > plain["version"]
+    assert cluster.status("pair")["version"] == version + 1
+    cluster.ok("delete", "pair", "--yes")
 
 
 def test_killed_processes_are_restarted(cluster: Home, plain: dict[str, Any]) -> None:

@@ -50,6 +50,27 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+def family(cluster: Home) -> list[psutil.Process]:
+    """Return all processes of the cluster except its engines, which run in separate sessions."""
+    parent = psutil.Process(json.loads((cluster.path / "cluster.json").read_text())["pid"])
+    return [parent, *parent.children(recursive=True)]
+
+
+def titled(cluster: Home, title: str) -> list[psutil.Process]:
+    """Return the cluster processes whose command line contains `title`."""
+    processes = []
+    for process in family(cluster):
+        with contextlib.suppress(psutil.Error):
+            if title in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                processes.append(process)
+    return processes
+
+
+def fork_servers(cluster: Home) -> list[psutil.Process]:
+    """Return the fork server processes."""
+    return titled(cluster, "llmrun: fork server")
+
+
 @dataclass
 class Home:
     """An `LLMRUN_HOME` and the port of its cluster, driven through the real command line."""
@@ -253,6 +274,18 @@ def second_node(cluster: Home, home: Path) -> contextlib.AbstractContextManager[
 def another_node(cluster: Home, home: Path, address: str, kind: str, gpus: int) -> Iterator[psutil.Process]:
     """Run another raylet with its own home and fake GPUs during the block; then end it, and wait until it is gone."""
     nodes = count_nodes(cluster, kind)
+    node = start_node(cluster, home, address, f"--num-gpus={gpus}", resources={f"accelerator_type:{kind}": 1})
+    try:
+        yield psutil.Process(node.pid)
+    finally:
+        end_node(node)
+        until(lambda: count_nodes(cluster, kind) <= nodes, 60, "the node has left the cluster")
+
+
+def start_node(
+    cluster: Home, home: Path, address: str, *options: str, resources: dict[str, float]
+) -> subprocess.Popen[bytes]:
+    """Start another raylet with its own home, which joins within seconds; `options` are those of `ray start`."""
     info = json.loads((cluster.path / "cluster.json").read_text())
     env = {
         **cluster.env,
@@ -261,11 +294,10 @@ def another_node(cluster: Home, home: Path, address: str, kind: str, gpus: int) 
         "RAY_AUTH_TOKEN_PATH": str(cluster.path / "ray.token"),
         "WORD_FOR_TESTS": "second",
     }
-    resources = json.dumps({f"accelerator_type:{kind}": 1})
-    node = subprocess.Popen(
+    return subprocess.Popen(
         [
             *(sys.executable, "-m", "ray.scripts.scripts", "start", f"--address={info['ray_address']}", "--block"),
-            *(f"--node-ip-address={address}", "--num-cpus=1", f"--num-gpus={gpus}", f"--resources={resources}"),
+            *(f"--node-ip-address={address}", "--num-cpus=1", *options, f"--resources={json.dumps(resources)}"),
             *("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"),
             *("--object-store-memory=100000000", "--disable-usage-stats"),
         ],
@@ -273,20 +305,22 @@ def another_node(cluster: Home, home: Path, address: str, kind: str, gpus: int) 
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    try:
-        yield psutil.Process(node.pid)
-    finally:
-        family = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
-        raylets = [process for process in family if process.name() == "raylet"]
-        for raylet in raylets:
-            raylet.terminate()  # it leaves the cluster; Ray notices a kill only after some seconds
-        psutil.wait_procs(raylets, 10)
-        for process in family:
-            with contextlib.suppress(psutil.NoSuchProcess):  # a child may end with its parent
-                process.kill()
-        psutil.wait_procs(family, 10)
-        node.wait(10)
-        until(lambda: count_nodes(cluster, kind) <= nodes, 60, "the node has left the cluster")
+
+
+def end_node(node: subprocess.Popen[bytes]) -> None:
+    """End a raylet that `start_node` started, and its processes."""
+    if node.poll() is not None:
+        return
+    family = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+    raylets = [process for process in family if process.name() == "raylet"]
+    for raylet in raylets:
+        raylet.terminate()  # it leaves the cluster; Ray notices a kill only after some seconds
+    psutil.wait_procs(raylets, 10)
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):  # a child may end with its parent
+            process.kill()
+    psutil.wait_procs(family, 10)
+    node.wait(10)
 
 
 def count_nodes(cluster: Home, kind: str) -> int:

@@ -2,7 +2,8 @@
 
 `python -m tests.support.stub_engine` is one member. Members other than member 0 connect to member 0 and report to it,
 as those of real engines do. A request with `"hold": PATH` gets a stream that lasts until its client disconnects; until
-then the file PATH contains member 0's process id.
+then the file PATH contains member 0's process id. After a request with `"freeze": true` it responds, but answers no
+request any more.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Stub:
 
     name = "stub"
     paths = frozenset({CHAT, COMPLETIONS})
+    probe_paths = frozenset({COMPLETIONS})
     module = ""
 
     def refuses(self, spec: ModelSpec) -> str:
@@ -140,6 +142,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 async def serve(config: dict[str, Any], others: list[dict[str, Any]]) -> None:
     """Answer requests with the places of all members."""
+    frozen = asyncio.Event()
     places = [place(config), *sorted(others, key=lambda other: int(other["rank"]))]
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -154,7 +157,12 @@ async def serve(config: dict[str, Any], others: list[dict[str, Any]]) -> None:
                 message = await receive()
                 body, more = body + message.get("body", b""), message.get("more_body", False)
             request = json.loads(body)
-            if "hold" in request:
+            if request.get("freeze"):
+                frozen.set()
+            if frozen.is_set():
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+            elif "hold" in request:
                 await stream_until_disconnect(Path(request["hold"]), receive, send)
             else:
                 await JSONResponse({**answer(request), "places": places})(scope, receive, send)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from llmrun import LoRA, SpecError, Weights
 from llmrun.errors import Refused, WeightsError
@@ -23,6 +24,7 @@ from llmrun_runtime.control.catalog.adapter_sources import ModelAdapters
 from llmrun_runtime.control.catalog.adapters import AdaptersCatalog
 from llmrun_runtime.control.state.database import Database
 from llmrun_runtime.control.state.models import Models
+from llmrun_runtime.control.state.tables import AdaptersRow
 from llmrun_runtime.ingress.admission.auth import can_access, check_access
 from llmrun_runtime.ingress.admission.target import find_target
 from llmrun_runtime.ingress.errors import HTTPError
@@ -407,3 +409,19 @@ def test_a_new_commit_keeps_the_cached_ranks() -> None:
 
     assert at("1" * 40, "x").config_id == at("2" * 40, "x").config_id != at("2" * 40, "y").config_id
     assert at("1" * 40, "x").pin.id != at("2" * 40, "x").pin.id
+
+
+async def test_stored_adapters_that_cannot_be_read_are_listed_again(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/control.db")
+    async with running_catalog(Source("legal"), database) as (_, published):
+        await eventually(lambda: "one" in published)
+    later = json.dumps({**json.loads(LORA.model_dump_json()), "of_a_later_release": 1})
+    for lora, kept in (('{"refresh": "never"}', False), (later, True)):
+        with database.session() as session, session.begin():
+            session.scalars(select(AdaptersRow)).one().lora = lora
+        source = Source("sql")
+        source.error = "unavailable"
+        async with running_catalog(source, database) as (_, published):
+            names = published["one"][0].keys() if "one" in published else set()
+            assert names == ({"legal"} if kept else set())
+    database.close()

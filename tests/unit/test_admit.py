@@ -10,8 +10,8 @@ import pytest
 
 from llmrun.wire import KeyInfo
 from llmrun_runtime.asgi import Scope
-from llmrun_runtime.ingress.admission.admit import admit
-from llmrun_runtime.ingress.admission.request import PREFIX_BYTES
+from llmrun_runtime.ingress.admission.admit import Admission, admit
+from llmrun_runtime.ingress.admission.request import PREFIX_BYTES, parse_request
 from llmrun_runtime.ingress.errors import HTTPError
 from llmrun_runtime.wire.routing_table import Table, by_names
 from tests.support.ingress import CHAT, route
@@ -36,6 +36,12 @@ def scope(path: str = CHAT, **headers: str) -> Scope:
 def body(model: str = "one", **fields: Any) -> bytes:
     """Return a request's body."""
     return json.dumps({"model": model, **fields}).encode()
+
+
+def admit_body(table: Table, key: KeyInfo | None, request_scope: Scope, content: bytes) -> Admission:
+    """Parse the body and admit the request."""
+    content_type = dict(request_scope["headers"]).get(b"content-type", b"")
+    return admit(table, key, request_scope, parse_request(content, content_type))
 
 
 @pytest.mark.parametrize(
@@ -65,37 +71,37 @@ def test_invalid_requests_are_rejected(
     key: KeyInfo | None, request_scope: Scope, content: bytes, status: int, code: str
 ) -> None:
     with pytest.raises(HTTPError) as error:
-        admit(TABLE, key, request_scope, content)
+        admit_body(TABLE, key, request_scope, content)
     assert (error.value.status, error.value.code) == (status, code)
 
 
 def test_an_admission_has_the_target_the_wait_limit_and_the_limits() -> None:
-    admission = admit(TABLE, PROBE, scope(x_llmrun_max_wait="2.5"), body("org/one", stream=True))
+    admission = admit_body(TABLE, PROBE, scope(x_llmrun_max_wait="2.5"), body("org/one", stream=True))
     assert (admission.target.model, admission.target.name, admission.target.adapter) == (MODELS["one"], "org/one", "")
     assert admission.request.stream and admission.max_wait == 2.5 and admission.probe
     assert [limit.label for limit in admission.limits] == ["key probe", "model one"]
 
 
 def test_a_request_without_a_key_is_admitted_with_the_models_limits() -> None:
-    admission = admit(TABLE, None, scope(), body("cold"))
+    admission = admit_body(TABLE, None, scope(), body("cold"))
     assert not admission.limits and admission.max_wait is None and not admission.probe
-    assert [limit.rpm for limit in admit(TABLE, None, scope(), body()).limits] == [5]
+    assert [limit.rpm for limit in admit_body(TABLE, None, scope(), body()).limits] == [5]
 
 
 def test_an_adapter_without_a_revision_is_admitted_with_its_pin() -> None:
-    targets = [admit(TABLE, None, scope(), body(f"tuned:{name}")).target for name in ("sql", "sql@v2")]
+    targets = [admit_body(TABLE, None, scope(), body(f"tuned:{name}")).target for name in ("sql", "sql@v2")]
     assert [(target.adapter, target.pin) for target in targets] == [("sql", "pin-1"), ("sql@v2", "")]
 
 
 def test_the_body_is_normalized_and_its_prefix_kept() -> None:
     schema = {"type": "json_schema", "json_schema": {"type": "object"}}
-    assert b'"name": "answer"' in admit(TABLE, None, scope(), body(response_format=schema)).request.normalized
-    request = admit(TABLE, None, scope(), body(prompt="x" * 2000)).request
+    assert b'"name": "answer"' in admit_body(TABLE, None, scope(), body(response_format=schema)).request.normalized
+    request = admit_body(TABLE, None, scope(), body(prompt="x" * 2000)).request
     assert len(request.prefix) == PREFIX_BYTES and not request.normalized
 
 
 def test_models_that_the_key_cannot_see_are_not_named() -> None:
     table = replace(TABLE, models={"cold": MODELS["cold"], "one": MODELS["one"]})
     with pytest.raises(HTTPError) as error:
-        admit(table, ONE_ONLY, scope(), body("ona"))
+        admit_body(table, ONE_ONLY, scope(), body("ona"))
     assert error.value.message == "model 'ona' not found. Did you mean 'one'? Available: one, org/one"

@@ -146,16 +146,24 @@ class FakeControl:
 
     def events(self, _: str) -> Iterator[Event]:
         yield Event(kind="step", model="one", text="starting the engine")
+        yield Event(kind="warning", model="one", text="node b: the disk is full")
         yield Event(kind="ready", model="one")
         yield Event(kind="failed", model="two", text="out of memory")
 
 
 def test_a_deploy_shows_what_is_ready_and_then_fails(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(DeployError, match="two: out of memory"):
-        show_events(deployment.follow(cast(Client, FakeControl()), "1"), "http://cluster")
+        show_events(deployment.follow(cast(Client, FakeControl()), "1"), "1", "http://cluster")
     shown = capsys.readouterr()
+    assert "! one: node b: the disk is full" in shown.err
     assert "✓ one ready" in shown.err and "one: starting the engine" in shown.err
     assert "curl http://cluster/v1/chat/completions" in shown.out and '"model": "one"' in shown.out
+
+
+def test_a_command_of_two_words_does_not_hide_a_file(home: Home) -> None:
+    assert "cannot reach llmrun" in home.fails("deploy", "list")
+    assert "cannot reach llmrun" in home.fails("deploy", "cancel", "5a1")
+    assert "list: file not found" in home.fails("deploy", "./list")
 
 
 def test_ctrl_c_detaches_from_a_deploy(capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,10 +172,11 @@ def test_ctrl_c_detaches_from_a_deploy(capsys: pytest.CaptureFixture[str]) -> No
         raise KeyboardInterrupt
 
     with pytest.raises(typer.Exit) as exited, exit_on_interrupt():
-        show_events(interrupted(), "http://cluster")
+        show_events(interrupted(), "5a1", "http://cluster")
     assert exited.value.exit_code == 130
     shown = capsys.readouterr()
     assert "The deploy continues on the cluster" in shown.err and shown.out == ""
+    assert "llmrun deploy cancel 5a1" in shown.err
 
 
 def test_every_command_argument_and_option_is_described() -> None:

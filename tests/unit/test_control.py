@@ -346,7 +346,7 @@ def test_the_database_keeps_models_versions_and_packages(tmp_path: Path, monkeyp
     database.put_version(row, active=True)
     database.put_version(deployed(coded), active=True)
     database.put_version(replace(row, version=2, engine_version=2), active=False)
-    assert database.next_version("one") == 3
+    assert (database.last_version("one"), database.reserve_version("one")) == (2, 3)
     database.close()
 
     again = Database(url)
@@ -354,7 +354,7 @@ def test_the_database_keeps_models_versions_and_packages(tmp_path: Path, monkeyp
     assert rows.keys() == {"one", "two"}
     assert rows["one"] == row and sources == {"app": "/apps/app.py"}
     again.remove(["one"])
-    assert again.next_version("one") == 3  # old versions may still be draining under their numbers
+    assert again.reserve_version("one") == 4  # old versions may still be draining under their numbers
     assert again.has_package("q")  # a running deploy may have uploaded it
     monkeypatch.setattr(database_module, "PACKAGE_GRACE_S", -1)
     again.remove([])

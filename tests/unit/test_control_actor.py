@@ -64,7 +64,7 @@ async def test_an_error_of_the_database_is_one_line(tmp_path: Path, monkeypatch:
         await control.start()
     control._socket.close()
     text = str(caught.value)
-    assert "cannot read the database" in text and "no such column: models.new" in text and "\n" not in text
+    assert "cannot use its database" in text and "no such column: models.new" in text and "\n" not in text
 
 
 def test_an_unexpected_error_of_a_start_is_one_line_without_colours(monkeypatch: pytest.MonkeyPatch) -> None:

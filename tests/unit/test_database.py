@@ -17,9 +17,11 @@ from llmrun.spec import ModelSpec
 from llmrun.weights import Weights
 from llmrun.wire import ColdStart, KeyInfo, NewKey, Status, WeightsRequest
 from llmrun_runtime.control.keys import Keys
+from llmrun_runtime.control.state import connection as connection_module
 from llmrun_runtime.control.state import database as database_module
 from llmrun_runtime.control.state import migrations
-from llmrun_runtime.control.state.database import Database, engine_options
+from llmrun_runtime.control.state.connection import engine_options
+from llmrun_runtime.control.state.database import Database
 from llmrun_runtime.control.state.models import Deployed
 from llmrun_runtime.placement import Placement
 from llmrun_runtime.weights.pin import File, Pin
@@ -47,7 +49,9 @@ def path(tmp_path: Path) -> Path:
 
 
 def opened(path: Path) -> Database:
-    return Database(f"sqlite:///{path}")
+    database = Database(f"sqlite:///{path}")
+    database.session().close()  # creates the tables
+    return database
 
 
 def deployed(name: str = "one", version: int = 1, **options: Any) -> Deployed:
@@ -84,13 +88,15 @@ def test_sqlite_lets_readers_continue_and_waits_for_writers(path: Path) -> None:
         connection = session.connection()
         pragmas = ("journal_mode", "synchronous", "busy_timeout")
         values = [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in pragmas]
-    assert values == ["wal", 1, 30_000]  # 1: NORMAL
+    assert values == ["wal", 1, 12_000]  # 1: NORMAL
 
 
 def test_connections_to_a_server_are_checked_and_time_out() -> None:
     server = engine_options(make_url("postgresql+psycopg://db/llmrun"))
-    assert server == {"pool_pre_ping": True, "connect_args": {"connect_timeout": 10}}
-    assert "connect_args" not in engine_options(make_url("postgresql+psycopg://db/llmrun?connect_timeout=3"))
+    assert server["pool_pre_ping"] and server["connect_args"]["connect_timeout"] == 10
+    assert server["connect_args"]["options"] == "-c statement_timeout=12s"
+    own = engine_options(make_url("postgresql+psycopg://db/llmrun?connect_timeout=3"))["connect_args"]
+    assert "connect_timeout" not in own and "options" in own
     assert engine_options(make_url("mysql+pymysql://db/llmrun")) == {"pool_pre_ping": True}
     assert engine_options(make_url("sqlite:///llmrun.db")) == {}
 
@@ -99,7 +105,7 @@ def test_a_database_is_opened_with_these_options(monkeypatch: pytest.MonkeyPatch
     def create(url: URL, **options: Any) -> None:
         raise ImportError(f"{url.get_backend_name()} {options}")  # no driver is installed for the tests
 
-    monkeypatch.setattr(database_module, "create_engine", create)
+    monkeypatch.setattr(connection_module, "create_engine", create)
     with pytest.raises(ImportError, match=r"mysql \{'pool_pre_ping': True\}"):
         Database("mysql+pymysql://db/llmrun")
 

@@ -304,7 +304,7 @@ class Script:
 
     name = "script"
     module = ""
-    paths = frozenset[str]()
+    paths = probe_paths = frozenset[str]()
 
     def __init__(self, text: str) -> None:
         self.text = text

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
@@ -24,6 +25,7 @@ from llmrun_runtime.engines.base import Launch, Loader, Member
 from llmrun_runtime.engines.forkserver import prestart
 from llmrun_runtime.engines.forkserver.prestart import Prestarts, adopt, prestart_socket
 from llmrun_runtime.engines.forkserver.supervisor import ForkServerSupervisor, forkserver_socket
+from llmrun_runtime.engines.process import start
 from llmrun_runtime.engines.process.child import UNKNOWN_EXIT, Forked, ForkRefused
 from llmrun_runtime.engines.process.engine_process import EngineProcess
 from llmrun_runtime.engines.process.fork import fork
@@ -74,7 +76,7 @@ class ThingEngine:
 
     name = "thing"
     module = "preloaded.server"
-    paths = frozenset[str]()
+    paths = probe_paths = frozenset[str]()
 
     def refuses(self, spec: ModelSpec) -> str:
         return ""
@@ -335,7 +337,7 @@ async def test_a_prestarted_engine_that_is_not_adopted_is_killed(node: Node, mon
     report = json.loads(log.read_text().partition("report ")[2].partition("\n")[0])
     assert alive(report["pid"]) and Path(report["tmp"]).is_dir()
     await eventually(lambda: not alive(report["pid"]))
-    assert not log.exists() and not Path(report["tmp"]).exists()
+    await eventually(lambda: not log.exists() and not Path(report["tmp"]).exists())
     await prestarts.close()
 
 
@@ -363,3 +365,66 @@ async def test_the_fork_server_survives_invalid_clients(node: Node) -> None:
     child.send_signal(signal.SIGKILL)
     assert await asyncio.to_thread(child.wait, 5)
     child.close()
+
+
+async def test_a_fork_server_that_cannot_be_started_is_tried_again(tmp_path: Path) -> None:
+    node = Node(tmp_path)
+    node.output.mkdir()  # opening it as a file fails, as on a full disk
+    supervisor = ForkServerSupervisor(ThingEngine(), node.socket, node.output, node.env, backoff_s=0.1)
+    supervisor.start()
+    await eventually(lambda: not node.socket.exists())  # replicas do not wait for it
+    with node.output.with_name("engine.log").open("ab") as log, pytest.raises(ForkRefused):
+        fork(node.socket, (), node.env, log, "llmrun: thing")
+    node.output.rmdir()
+    await eventually(node.socket.exists)
+    child, _ = await node.fork()
+    child.send_signal(signal.SIGKILL)
+    child.close()
+    await supervisor.close()
+    await eventually(lambda: not node.servers())
+
+
+async def test_a_fork_server_and_its_child_run_with_their_logs_on_a_full_disk(node: Node) -> None:
+    node.output.unlink()
+    node.output.symlink_to("/dev/full")
+    await node.supervisor.close()
+    node.supervisor.start()
+    path = node.folder / "full.log"
+    path.symlink_to("/dev/full")
+    engine = EngineProcess(ThingEngine(), node.launch(path))
+    await engine.start()
+    assert engine.forked
+    await eventually(lambda: engine.port == 1)  # reported after its first line
+    await engine.end()
+
+
+async def test_a_process_exits_with_its_replica_if_its_log_is_on_a_full_disk(node: Node) -> None:
+    log = node.folder / "full.log"
+    log.symlink_to("/dev/full")
+    process = await start_process(ThingEngine(), node.launch(log))
+    lease, _ = await asyncio.to_thread(process.lease.accept)
+    lease.close()
+    assert await asyncio.to_thread(process.child.wait, 10)
+    process.lease.close()
+    process.child.close()
+    process.temp_dir.remove()
+
+
+async def test_a_start_that_is_given_up_leaves_no_descriptor(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    forking, forked = threading.Event(), threading.Event()
+
+    def slow_fork(*args: Any) -> Forked:
+        forking.set()
+        assert forked.wait(10)
+        return fork(*args)
+
+    child, _ = await node.fork("exit")  # its imports are done
+    child.close()
+    monkeypatch.setattr(start, "fork", slow_fork)
+    before = len(os.listdir("/proc/self/fd"))
+    starting = asyncio.ensure_future(start_process(ThingEngine(), node.launch(node.folder / "engine.log")))
+    await asyncio.to_thread(forking.wait, 10)
+    starting.cancel()
+    await asyncio.gather(starting, return_exceptions=True)
+    forked.set()
+    await eventually(lambda: len(os.listdir("/proc/self/fd")) == before)

@@ -137,7 +137,7 @@ def test_the_time_per_output_token_of_a_stream(monkeypatch: pytest.MonkeyPatch) 
     broken_off.add(1)
     for each in (stream, whole, broken_off, usage_meter.Stream("test:pace")):
         each.finish()
-    (row,) = [row for row in usage_meter.paces() if row[0] == "test:pace"]
+    (row,) = [row for row in usage_meter.snapshot()["paces"] if row[0] == "test:pace"]
     assert row[1] == pytest.approx(0.02) and sum(row[2:]) == 1 and len(row) == 2 + len(PACE_BUCKETS) + 1
     assert json.loads(json.dumps(row)) == list(row)
 
@@ -145,7 +145,7 @@ def test_the_time_per_output_token_of_a_stream(monkeypatch: pytest.MonkeyPatch) 
 def test_the_pace_of_chunks_that_are_not_single_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([10.0, 10.1, 11.0, 12.0, 12.5])
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
-    before = {row[0]: row for row in usage_meter.paces()}.get("", ("", 0.0))
+    before = {row[0]: row for row in usage_meter.snapshot()["paces"]}.get("", ("", 0.0))
     pace, several = server._Pace(), server._Pace()
     for text in ("a b c", "d e f"):
         pace.add({"choices": [{"index": 0, "delta": {"content": text}}]}, 0)
@@ -154,7 +154,7 @@ def test_the_pace_of_chunks_that_are_not_single_tokens(monkeypatch: pytest.Monke
         several.add({"choices": [{"index": index, "text": "a"}]}, 0)
     pace.finish()
     several.finish()
-    (row,) = [row for row in usage_meter.paces() if row[0] == ""]
+    (row,) = [row for row in usage_meter.snapshot()["paces"] if row[0] == ""]
     assert row[1] - before[1] == pytest.approx(0.1 / 5)
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from llmrun_runtime.replica.deployment import Replica
+from llmrun_runtime.replica.unreported_counts import UnreportedCounts
 from llmrun_runtime.wire.reports import LEASE_S
 from tests.support.factories import report
 
@@ -18,3 +19,20 @@ async def test_a_lost_report_is_followed_by_another_one_before_the_lease_ends() 
     replica._call_control = functools.partial(Replica._call_control, replica)
     async with asyncio.timeout(LEASE_S / 2):
         await Replica._report(replica)
+
+
+def counts(number: int, *usage: tuple[Any, ...]) -> dict[str, Any]:
+    """Return an engine's state."""
+    return {"number": number, "usage": [list(row) for row in usage], "paces": []}
+
+
+def test_counts_stay_until_control_has_acknowledged_them() -> None:
+    unreported = UnreportedCounts()
+    unreported.add(counts(1, ("a", "", 1, 1, 1, 0), ("b", "", 1, 1, 1, 0)))
+    sent = report(usage=unreported.usage())
+    unreported.add(counts(3, ("a", "", 2, 2, 2, 0)))
+    unreported.add(counts(2, ("a", "", 1, 1, 1, 0)))  # it was overtaken
+    unreported.acknowledge(sent)
+    assert unreported.usage() == (("a", "", 2, 2, 2, 0),) and unreported.since == 3, "it changed while it was sent"
+    unreported.acknowledge(report(usage=unreported.usage()))
+    assert unreported.usage() == ()

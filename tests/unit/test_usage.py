@@ -142,4 +142,17 @@ def test_a_request_is_counted_once_however_many_prompts_it_has() -> None:
         request.record("", prompt=4)
         request.record("", completion=5)
     assert usage_meter.current() is None
-    assert [row for row in usage_meter.rows() if row[:2] not in before] == [("many", "", 1, 7, 6, 2)]
+    assert [row for row in usage_meter.snapshot()["usage"] if row[:2] not in before] == [("many", "", 1, 7, 6, 2)]
+
+
+def test_a_snapshot_has_only_the_rows_that_changed_after_an_earlier_one() -> None:
+    with usage_meter.metered("since"):
+        request = usage_meter.current()
+    assert request
+    request.record("x", prompt=1)
+    request.record("y", prompt=1)
+    number = usage_meter.snapshot()["number"]
+    assert usage_meter.snapshot(number)["usage"] == []
+    request.record("x", prompt=2)
+    changed = [("since", "x", 1, 3, 0, 0)]
+    assert usage_meter.snapshot(number)["usage"] == changed == usage_meter.snapshot(number)["usage"], "a lost response"

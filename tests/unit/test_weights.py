@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -309,7 +310,7 @@ def test_a_name_means_its_last_import(node: Node, tmp_path: Path) -> None:
         if not folder.exists():
             make_model(folder, (MIB,), seed=number)
         pins.append(import_folder(node, folder, tuple(pin.id for pin in pins)))
-        last = weights.last_import(Weights("hf://acme/model@main"))
+        last = asyncio.run(weights.last_import(Weights("hf://acme/model@main")))
         assert last and last[1].id == pins[-1].id
     assert pins[0].id == pins[2].id != pins[1].id
     error = node.error(ImportTask(folder=str(tmp_path), weights=Weights("acme/x")))

@@ -370,7 +370,7 @@ async def test_another_node_is_preferred_to_the_store(node: Node, buckets: Path,
     unauthorized = peer.model_copy(update={"token": "wrong"})
     unreachable = peer.model_copy(update={"url": "http://127.0.0.1:9"})
     assert read_files(await second.fetch(pin, env, [unreachable, unauthorized, peer], [])) == files
-    (row,) = second.list_weights()
+    (row,) = await second.list_weights()
     assert (row.pin, row.bytes, row.files) == (pin.id, pin.total, 4)
     await first.close()
     await second.close()

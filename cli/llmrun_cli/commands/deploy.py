@@ -1,4 +1,4 @@
-"""`llmrun deploy` and `llmrun schema`."""
+"""`llmrun deploy`, `llmrun deploy list`, `llmrun deploy cancel` and `llmrun schema`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,18 @@ from llmrun_cli.app_files.yaml_file import schema as app_schema
 from llmrun_cli.client import Client
 from llmrun_cli.deploy_output import show_events, show_plan
 from llmrun_cli.progress import starting_cluster
-from llmrun_cli.terminal import Yes, exit_on_interrupt, note, out, warn
+from llmrun_cli.terminal import (
+    AsJson,
+    Yes,
+    exit_on_interrupt,
+    format_time,
+    make_table,
+    note,
+    out,
+    print_json,
+    print_table,
+    warn,
+)
 
 
 def deploy(
@@ -38,11 +49,18 @@ def deploy(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the diff without deploying.")] = False,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Don't wait for the models to be ready.")] = False,
     lazy: Annotated[bool, typer.Option("--lazy", help="Don't start replicas; the first request will.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Without room for a proof, drain the active version before it.")
+    ] = False,
 ) -> None:
     """Deploy the models of an app file, or a single model.
 
     Shows the changes, asks for confirmation, then starts one replica of each changed model as proof.
+
+    `llmrun deploy list` shows the running deploys; `llmrun deploy cancel ID` ends one.
     """
+    if force and lazy:
+        raise AppError("--force and --lazy exclude each other: --lazy replaces without a proof")
     settings = Settings()
     if not deployment.is_app_file(target):
         prepared = deployment.from_model(target, name, accelerator, engine_args or [])
@@ -52,7 +70,7 @@ def deploy(
         prepared = deployment.from_file(target, name)
     for warning in prepared.warnings:
         warn(warning)
-    request = prepared.request.model_copy(update={"prune": prune, "adopt": adopt, "lazy": lazy})
+    request = prepared.request.model_copy(update={"prune": prune, "adopt": adopt, "lazy": lazy, "force": force})
     prepared = replace(prepared, request=request)
     local_cluster.ensure(settings, starting_cluster)
     client = Client(settings)
@@ -76,10 +94,36 @@ def deploy(
         note(f"Kept, though no longer in the file: {removed}. Delete with --prune.", "yellow")
     operation = deployment.start(client, request, plan)
     if no_wait:
-        out.print(f"Deploying {plan.app}. Check progress with `llmrun status`.")
+        out.print(f"Deploying {plan.app} (deploy {operation}). Check progress with `llmrun deploy list`.")
         return
     with exit_on_interrupt():
-        show_events(deployment.follow(client, operation), client.url)
+        show_events(deployment.follow(client, operation), operation, client.url)
+
+
+def list_(as_json: AsJson = False) -> None:
+    """List running and recent deploys, the newest first."""
+    rows = Client(Settings()).deploys()
+    if as_json:
+        print_json(rows)
+        return
+    if not rows:
+        out.print("No deploys since control started.")
+        return
+    table = make_table("ID", "APP", "STATE", "STARTED", "BY", "STEP")
+    for row in rows:
+        table.add_row(row.id, row.app, row.state, format_time(row.started), row.by or "-", row.step or "-")
+    print_table(table)
+
+
+def cancel(
+    deploy_id: Annotated[str, typer.Argument(metavar="ID", help="Deploy ID, as `llmrun deploy list` shows it.")],
+) -> None:
+    """Cancel a running deploy.
+
+    Active versions stay active. A download that has begun continues in its node's cache.
+    """
+    app = Client(Settings()).cancel_deploy(deploy_id, deployment.user())
+    out.print(f"Cancelled deploy {deploy_id} of {app}")
 
 
 def schema() -> None:

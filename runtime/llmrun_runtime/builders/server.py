@@ -182,7 +182,7 @@ class LLMServer:
         """Fetch the source's current revision to this node; return its pin and its folder. Raises LLMRunError."""
         env, node = worker_env(self._spec.env, where), NodeWeights(self._settings, self._host)
         try:
-            imported = node.last_import(self._spec.model)
+            imported = await node.last_import(self._spec.model)
             pin = imported[1] if imported else await node.pin(self._spec.model, env)
             return pin, await node.fetch(pin, env, (), ())
         finally:

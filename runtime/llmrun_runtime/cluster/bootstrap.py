@@ -56,7 +56,9 @@ def start(host: str, port: int, url: str, insecure: bool) -> None:
     try:
         _start_actors(actors)
     except Exception:  # also if Serve fails to start: control exists by then
-        stop()
+        _kill_control_and_ingresses()
+        if not _applications():  # applications of an earlier control stay: this one may have had a wrong database
+            stop()
         raise
 
 
@@ -120,11 +122,8 @@ def stop(on_waiting: Callable[[int], None] | None = None) -> None:
     """
     if on_waiting:
         drain(Settings().drain_timeout, on_waiting)
-    # Control first: it creates missing ingresses.
-    for name in sorted(actor_names()):
-        if name == CONTROL or ingress_generation(name) is not None:
-            _kill(name)
-    apps = [name for name in serve.status().applications if parse_app_name(name)]
+    _kill_control_and_ingresses()
+    apps = _applications()
     for name in apps:
         serve.delete(name, _blocking=False)
     deadline = time.monotonic() + DRAIN_S
@@ -134,6 +133,18 @@ def stop(on_waiting: Callable[[int], None] | None = None) -> None:
         _kill(name)
     if not serve.status().applications:
         serve.shutdown()
+
+
+def _kill_control_and_ingresses() -> None:
+    # Control first: it creates missing ingresses.
+    for name in sorted(actor_names()):
+        if name == CONTROL or ingress_generation(name) is not None:
+            _kill(name)
+
+
+def _applications() -> list[str]:
+    """The names of llmrun's Serve applications."""
+    return [name for name in serve.status().applications if parse_app_name(name)]
 
 
 def drain(timeout: float, on_waiting: Callable[[int], None]) -> None:

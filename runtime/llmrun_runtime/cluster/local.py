@@ -260,9 +260,7 @@ def down(settings: Settings, on_waiting: Callable[[int], None] = lambda requests
     return True
 
 
-def _stop_parent(
-    settings: Settings, parent: psutil.Process, on_waiting: Callable[[int], None], *, now: bool
-) -> None:
+def _stop_parent(settings: Settings, parent: psutil.Process, on_waiting: Callable[[int], None], *, now: bool) -> None:
     """Signal the parent and wait until it exits. Raises ClusterError."""
     # Two different signals: a second SIGTERM could arrive as one with the first.
     for number in (signal.SIGTERM, signal.SIGINT) if now else (signal.SIGTERM,):

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -18,6 +17,7 @@ from llmrun_runtime.actors import ClusterActors
 from llmrun_runtime.control.api.app import make_api
 from llmrun_runtime.control.control_plane import ControlPlane
 from llmrun_runtime.control.ingresses import keep_ingresses
+from llmrun_runtime.control.state.connection import describe_error
 from llmrun_runtime.logs import log_to_file
 from llmrun_runtime.supervise import supervise
 from llmrun_runtime.weights.adapters import Adapter
@@ -39,6 +39,7 @@ class Control:
         with contextlib.suppress(OSError):  # a full disk
             log_to_file(self._settings.root, "control")
         self._socket = http.bind("127.0.0.1", 0)
+        self._made: ControlPlane | None = None
         self._loaded: ControlPlane | None = None
         self._loading: asyncio.Task[None] | None = None
         self._load_failed = 0.0
@@ -63,16 +64,15 @@ class Control:
 
     async def _load(self) -> None:
         try:
-            host, port = self._socket.getsockname()
-            plane = ControlPlane(self._settings, self._url, (host, port))
+            if self._made is None:  # once: its thread may still wait for the database
+                self._made = ControlPlane(self._settings, self._url, self._socket.getsockname())
+            plane = self._made
             await plane.load()
         except Exception as error:
             log.exception("could not load the stored state")
             self._load_failed = time.monotonic()
             if isinstance(error, SQLAlchemyError):
-                reason = str(error).splitlines()[0]
-                text = f"cannot read the database: {reason}. Check LLMRUN_DATABASE_URL, and control.log for details"
-                raise ClusterError(text) from error
+                raise ClusterError(describe_error(error)) from error
             raise
         self._loaded = plane
         work: dict[str, Callable[[], Awaitable[None]]] = {
@@ -162,7 +162,7 @@ class Control:
 
     async def package(self, digest: str) -> bytes:
         """Return a code package. Raises KeyError if it is not stored."""
-        data = await asyncio.to_thread(self._plane.database.package, digest)
+        data = await self._plane.database.run(self._plane.database.package, digest)
         if data is None:
             raise KeyError(digest)
         return data

@@ -18,13 +18,14 @@ from llmrun_runtime.control.autoscaling.warm_nodes import WarmNodes, prestart
 from llmrun_runtime.control.catalog.adapters import AdaptersCatalog
 from llmrun_runtime.control.catalog.node_agents import call_each
 from llmrun_runtime.control.catalog.weights import WeightsCatalog
+from llmrun_runtime.control.database_check import check_database
 from llmrun_runtime.control.keys import Keys
 from llmrun_runtime.control.metrics import ControlMetrics
 from llmrun_runtime.control.operations.adapter_push import AdapterPushes
 from llmrun_runtime.control.operations.deploy import Deployer
 from llmrun_runtime.control.operations.weights import WeightsOperations
 from llmrun_runtime.control.state.database import Database
-from llmrun_runtime.control.state.models import Models
+from llmrun_runtime.control.state.models import Deployed, Models
 from llmrun_runtime.control.state.operation import Operations
 from llmrun_runtime.control.state.registry import Registry
 from llmrun_runtime.control.usage import Usage
@@ -34,10 +35,7 @@ from llmrun_runtime.wire.reports import RemoteUsage, Subject, key_subject, model
 from llmrun_runtime.wire.routing_table import digest_of
 
 log = logging.getLogger("llmrun.control")
-UNKNOWN_MODEL = (
-    "the database does not know this model. If LLMRUN_DATABASE_URL names another database than before, or it was "
-    "lost, restore it and restart llmrun; otherwise stop the cluster with `llmrun down`"
-)
+STORE_RETRY_S = 5.0
 
 
 class ControlPlane:
@@ -51,7 +49,7 @@ class ControlPlane:
             raise ClusterError(f"{settings.admin_key_file} is empty. Remove the file to have a new key created")
         try:
             self.database = Database(settings.resolved_database_url())
-        except (SQLAlchemyError, ImportError) as error:
+        except (SQLAlchemyError, ImportError) as error:  # the URL is invalid, or its driver is missing
             reason = str(error).splitlines()[0]
             raise ClusterError(f"cannot open the database: {reason}. Check LLMRUN_DATABASE_URL") from error
         metrics = CollectorRegistry()
@@ -95,29 +93,56 @@ class ControlPlane:
         )
         self.metrics = ControlMetrics(metrics, self.autoscaler, self.registry, self.cold_starts)
         self.autoscaler.on_error = self.metrics.count_error
-        self.keys.on_change = self.autoscaler.kick
         self.usage.on_new = self.metrics.count_tokens
-        self.autoscaler.on_proven = lambda row: self.database.put_version(row, active=True)
+        self.autoscaler.on_proven = self._store_proven
+        self._storing: set[asyncio.Task[None]] = set()
         self.autoscaler.on_wake = lambda row: prestart(row.placement, self.serve_apps.replica_config(row))
 
     async def load(self) -> None:
-        """Restore the stored state, adopt running applications, delete those of versions that are not active."""
-        self.keys.load()
-        self.usage.load()
-        rows, self.deployer.sources = self.database.load()
-        self.autoscaler.unreadable = self.database.unreadable
-        for row in rows.values():
-            self.autoscaler.activate(row)
-        self.adapters.load()
+        """Restore the stored state, adopt running applications, delete those of versions that are not active.
+
+        Can be repeated if it fails. Raises ClusterError if the database is not that of the running applications.
+        """
+        loop = asyncio.get_running_loop()
+
+        def on_change() -> None:  # keys change in the database's thread
+            loop.call_soon_threadsafe(self.autoscaler.kick)
+
+        self.keys.on_change = on_change
+        try:
+            running = await self.serve_apps.load()
+            await check_database(self.database, running)
+            await self.database.run(self.keys.load)
+            await self.database.run(self.usage.load)
+            rows, sources = await self.database.run(self.database.load)
+            self.deployer.restore_sources(sources)
+            self.autoscaler.unreadable = self.database.unreadable
+            for row in rows.values():
+                self.autoscaler.activate(row)
+            await self.database.run(self.adapters.load)
+        except Exception:
+            self.database.submit(self.database.disconnect)  # its file may be replaced before the next try
+            raise
         active = {(row.name, row.engine_version) for row in rows.values()}
-        for model, version in await self.serve_apps.load():
-            if (model, version) in active or model in self.database.unreadable:
-                continue
-            if self.database.next_version(model) == 1:  # a lost or another database must not end what runs
-                log.error("the application of %s v%d keeps running: %s", model, version, UNKNOWN_MODEL)
-                continue
-            log.warning("deleting the application of %s v%d: the version is not active", model, version)
-            await self.serve_apps.delete(model, version)
+        for model, version in running:
+            if (model, version) not in active and model not in self.database.unreadable:
+                log.warning("deleting the application of %s v%d: the version is not active", model, version)
+                await self.serve_apps.delete(model, version)
+
+    def _store_proven(self, row: Deployed) -> None:
+        """Store that a version is proven, as soon as the database can be written."""
+
+        async def store() -> None:
+            while True:
+                try:
+                    return await self.database.run(self.database.mark_proven, row.name, row.version)
+                except SQLAlchemyError as error:
+                    log.warning("cannot store that %s v%d is proven, retrying: %s", row.name, row.version, error)
+                await asyncio.sleep(STORE_RETRY_S)
+
+        task = asyncio.get_running_loop().create_task(store())
+        self._storing.add(task)
+        task.add_done_callback(self._storing.discard)
 
     def live_replicas(self) -> list[tuple[str, str, float]]:
         """Return the registered replicas, each with its model and the number of its GPUs."""

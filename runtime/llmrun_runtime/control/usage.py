@@ -54,8 +54,14 @@ class Usage:
         """Read the counts of replicas that earlier reports were added up for."""
         with self._database.session() as session:
             for row in session.scalars(select(CountedRow)):
-                counts = json.loads(row.counts)
-                self._counted[row.replica] = {(key, adapter): tuple(c) for key, adapter, *c in counts}
+                try:
+                    counts = {(key, adapter): _counts(numbers) for key, adapter, *numbers in json.loads(row.counts)}
+                except (TypeError, ValueError) as error:
+                    log.warning(
+                        "the usage of replica %s is counted again: its row cannot be read: %s", row.replica, error
+                    )
+                    continue
+                self._counted[row.replica] = counts
 
     def report(self, report: ReplicaReport, now: float) -> None:
         """Add the new part of a replica's counts; `now` is Unix time."""
@@ -66,11 +72,12 @@ class Usage:
     def _add(
         self, report: ReplicaReport, row: Row, counted: dict[tuple[str, str], tuple[int, ...]], now: float
     ) -> None:
-        key, adapter, *counts = row
+        key, adapter, *numbers = row
+        counts = _counts(numbers)
         previous = counted.get((key, adapter), (0,) * len(COUNTS))
-        new = [count - old for count, old in zip(counts, previous, strict=True)]
+        new = tuple(count - old for count, old in zip(counts, previous, strict=True))
         new = new if min(new) >= 0 else counts  # the replica restarted its engine, which counts from zero
-        counted[key, adapter] = tuple(counts)
+        counted[key, adapter] = counts
         self._changed.add(report.id)
         sums = self._sums.setdefault((_today(), key, report.model, adapter), [0.0] * (len(COUNTS) + 1))
         for index, amount in enumerate(new):
@@ -119,7 +126,7 @@ class Usage:
         if time.monotonic() >= self._next_merge:
             self._next_merge = time.monotonic() + MERGE_OLD_S
             try:
-                await asyncio.to_thread(self.merge_old_days)
+                await self._database.run(self.merge_old_days)
             except SQLAlchemyError:
                 log.exception("could not merge the usage of old days, retrying in a day")
         sums, self._sums = self._sums, {}
@@ -129,7 +136,7 @@ class Usage:
             return
         counted = {replica: [[*key, *counts] for key, counts in self._counted[replica].items()] for replica in changed}
         try:
-            await asyncio.to_thread(self._store, sums, counted, ended)
+            await self._database.run(self._store, sums, counted, ended)
         except SQLAlchemyError:
             log.exception("could not store usage, retrying")
             self._changed |= changed & self._counted.keys()
@@ -159,7 +166,7 @@ class Usage:
             session.execute(delete(UsageRow).where(old))
 
     def lines(self, by: Iterable[str], since: str) -> list[UsageLine]:
-        """Return the sums from the day `since` on, grouped by `by` (any of day, key, model, adapter)."""
+        """Return the sums from the day `since` on, grouped by `by` (any of day, key, model, adapter). Blocks."""
         columns = [getattr(UsageRow, name) for name in by]
         sums = [func.sum(getattr(UsageRow, name)).label(name) for name in (*COUNTS, "gpu_seconds")]
         with self._database.session() as session:
@@ -167,6 +174,11 @@ class Usage:
                 select(*columns, *sums).where(UsageRow.day >= since).group_by(*columns).order_by(*columns)
             )
             return [UsageLine.model_validate({k: v for k, v in row._mapping.items() if v is not None}) for row in rows]
+
+
+def _counts(numbers: Sequence[int]) -> tuple[int, ...]:
+    """Return a row's numbers as COUNTS: another release may report more of them, or fewer."""
+    return (*numbers[: len(COUNTS)], *(0,) * (len(COUNTS) - len(numbers)))
 
 
 def _add_to_row(session: Session, group: Group, amounts: Sequence[float]) -> None:

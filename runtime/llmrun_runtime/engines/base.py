@@ -130,13 +130,21 @@ class Engine(Protocol):
        reports that), and `STATE_PATH` answers.
     3. It serves OpenAI's API at those of `paths` that its app has routes for.
     4. It loads adapters through `loader`, if it supports any; `refuses` rejects models that it cannot serve.
-    5. `STATE_PATH` reports requests in flight, usage (from `usage_meter`), paths and adapters; `/metrics` is free.
+    5. `STATE_PATH` reports requests in flight, usage and the time since the last output (both from `usage_meter`),
+       paths and adapters; `/metrics` is free.
     6. It exits on SIGTERM and when its lease closes. After any other exit, `root_cause` reads its log.
     """
 
     name: str
     paths: frozenset[str]
     """The inference paths that clients may reach through the ingress; never administrative ones."""
+
+    probe_paths: frozenset[str]
+    """Those of `paths` at which a request for one token is answered while long ones are in progress.
+
+    If requests are in flight and the engine produces nothing, the replica sends such a request, and replaces an engine
+    that does not answer it. Without such a path it asks `/health`.
+    """
 
     module: str
     """The module that `command` runs with `-m`; "" if the engine cannot be forked.

@@ -19,7 +19,15 @@ import ray
 from llmrun.errors import ClusterError
 from llmrun.settings import Settings
 from llmrun_runtime import http
-from llmrun_runtime.actors import NAMESPACE, ClusterActors, ControlClient, NoControl, actor_names, ingress_generation, older_ingresses
+from llmrun_runtime.actors import (
+    NAMESPACE,
+    ClusterActors,
+    ControlClient,
+    NoControl,
+    actor_names,
+    ingress_generation,
+    older_ingresses,
+)
 from llmrun_runtime.asgi import App
 from llmrun_runtime.ingress.admission.rate_limits import Limiter
 from llmrun_runtime.ingress.app import Ingress
@@ -139,9 +147,7 @@ class IngressActor:
     async def _resolve_revision(self, model: str, adapter: str) -> AdapterRevision:
         """See `Control.revision`; control continues to resolve it after the timeout."""
         try:
-            revision: AdapterRevision = await self._control.call(
-                "revision", model, adapter, timeout=RESOLVE_TIMEOUT_S
-            )
+            revision: AdapterRevision = await self._control.call("revision", model, adapter, timeout=RESOLVE_TIMEOUT_S)
         except TimeoutError:
             return AdapterRevision(error=f"its source did not respond within {RESOLVE_TIMEOUT_S:g} s")
         except ray.exceptions.RayError as error:

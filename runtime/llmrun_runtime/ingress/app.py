@@ -85,8 +85,7 @@ class Ingress:
         try:
             await self._dispatch(scope, receive, recorded, record)
         except HTTPError as error:
-            retry_after = [(b"retry-after", str(error.retry_after).encode())] if error.retry_after is not None else []
-            headers = [record.id_header, *retry_after, *record.rate_limit_headers]
+            headers = [record.id_header, *error.headers(), *record.rate_limit_headers]
             await send_json(recorded, error.status, error.body(), headers)
         except Exception as error:
             if record.status:

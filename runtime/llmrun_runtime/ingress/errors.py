@@ -23,6 +23,13 @@ class HTTPError(Exception):
     param: str | None = None
     retry_after: int | None = None
     """Seconds, for `Retry-After`."""
+    close: bool = False
+    """Whether the connection must be closed after the response."""
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """Return the response headers."""
+        headers = [(b"retry-after", str(self.retry_after).encode())] if self.retry_after is not None else []
+        return [*headers, (b"connection", b"close")] if self.close else headers
 
     def body(self) -> dict[str, Any]:
         """Return the response body."""

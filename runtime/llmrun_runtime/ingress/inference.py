@@ -6,14 +6,20 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
+
+from starlette.requests import ClientDisconnect
 
 from llmrun.settings import Settings
 from llmrun.wire import KeyInfo
 from llmrun_runtime.asgi import Receive, Scope, Send
 from llmrun_runtime.ingress.admission.admit import Admission, admit
 from llmrun_runtime.ingress.admission.body import read_body
+from llmrun_runtime.ingress.admission.held_bytes import HeldBody, HeldBytes
 from llmrun_runtime.ingress.admission.rate_limits import Limiter
+from llmrun_runtime.ingress.admission.request import LARGE_BYTES, ParsedRequest, parse_request
 from llmrun_runtime.ingress.admission.revision import Resolver, resolve_pin
 from llmrun_runtime.ingress.admission.target import Target, check_path
 from llmrun_runtime.ingress.disconnect import cancel_on_disconnect
@@ -32,7 +38,7 @@ from llmrun_runtime.wire.headers import ADAPTER_HEADER, KEY_HEADER, PROBE_HEADER
 log = logging.getLogger("llmrun.ingress")
 # Headers that are never forwarded from clients: their credentials, and those that the ingress sets.
 PRIVATE = frozenset(
-    {b"authorization", b"x-api-key", b"x-request-id"}
+    {b"authorization", b"x-api-key", b"x-request-id", b"content-length"}
     | {name.encode() for name in (TOKEN_HEADER, KEY_HEADER, PROBE_HEADER, ADAPTER_HEADER)}
 )
 
@@ -51,6 +57,10 @@ class Inference:
         keepalive: KeepaliveTiming,
     ) -> None:
         self._max_body_bytes = settings.max_body_bytes
+        self._body_timeout = settings.body_timeout
+        self._held = HeldBytes(settings.max_held_bytes)
+        # One thread, so that only one large body is parsed at a time: the result takes several times its bytes.
+        self._parser = ThreadPoolExecutor(1, "llmrun-parser")
         self._request_timeout = settings.request_timeout
         self._deadlines = Deadlines(settings.first_byte_timeout, settings.idle_stream_timeout)
         self._queue = queue
@@ -65,8 +75,39 @@ class Inference:
         self, scope: Scope, receive: Receive, send: Send, key: KeyInfo | None, record: RequestRecord
     ) -> None:
         """Answer a request whose key is authenticated. Raises HTTPError before the response starts."""
-        body = await read_body(scope, receive, self._max_body_bytes)
-        admission = admit(self._queue.table, key, scope, body)
+        try:
+            with self._held.body(record.key) as body:
+                await self._read(scope, receive, body)
+                admission = admit(self._queue.table, key, scope, await self._parse(scope, body))
+                await self._answer(admission, scope, receive, send, body, record)
+        except ClientDisconnect:
+            return  # while it uploaded
+
+    async def _read(self, scope: Scope, receive: Receive, body: HeldBody) -> None:
+        """Read the body. Raises ClientDisconnect or HTTPError, see `read_body`."""
+        body.replace(await read_body(scope, receive, self._max_body_bytes, body.reserve, self._body_timeout))
+
+    async def _parse(self, scope: Scope, body: HeldBody) -> ParsedRequest:
+        """Parse the body, and normalize it. Raises HTTPError (400)."""
+        content_type = dict(scope["headers"]).get(b"content-type", b"")
+        if len(body.content) <= LARGE_BYTES:
+            parsed = parse_request(body.content, content_type)
+        else:
+            loop = asyncio.get_running_loop()
+            parsed = await loop.run_in_executor(self._parser, parse_request, body.content, content_type)
+        if parsed.normalized:
+            body.replace(parsed.normalized)
+        return replace(parsed, normalized=b"")
+
+    async def _answer(
+        self,
+        admission: Admission,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        body: HeldBody,
+        record: RequestRecord,
+    ) -> None:
         model, adapter = admission.target.model.name, admission.target.adapter
         record.model, record.adapter = model, self._metrics.adapter(model, adapter)
         if self._deaths:  # a digest of every body would cost too much
@@ -98,7 +139,7 @@ class Inference:
             raise HTTPError(504, message, "request_timeout", "service_unavailable") from None
 
     async def _queue_and_relay(
-        self, admission: Admission, scope: Scope, body: bytes, stream: KeepaliveStream, record: RequestRecord
+        self, admission: Admission, scope: Scope, body: HeldBody, stream: KeepaliveStream, record: RequestRecord
     ) -> None:
         """Wait for a replica and relay; use another replica if the request has not reached an engine."""
         target = await resolve_pin(admission.target, self._resolver)
@@ -109,8 +150,8 @@ class Inference:
             method=scope["method"],
             path=scope["path"],
             query=scope["query_string"],
-            headers=_upstream_headers(scope, record, caller, target, keep_length=not parsed.normalized),
-            body=parsed.normalized or body,
+            headers=_upstream_headers(scope, record, caller, target, len(body.content)),
+            body=body,
             response_headers=[record.id_header, *record.rate_limit_headers],
             deadlines=self._deadlines,
         )
@@ -128,6 +169,7 @@ class Inference:
                         self._queue.on_first_byte(claim)
                         if self._deaths:
                             self._deaths.forget(_digest(admission, scope, body))
+                        body.let_go()  # nothing retries it from now on
 
                     await relay(self._links, claim.replica, request, stream, on_first_byte)
                     return
@@ -159,17 +201,17 @@ class Inference:
             raise HTTPError(500, message, "engine_failed", "internal_error")
 
 
-def _digest(admission: Admission, scope: Scope, body: bytes) -> bytes:
+def _digest(admission: Admission, scope: Scope, body: HeldBody) -> bytes:
     model = admission.target.model
-    return request_digest(model.name, model.version, scope["path"], body)
+    return request_digest(model.name, model.version, scope["path"], body.content)
 
 
 def _upstream_headers(
-    scope: Scope, record: RequestRecord, caller: Caller, target: Target, *, keep_length: bool
+    scope: Scope, record: RequestRecord, caller: Caller, target: Target, length: int
 ) -> list[tuple[str, str]]:
     """Return the client's headers with those that the shim reads."""
-    headers = forwarded_headers(scope, PRIVATE if keep_length else PRIVATE | {b"content-length"})
-    headers += [("x-request-id", record.id), (KEY_HEADER, caller.key)]
+    headers = forwarded_headers(scope, PRIVATE)
+    headers += [("content-length", str(length)), ("x-request-id", record.id), (KEY_HEADER, caller.key)]
     if caller.probe:
         headers.append((PROBE_HEADER, "1"))
     if target.adapter:

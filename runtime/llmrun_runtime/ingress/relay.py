@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmrun_runtime.asgi import Scope, Send, error_body
+from llmrun_runtime.ingress.admission.held_bytes import HeldBody
 from llmrun_runtime.ingress.errors import HTTPError
 from llmrun_runtime.link.client import Exchange, LinkLostError, Links
 from llmrun_runtime.wire.headers import GONE_HEADER, TOKEN_HEADER
@@ -52,7 +53,7 @@ class UpstreamRequest:
     query: bytes
     headers: list[tuple[str, str]]
     """All but the replica's token."""
-    body: bytes
+    body: HeldBody
     response_headers: list[tuple[bytes, bytes]]
     """Headers that the ingress adds to the response."""
     deadlines: Deadlines
@@ -87,7 +88,7 @@ async def relay(
     with exchange:
         try:
             async with asyncio.timeout(request.deadlines.first_byte or None):
-                await exchange.send_body(request.body)
+                await exchange.send_body(request.body.content)
                 await exchange.wait_headers()
         except TimeoutError:
             message = (

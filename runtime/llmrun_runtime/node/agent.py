@@ -115,7 +115,7 @@ class NodeAgent:
 
     async def last_import(self, weights: Weights) -> tuple[float, Pin] | None:
         """See `NodeWeights.last_import`."""
-        return self._weights.last_import(weights)
+        return await self._weights.last_import(weights)
 
     async def fetch(self, pin: Pin, env: Mapping[str, Secret | str]) -> str:
         """Fetch the pin, from another node if one has it, else from its source; return the folder."""
@@ -147,7 +147,7 @@ class NodeAgent:
 
     async def list_weights(self) -> list[WeightsRow]:
         """The weights on this node."""
-        return self._weights.list_weights()
+        return await self._weights.list_weights()
 
     async def import_folder(self, folder: str, weights: Weights, keep: list[str]) -> Pin | None:
         """Import a folder of this node; None if it does not exist."""

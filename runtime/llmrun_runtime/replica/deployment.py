@@ -12,6 +12,7 @@ import logging
 import socket
 import time
 from dataclasses import replace
+from http import HTTPStatus
 from typing import Any
 
 import ray
@@ -30,14 +31,17 @@ from llmrun_runtime.node.agent import agent_on
 from llmrun_runtime.replica.drain import LINGER_S, UNRESPONSIVE_S, wait_until_drained
 from llmrun_runtime.replica.multinode import RemoteMembers, free_port
 from llmrun_runtime.replica.provisioner import Provisioner
+from llmrun_runtime.replica.stall import StallWatch, probe_request
+from llmrun_runtime.replica.unreported_counts import UnreportedCounts
 from llmrun_runtime.wire.replica_config import ReplicaConfig
 from llmrun_runtime.wire.reports import LEASE_S, REPORT_S, ReplicaReport
-from llmrun_runtime.wire.usage import PaceRow, Row
 
 log = logging.getLogger("ray.serve")
 CONTROL_TIMEOUT_S = 10
 # Control removes a replica that has not reported for LEASE_S, so there is time for another report.
 REPORT_TIMEOUT_S = 0.4 * LEASE_S
+# After the drain: at most 23 s until the engine has ended, 30 s more for members on other nodes, and the last reports.
+STOP_S = 70
 # Serve replaces a replica after three failed health checks.
 HEALTH_CHECK_S = 1
 
@@ -56,11 +60,11 @@ class Replica:
         self._failed = ""
         self._moments = {"placed": time.time()}
         self._max_model_len = 0
-        # The engine's counts, when they were last read, and the rows that control has acknowledged.
+        # The engine's state, when it was last read, and the counts that control has not acknowledged.
         self._counts: dict[str, Any] = {}
         self._counted_at = time.monotonic()
-        self._acked_usage: dict[tuple[str, str], Row] = {}
-        self._acked_paces: dict[str, PaceRow] = {}
+        self._unreported = UnreportedCounts()
+        self._stall = StallWatch(self._config.spec.stall_timeout, self._probe)
         loop = asyncio.get_running_loop()
         self._starting = loop.create_task(self._start())
         self._reporting = loop.create_task(self._report_periodically())
@@ -89,11 +93,18 @@ class Replica:
 
     async def _drain(self) -> None:
         """Return when the engine may be stopped."""
+        hangs = False
 
         async def in_flight(leave: bool) -> int | None:
-            if not self._engine or self._engine.ended():
+            nonlocal hangs
+            if hangs or not self._engine or self._engine.ended():
                 return 0
-            return int(self._counts["in_flight"]) if await self._read_counts(leave=leave) else None
+            if not await self._read_counts(leave=leave):
+                return None
+            if cause := self._stall.check(self._counts, time.monotonic()):
+                hangs = True
+                self._write_line(cause)
+            return int(self._counts["in_flight"])
 
         if cause := await wait_until_drained(in_flight, self._config.drain_timeout - LINGER_S):
             self._write_line(cause)
@@ -158,7 +169,7 @@ class Replica:
         return engine
 
     def _make_engine(self, launch: Launch, prestarted: StartedProcess | None = None) -> EngineProcess:
-        self._acked_usage, self._acked_paces = {}, {}  # a new engine counts from zero
+        self._unreported = UnreportedCounts()  # a new engine counts from zero
         engine = get_engine(self._config.spec.engine)
         return EngineProcess(engine, launch, prestarted, self._provisioner.adapter)
 
@@ -195,6 +206,7 @@ class Replica:
 
     async def _end_engine(self) -> None:
         """Stop the engine's process and its remote members."""
+        self._stall.stop()
         if self._engine:
             await self._engine.end()
         if self._remote_members:
@@ -219,13 +231,26 @@ class Replica:
             return ""
         responds = await self._read_counts()
         member_failure = self._remote_members.failure if self._remote_members else ""
-        if responds and not member_failure:
-            return ""
-        if member_failure or engine.ended():
+        if member_failure or (not responds and engine.ended()):
             return f"the engine died: {member_failure or engine.cause()}"
-        if time.monotonic() - self._counted_at > UNRESPONSIVE_S:
-            return f"the engine has not responded for {UNRESPONSIVE_S:g} s"
-        return ""
+        now = time.monotonic()
+        if responds:
+            return self._stall.check(self._counts, now)
+        limit = min(self._config.spec.stall_timeout or UNRESPONSIVE_S, UNRESPONSIVE_S)
+        return f"the engine has not responded for {limit:g} s" if now - self._counted_at > limit else ""
+
+    async def _probe(self, timeout: float) -> bool:
+        """Ask the engine for one output; return whether it answered within `timeout` s. Raises EngineError."""
+        assert self._engine
+        spec = self._config.spec
+        paths = get_engine(spec.engine).probe_paths
+        served = paths.intersection(self._counts["paths"] or paths)  # some apps do not list their paths
+        path, body = probe_request(served, spec.task, spec.name)
+        self._write_line(f"no output for {self._counts['stalled_s']:.0f} s: probing the engine at {path}")
+        status = await self._engine.probe(path, body, timeout)
+        if status >= HTTPStatus.BAD_REQUEST:
+            self._write_line(f"the engine rejected the probe with status {status}: it counts as answered")
+        return status > 0
 
     async def _read_counts(self, *, leave: bool = False) -> bool:
         """Read the shim's counts; False if the engine does not respond.
@@ -234,7 +259,9 @@ class Replica:
         """
         try:
             if self._engine:
-                self._counts = await (self._engine.leave() if leave else self._engine.state())
+                ask = self._engine.leave if leave else self._engine.state
+                self._counts = await ask(self._unreported.since)
+                self._unreported.add(self._counts)
         except EngineError as error:
             self._write_line(str(error))
             return False
@@ -244,8 +271,7 @@ class Replica:
     async def _report(self) -> None:
         report = self._make_report()
         if await self._call_control("report", report, timeout=REPORT_TIMEOUT_S):
-            self._acked_usage |= {(row[0], row[1]): row for row in report.usage}
-            self._acked_paces |= {row[0]: row for row, _ in report.paces}
+            self._unreported.acknowledge(report)
 
     async def _call_control(self, method: str, *args: Any, timeout: float = CONTROL_TIMEOUT_S) -> bool:
         """Call control; False while it is unavailable (the next report restores its table)."""
@@ -258,8 +284,6 @@ class Replica:
 
     def _make_report(self) -> ReplicaReport:
         engine, counts = self._engine, self._counts
-        usage = map(tuple, counts.get("usage", ()))
-        paces = [(row, self._acked_paces.get(row[0])) for row in map(tuple, counts.get("paces", ()))]
         return ReplicaReport(
             id=self._provisioner.actor,
             model=self._config.spec.name,
@@ -277,8 +301,8 @@ class Replica:
             paths=frozenset(counts.get("paths", ())),
             max_model_len=self._max_model_len,
             adapters=frozenset(counts.get("adapters", ())),
-            usage=tuple(row for row in usage if self._acked_usage.get(row[:2]) != row),
-            paces=tuple((row, acked) for row, acked in paces if row != acked),
+            usage=self._unreported.usage(),
+            paces=self._unreported.paces(),
         )
 
     def _mark(self, part: str) -> None:

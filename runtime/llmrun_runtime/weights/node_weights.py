@@ -90,11 +90,11 @@ class NodeWeights:
             text = f"{task.weights}: listing timed out after {PIN_TIMEOUT_S} s: check that the store is reachable"
             raise WeightsError(text) from None
 
-    def last_import(self, weights: Weights) -> tuple[float, Pin] | None:
+    async def last_import(self, weights: Weights) -> tuple[float, Pin] | None:
         """Return the latest import of that name and its time (Unix time); None if there is none."""
         imports = [
             (manifest.made, manifest.pin)
-            for manifest, _ in self.cache.manifests()
+            for manifest, _ in await self._manifests()
             if manifest.pin.imported and manifest.pin.weights.canonical == weights.canonical
         ]
         return max(imports, key=lambda item: item[0], default=None)
@@ -150,31 +150,38 @@ class NodeWeights:
         """Hash the files of the given pins again. Return the problems by pin."""
         return {
             manifest.pin.id: await self._run_once(manifest.pin.id, VerifyTask(pin=manifest.pin), env)
-            for manifest in self._manifests(pin_ids)
+            for manifest, _ in await self._manifests()
+            if manifest.pin.id in pin_ids
         }
 
     async def remove(self, pin_ids: Collection[str]) -> int:
         """Remove the given pins. Return the bytes freed."""
-        freed = [await asyncio.to_thread(self.cache.remove, manifest) for manifest in self._manifests(pin_ids)]
+        manifests = [manifest for manifest, _ in await self._manifests() if manifest.pin.id in pin_ids]
+        freed = [await asyncio.to_thread(self.cache.remove, manifest) for manifest in manifests]
         self._sized_at = None
         return sum(freed)
 
     async def prune(self, keep: Collection[str]) -> int:
         """Remove all pins except `keep`, and unused files. Return the bytes freed."""
-        others = [manifest.pin.id for manifest, _ in self.cache.manifests() if manifest.pin.id not in keep]
+        others = [manifest.pin.id for manifest, _ in await self._manifests() if manifest.pin.id not in keep]
         freed = await self.remove(others) + await asyncio.to_thread(self.cache.prune)
         self._sized_at = None
         return freed
 
-    def _manifests(self, pin_ids: Collection[str]) -> list[Manifest]:
-        return [manifest for manifest, _ in self.cache.manifests() if manifest.pin.id in pin_ids]
+    async def _manifests(self) -> list[tuple[Manifest, float]]:
+        """See `Cache.manifests`. In a thread: 10,000 adapters take seconds."""
+        return await asyncio.to_thread(lambda: list(self.cache.manifests()))
 
     async def has_pin(self, pin_id: str) -> bool:
         """Whether the pin is complete here, judged by sizes and mtimes."""
-        manifest = self.cache.load(pin_id)
-        return manifest is not None and await asyncio.to_thread(self.cache.is_complete, manifest)
 
-    def list_weights(self) -> list[WeightsRow]:
+        def check() -> bool:
+            manifest = self.cache.load(pin_id)
+            return manifest is not None and self.cache.is_complete(manifest)
+
+        return await asyncio.to_thread(check)
+
+    async def list_weights(self) -> list[WeightsRow]:
         """Return one row per complete pin."""
         return [
             WeightsRow(
@@ -186,7 +193,7 @@ class NodeWeights:
                 last_used=last_used,
                 node=self._host,
             )
-            for manifest, last_used in self.cache.manifests()
+            for manifest, last_used in await self._manifests()
         ]
 
     def progress(self, key: str) -> tuple[int, int]:

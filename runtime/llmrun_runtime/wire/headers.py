@@ -9,7 +9,12 @@ PROBE_HEADER = "x-llmrun-probe"
 # The adapter to use: its name and its pin, separated by a space.
 ADAPTER_HEADER = "x-llmrun-adapter"
 STATE_PATH = "/_llmrun/state"
+# Its parameter, and that of LEAVE_PATH: `?since=NUMBER` leaves out counts that have not changed after that response.
+SINCE = "since"
 # The replica asks the engine for permission to stop. The response is the engine's state. If nothing is in flight, the
 # engine then rejects all requests with 503 and GONE_HEADER, which tells the ingress to try another replica.
 LEAVE_PATH = "/_llmrun/leave"
 GONE_HEADER = "x-llmrun-gone"
+# Before the path of a request with which the replica checks that the engine still produces output: without hooks, and
+# counted nowhere. The ingress forwards only an engine's own paths, so no client can use it.
+PROBE_PREFIX = "/_llmrun/probe"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from llmrun.wire import Priority, ReplicaState
+from llmrun_runtime.wire.message import Message
 from llmrun_runtime.wire.usage import PaceRow, Row
 
 REPORT_S = 0.5
@@ -16,7 +17,7 @@ PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 
 
 @dataclass(frozen=True)
-class ReplicaReport:
+class ReplicaReport(Message):
     """One replica's report."""
 
     id: str
@@ -52,7 +53,7 @@ class ReplicaReport:
 
 
 @dataclass(frozen=True)
-class AdapterRevision:
+class AdapterRevision(Message):
     """Control's reply to an ingress that resolves an adapter's revision: a pin, or an error."""
 
     pin: str = ""
@@ -62,7 +63,7 @@ class AdapterRevision:
 
 
 @dataclass
-class Traffic:
+class Traffic(Message):
     """One ingress's counts of one model's requests."""
 
     waiting: int = 0
@@ -88,7 +89,7 @@ def model_subject(name: str) -> Subject:
 
 
 @dataclass(frozen=True)
-class LocalUsage:
+class LocalUsage(Message):
     """The usage of one subject with limits at one ingress."""
 
     requests: int = 0
@@ -97,7 +98,7 @@ class LocalUsage:
 
 
 @dataclass(frozen=True)
-class RemoteUsage:
+class RemoteUsage(Message):
     """The usage of one subject with limits that one ingress cannot count itself."""
 
     requests: int = 0

@@ -6,10 +6,11 @@ import hashlib
 from dataclasses import dataclass, field, replace
 
 from llmrun.wire import KeyInfo, State
+from llmrun_runtime.wire.message import Message
 
 
 @dataclass(frozen=True)
-class ReplicaRoute:
+class ReplicaRoute(Message):
     """The address of one replica's engine for links from ingresses, and the token that it requires."""
 
     id: str
@@ -21,7 +22,7 @@ class ReplicaRoute:
 
 
 @dataclass(frozen=True)
-class ModelRoute:
+class ModelRoute(Message):
     """One model: the replicas of its active version, its limits, and why it has no replica."""
 
     name: str
@@ -64,7 +65,7 @@ class ModelRoute:
 
 
 @dataclass(frozen=True)
-class Table:
+class Table(Message):
     """All models by name. `epoch` identifies one run of control; `number` increases within it."""
 
     epoch: str = ""

@@ -9,6 +9,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 import llmrun
 from llmrun.errors import LLMRunError, Refused
+from llmrun_runtime.control.state.connection import describe_error
 
 
 def add_error_handlers(api: FastAPI) -> None:
@@ -20,7 +21,7 @@ def add_error_handlers(api: FastAPI) -> None:
 
     @api.exception_handler(SQLAlchemyError)
     async def database_failed(_: Request, error: SQLAlchemyError) -> JSONResponse:
-        return _response(503, f"database error in control: {str(error).splitlines()[0]}. Check LLMRUN_DATABASE_URL")
+        return _response(503, describe_error(error))
 
     @api.exception_handler(Exception)
     async def failed(_: Request, error: Exception) -> JSONResponse:

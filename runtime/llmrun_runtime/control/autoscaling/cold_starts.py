@@ -15,7 +15,6 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from sqlalchemy.exc import SQLAlchemyError
 
 from llmrun.wire import START_PARTS, ColdStart
 from llmrun_runtime.control.state.database import Database
@@ -106,16 +105,14 @@ class ColdStarts:
     def usual(self, model: str) -> float:
         """Return the median of the model's last cold starts in seconds; 0 if there are none."""
         if model not in self._usual:
-            self._update_usual(model)
-        return self._usual.get(model, 0.0)
+            self._usual[model] = 0.0
+            self._database.submit(self._update_usual, model)
+        return self._usual[model]
 
     def _update_usual(self, model: str) -> None:
-        try:
-            times = [start.parts["first_token"] for start in self.history(model)]
-        except SQLAlchemyError:  # requests are served without it
-            log.exception("could not read the cold starts of %s", model)
-            times = []
-        self._usual[model] = round(statistics.median(times), 1) if times else self._usual.get(model, 0.0)
+        times = [start.parts["first_token"] for start in self.history(model) if "first_token" in start.parts]
+        if times:
+            self._usual[model] = round(statistics.median(times), 1)
 
     def forget(self, model: str) -> None:
         """Withdraw the wakes of a model that was removed."""
@@ -128,15 +125,12 @@ class ColdStarts:
         self._unfinished = {replica: start for replica, start in self._unfinished.items() if start.model != model}
 
     def history(self, model: str) -> list[ColdStart]:
-        """Return the model's last cold starts, newest first."""
+        """Return the model's last cold starts, newest first. Blocks: it reads the database."""
         return self._database.cold_starts(model)
 
     def _record(self, start: ColdStart) -> None:
-        try:
-            self._database.put_cold_start(start)
-        except SQLAlchemyError:
-            log.exception("could not store a cold start of %s", start.model)
-        self._update_usual(start.model)
+        self._database.submit(self._database.put_cold_start, start)
+        self._database.submit(self._update_usual, start.model)
         previous = 0.0
         # Sorted by time: an engine's moment may precede its replica's.
         for part, moment in sorted(start.parts.items(), key=lambda item: item[1]):

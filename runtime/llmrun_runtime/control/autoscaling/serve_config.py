@@ -8,7 +8,7 @@ from ray import serve
 
 from llmrun.spec import ModelSpec
 from llmrun_runtime.placement import Placement
-from llmrun_runtime.replica.deployment import HEALTH_CHECK_S, Replica
+from llmrun_runtime.replica.deployment import HEALTH_CHECK_S, STOP_S, Replica
 from llmrun_runtime.wire.replica_config import ReplicaConfig
 
 PREFIX = "llmrun-"
@@ -47,7 +47,7 @@ def application(
         ray_actor_options=placement.actor_options(),
         health_check_period_s=HEALTH_CHECK_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
-        graceful_shutdown_timeout_s=drain_timeout,
+        graceful_shutdown_timeout_s=drain_timeout + STOP_S,  # Serve then kills it, before it reports `stopped`
         graceful_shutdown_wait_loop_s=SHUTDOWN_POLL_S,
         **group,
     )(Replica)

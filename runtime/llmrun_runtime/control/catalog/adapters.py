@@ -23,6 +23,7 @@ from llmrun_runtime.control.catalog.weights import WeightsCatalog
 from llmrun_runtime.control.state.database import Database
 from llmrun_runtime.control.state.models import Deployed, Models
 from llmrun_runtime.control.state.registry import Registry
+from llmrun_runtime.control.state.stored_json import read_stored, read_stored_dict
 from llmrun_runtime.control.state.tables import AdaptersRow
 from llmrun_runtime.placement import Placement
 from llmrun_runtime.weights.adapters import Adapter
@@ -61,8 +62,12 @@ class AdaptersCatalog:
                 row, lora = session.get(AdaptersRow, model), active.spec.lora
                 if not row or not lora:
                     continue
-                adapters = ADAPTERS_JSON.validate_json(row.adapters)
-                stored = ModelAdapters(LoRA.model_validate_json(row.lora), adapters, listed_at=-lora.refresh)
+                try:
+                    adapters, listed = read_stored_dict(Adapter, row.adapters), read_stored(LoRA, row.lora)
+                except ValueError as error:
+                    log.warning("the stored adapters of %s cannot be read, so they are listed again: %s", model, error)
+                    continue
+                stored = ModelAdapters(listed, adapters, listed_at=-lora.refresh)
                 if stored.is_of(lora):
                     self._listings[model] = stored
                     self._publish_pins(model)
@@ -237,7 +242,7 @@ class AdaptersCatalog:
             return False  # another deploy has changed the sources, and published its own listing
         adapters = unless_empty(row.name, lora, adapters, self._listing_of(row.name, lora))
         if self._update(row.name, lora, adapters):
-            await asyncio.to_thread(self._store, row.name, self._listings[row.name])
+            await self._database.run(self._store, row.name, self._listings[row.name])
         if row.name in self._models.deployed:
             self._publish_pins(row.name)
         return True
@@ -273,7 +278,7 @@ class AdaptersCatalog:
         if lora and planned and planned.is_of(lora) and (listing is None or planned.listed_at > listing.listed_at):
             self._update(model, lora, planned.adapters)
         if listing := self._listing_of(model, lora):
-            self._store(model, listing)
+            self._database.submit(self._store, model, listing)
             self._publish_pins(model)
 
     def _publish_pins(self, model: str) -> None:

@@ -52,6 +52,23 @@ async def call_each(
     return list(await asyncio.gather(*map(call_one, nodes)))
 
 
+async def try_each(
+    nodes: Sequence[Node], call: Callable[[Node], Awaitable[T]], timeout: float = CALL_TIMEOUT_S
+) -> list[T | LLMRunError]:
+    """Return each agent's reply, or why it failed, in the order of `nodes`: one node's fault stops no other."""
+
+    async def call_one(node: Node) -> T | LLMRunError:
+        try:
+            return (await call_all([node], call, timeout))[0]
+        except LLMRunError as error:
+            return error
+        except ray.exceptions.RayTaskError as error:
+            log.exception("the agent on %s failed", node.host)
+            return EngineError(f"{type(error.cause).__name__}: {error.cause}")
+
+    return list(await asyncio.gather(*map(call_one, nodes)))
+
+
 async def call_all(
     nodes: Sequence[Node], call: Callable[[Node], Awaitable[T]], timeout: float = CALL_TIMEOUT_S
 ) -> list[T]:

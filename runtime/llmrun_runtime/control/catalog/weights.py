@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import ray
 
-from llmrun.errors import EngineError
+from llmrun.errors import EngineError, LLMRunError, WeightsError
 from llmrun.spec import ModelSpec, Secret
 from llmrun.weights import Weights
 from llmrun.wire import WeightsRow
-from llmrun_runtime.control.catalog.node_agents import CALL_TIMEOUT_S, call_all, call_each, reachable
+from llmrun_runtime.control.catalog.distribution import PROGRESS_S, TASK_TIMEOUT_S, Distribution, Feeders, emit_progress
+from llmrun_runtime.control.catalog.node_agents import (
+    CALL_TIMEOUT_S,
+    call_all,
+    call_each,
+    reachable,
+    try_each,
+)
 from llmrun_runtime.control.state.models import Deployed, Models
 from llmrun_runtime.control.state.operation import Operation
 from llmrun_runtime.node.agent import agent_of, agent_on
@@ -27,9 +34,6 @@ from llmrun_runtime.weights.fetch import Peer
 from llmrun_runtime.weights.node_weights import PIN_TIMEOUT_S
 from llmrun_runtime.weights.pin import Pin
 
-# The only limit on hashing and uploading; a download also has a limit of its own in the worker.
-TASK_TIMEOUT_S = 24 * 3600
-PROGRESS_S = 0.5
 # A replica or a request waits meanwhile. A node that responds later is no peer: the store is used.
 HOLDER_TIMEOUT_S = 1.5
 KEEP_PINS = 64
@@ -45,6 +49,9 @@ class WeightsCatalog:
         self._pins: dict[str, Pin] = {}
         """Recently resolved pins, by source and environment."""
         self._protected: list[str] = []
+        self._feeders: Feeders = {}
+        self._last_fed: dict[str, int] = {}
+        """By node, when it was last chosen to send weights, as a count."""
 
     async def pin(self, spec: ModelSpec, placement: Placement, old: Deployed | None, *, fresh: bool) -> Pin | None:
         """Resolve a model's weights to a pin; None for a path. Raises LLMRunError.
@@ -126,35 +133,64 @@ class WeightsCatalog:
         return users
 
     async def elsewhere(self, pin_id: str, node: str) -> tuple[list[Peer], list[str]]:
-        """Return the peers, other than `node`, that have a pin; and the IDs of the pins that must be kept."""
-        others = [other for other in real_nodes() if other.id != node]
-        complete = await call_each(
-            others, lambda other: agent_of(other.id).has_pin.remote(pin_id), False, HOLDER_TIMEOUT_S
-        )
-        holders = [other for other, has_pin in zip(others, complete, strict=True) if has_pin]
+        """Return the peers, other than `node`, that have a pin; and the IDs of the pins that must be kept.
+
+        The node's download uses the first peer, and the others if that fails. The first is the one that `distribute`
+        has chosen, else the one that was first the longest time ago, so that no node feeds all others.
+        """
+        nodes, holders = await self._holders(pin_id, {node})
+        alive = {other.id for other in nodes}
+        self._last_fed = {key: count for key, count in self._last_fed.items() if key in alive}
+        chosen = self._feeders.get((pin_id, node))
+        holders.sort(key=lambda other: (other.id != chosen, self._last_fed.get(other.id, 0)))
+        if holders:
+            self._last_fed[holders[0].id] = max(self._last_fed.values(), default=0) + 1
         peers: list[Peer | None] = await call_each(
             holders, lambda other: agent_of(other.id).serve_peers.remote(), None, HOLDER_TIMEOUT_S
         )
         return [peer for peer in peers if peer], list(self.pinned())
 
+    async def _holders(self, pin_id: str, without: Collection[str]) -> tuple[list[Node], list[Node]]:
+        """Return all nodes, and those that have a pin, except the nodes with the IDs `without`."""
+        nodes = real_nodes()
+        others = [node for node in nodes if node.id not in without]
+        complete = await call_each(
+            others, lambda other: agent_of(other.id).has_pin.remote(pin_id), False, HOLDER_TIMEOUT_S
+        )
+        return nodes, [node for node, has_pin in zip(others, complete, strict=True) if has_pin]
+
     async def distribute(
-        self, pin: Pin, env: Mapping[str, Secret | str], nodes: Sequence[Node], operation: Operation, model: str = ""
+        self,
+        pin: Pin,
+        env: Mapping[str, Secret | str],
+        nodes: Sequence[Node],
+        operation: Operation,
+        model: str = "",
+        *,
+        wanted: int,
+        needed: int,
     ) -> None:
-        """Download a pin to `nodes`. If no node has it, one downloads it from the store, the others from that one."""
-        complete = await call_each(nodes, lambda node: agent_on(node.id).has_pin.remote(pin.id), None)
-        # An unreachable node (None) is skipped: if it returns, it downloads the pin at the model's next start there.
-        missing = [node for node, has_pin in zip(nodes, complete, strict=True) if has_pin is False]
-        if not missing:
-            return
-        peers, _ = await self.elsewhere(pin.id, "")
-        groups = [missing] if peers else [missing[:1], missing[1:]]
-        for group in groups:
-            if group:
-                hosts = ", ".join(node.host for node in group)
-                await operation.emit("step", model, f"downloading weights {pin.weights} ({pin.short}) to {hosts}")
-                await self.call_with_progress(
-                    group, lambda node: agent_on(node.id).fetch.remote(pin, env), pin.id, operation, model
-                )
+        """Have `wanted` of the nodes hold a pin: those that have it already, then the first ones of `nodes`.
+
+        A node that fails is a warning, and the next one takes its place. Raises WeightsError, with each node's cause,
+        if fewer than `needed` have the pin in the end.
+        """
+        distribution = Distribution(pin, env, self._feeders, operation, model)
+        holders, missing = list[Node](), list[Node]()
+        replies = await try_each(nodes, lambda node: agent_on(node.id).has_pin.remote(pin.id))
+        for node, reply in zip(nodes, replies, strict=True):
+            if isinstance(reply, LLMRunError):
+                await distribution.fail(node, reply)
+            else:
+                (holders if reply else missing).append(node)
+        if missing and len(holders) < wanted:
+            hosts = ", ".join(node.host for node in missing[: wanted - len(holders)])
+            await operation.emit("step", model, f"downloading weights {pin.weights} ({pin.short}) to {hosts}")
+            _, sources = await self._holders(pin.id, {node.id for node in missing})
+            holders += await distribution.run(sources, missing, wanted - len(holders))
+        if len(holders) < needed:
+            causes = "; ".join(f"node {host}: {cause}" for host, cause in distribution.failures.items())
+            raise WeightsError(f"{pin.weights} is on {len(holders)} of {needed} nodes: {causes}")
 
     async def call_with_progress(
         self, nodes: Sequence[Node], call: Callable[[Node], Any], key: str, operation: Operation, model: str = ""
@@ -166,10 +202,7 @@ class WeightsCatalog:
                 done, _ = await asyncio.wait([calls], timeout=PROGRESS_S)
                 if done:
                     return calls.result()
-                progress = await call_each(nodes, lambda node: agent_of(node.id).progress.remote(key), (0, 0))
-                for node, (transferred, total) in zip(nodes, progress, strict=True):
-                    if total:
-                        await operation.emit("progress", model, node.host, transferred, total)
+                await emit_progress(nodes, key, operation, model)
         finally:
             calls.cancel()
 

@@ -17,7 +17,7 @@ from llmrun.lora import ADAPTER_CONFIG, ADAPTER_NAME, ADAPTER_WEIGHTS, MAX_CONFI
 from llmrun.weights import Weights
 from llmrun.wire import MAX_ADAPTER_BYTES
 from llmrun_runtime.control.catalog.adapters import AdaptersCatalog
-from llmrun_runtime.control.catalog.weights import TASK_TIMEOUT_S
+from llmrun_runtime.control.catalog.distribution import TASK_TIMEOUT_S
 from llmrun_runtime.control.state.models import Deployed, Models
 from llmrun_runtime.control.state.operation import Operation, Operations
 from llmrun_runtime.node.agent import agent_on

@@ -3,12 +3,41 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from llmrun.errors import Refused
 from llmrun.spec import ModelSpec, Secret
 from llmrun.wire import Change, DeployRequest, Plan
 from llmrun_runtime.control.state.models import Deployed
+from llmrun_runtime.control.state.operation import Operation
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A deploy, and the names and aliases of its models."""
+
+    operation: Operation
+    names: frozenset[str]
+
+    @staticmethod
+    def of(request: DeployRequest, operation: Operation) -> Claim:
+        """Return the claim of a request and the operation that runs it."""
+        return Claim(operation, frozenset(name for spec in request.specs for name in spec.served_names))
+
+
+def check_claims(request: DeployRequest, claims: Iterable[Claim]) -> None:
+    """Raise Refused if a running deploy of another app has a model with the same name or alias."""
+    for claim in claims:
+        for spec in request.specs:
+            for served in spec.served_names:
+                other = claim.operation
+                if served in claim.names and other.app != request.app:
+                    raise Refused(
+                        f"{spec.name}: the name {served!r} is being deployed by app {other.app} "
+                        f"(deploy {other.id}): choose another name= or alias",
+                        409,
+                    )
 
 
 def check(request: DeployRequest, deployed: Mapping[str, Deployed], sources: Mapping[str, str]) -> None:

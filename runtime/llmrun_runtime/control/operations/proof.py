@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
 
 from llmrun.settings import Settings
 from llmrun_runtime.control.autoscaling.autoscaler import Autoscaler
@@ -13,12 +13,14 @@ from llmrun_runtime.control.autoscaling.serve_apps import ServeApps
 from llmrun_runtime.control.state.models import Candidate, Deployed, Models
 from llmrun_runtime.control.state.operation import Operation
 from llmrun_runtime.control.state.registry import Registry
-from llmrun_runtime.placement import could_run, has_capacity
+from llmrun_runtime.placement import Node, Placement, could_run, has_capacity
 from llmrun_runtime.ray_nodes import cluster_nodes
 from llmrun_runtime.wire.reports import ReplicaReport
 
 PREPARE_TIMEOUT_S = 1800
 POLL_S = 0.1
+# Reading the nodes' resources costs more than a look at the registry.
+CAPACITY_POLL_S = 0.5
 # Ray's count of free resources lags by some tenths of a second, and a replica takes a moment to end. Wait this long for
 # resources to become free before draining the active version.
 SETTLE_S = 3.0
@@ -26,8 +28,9 @@ SETTLE_S = 3.0
 
 @dataclass
 class Proof:
-    """The state of a candidate's first replica."""
+    """The state of a version's first replica."""
 
+    placement: Placement
     placed: asyncio.Event = field(default_factory=asyncio.Event)
     done: asyncio.Event = field(default_factory=asyncio.Event)
     cause: str = ""
@@ -74,29 +77,48 @@ class Prover:
             return ""
         if await self._wait_for_capacity(row, SETTLE_S):
             return ""
-        nodes = cluster_nodes()
-        replicas = self._registry.replicas_of(row.name)
-        freed = {node.id: [old.placement for r in replicas if r.node == node.id] for node in nodes} if old else {}
-        if not old or not replicas or not has_capacity(row.placement, nodes, freed):
-            return self._autoscaler.shortage(row, nodes)
+        if not old or not self.fits_without(row, [row.name]):
+            return self._autoscaler.shortage(row, self._nodes())
         text = f"not enough capacity next to version {old.version}: draining it first, requests are queued"
         await operation.emit("step", row.name, text)
         self._models.lock(row.name)
         await self._serve_apps.set_target(old, 0)
-        drained = await _wait_until(lambda: not self._registry.replicas_of(row.name), self._settings.drain_timeout)
+        drained = await self.wait_until_gone([row.name])
         if drained and await self._wait_for_capacity(row, self._settings.place_timeout):
             return ""
         self._models.unlock(row.name)
         return self._autoscaler.shortage(row) or f"version {old.version} did not drain in time"
 
-    async def prove(self, row: Deployed, operation: Operation) -> str:
-        """Start one replica. Return "" once it is ready, else the cause of the failure."""
-        proof = self._proofs[row.name, row.engine_version] = Proof()
-        self._models.candidates[row.name] = Candidate(row)
+    def fits_without(self, row: Deployed, models: Collection[str]) -> bool:
+        """Whether a replica of `row` fits once the replicas of these models have stopped; False if they have none."""
+        freed: dict[str, list[Placement]] = {}
+        for model in models:
+            for report in self._registry.replicas_of(model):
+                freed.setdefault(report.node, []).append(self._models.deployed[model].placement)
+        return bool(freed) and has_capacity(row.placement, self._nodes(), freed)
+
+    async def wait_until_gone(self, models: Collection[str]) -> bool:
+        """Wait until the replicas of models have drained. Return False if some have not in time."""
+        return await _wait_until(lambda: not any(map(self._registry.replicas_of, models)), self._settings.drain_timeout)
+
+    async def prove(self, row: Deployed, operation: Operation, *, in_place: bool = False) -> str:
+        """Start one replica. Return "" once it is ready, else the cause of the failure.
+
+        `in_place`: the version is active already. The autoscaler places the replica, and evicts idle models for it.
+        """
+        proof = self._proofs[row.name, row.engine_version] = Proof(row.placement)
         try:
-            await operation.emit("step", row.name, f"version {row.version}: placing a replica on {row.placement}")
-            await self._serve_apps.set_target(row, 1)
+            waits_for_node = _autoscaler_fits(row) and not has_capacity(row.placement, cluster_nodes())
+            text = f"version {row.version}: placing a replica on {row.placement}"
+            await operation.emit("step", row.name, text + (" that the autoscaler must add" if waits_for_node else ""))
+            if in_place:
+                self._autoscaler.warm(row.name)
+            else:
+                self._models.candidates[row.name] = Candidate(row)
+                await self._serve_apps.set_target(row, 1)
             limit_s = self._placing_limit(row)
+            if in_place:
+                limit_s += self._settings.drain_timeout
             if not await _wait_until(proof.placed.is_set, limit_s):
                 return await self._not_placed(row, limit_s)
             host = next((report.host for report in self._registry.replicas_of(row.name, row.engine_version)), "")
@@ -119,7 +141,7 @@ class Prover:
             return
         text = f"starting {wanted} replicas, as many as version {old.version} has"
         await operation.emit("step", row.name, text)
-        proof = self._proofs[row.name, row.engine_version] = Proof()
+        proof = self._proofs[row.name, row.engine_version] = Proof(row.placement)
         try:
             await self._serve_apps.set_target(row, wanted)
             fits = await self._wait_for_replicas(row, wanted, proof)
@@ -133,17 +155,16 @@ class Prover:
 
     async def _wait_for_replicas(self, row: Deployed, wanted: int, proof: Proof) -> bool:
         """Wait until that many replicas are ready, or one has failed. Return False if some cannot be placed."""
-        started = time.monotonic()
+        started, next_look, fits = time.monotonic(), 0.0, True
         settle_s = self._placing_limit(row) if _autoscaler_fits(row) else SETTLE_S
         unplaced_since = 0.0
         while (now := time.monotonic()) - started < self._settings.start_timeout + PREPARE_TIMEOUT_S:
             if proof.cause or len(self._registry.ready(row.name, row.engine_version)) >= wanted:
                 return True
             placed = self._registry.placed(row.name, row.engine_version)
-            if len(placed) >= wanted or has_capacity(row.placement, cluster_nodes()):
-                unplaced_since = 0.0
-            else:
-                unplaced_since = unplaced_since or now
+            if len(placed) < wanted and now >= next_look:
+                fits, next_look = has_capacity(row.placement, cluster_nodes()), now + CAPACITY_POLL_S
+            unplaced_since = 0.0 if len(placed) >= wanted or fits else unplaced_since or now
             # Those that are placed still become ready: they carry what the old version's replicas carried.
             if unplaced_since and now - unplaced_since > settle_s and all(r.state == "ready" for r in placed):
                 return False
@@ -157,12 +178,37 @@ class Prover:
 
     async def _not_placed(self, row: Deployed, limit_s: float) -> str:
         limit = f"no replica was placed within {limit_s:g} s"
-        limit += " (LLMRUN_PLACE_TIMEOUT)" if limit_s == self._settings.place_timeout else " (LLMRUN_START_TIMEOUT)"
+        if limit_s == self._settings.place_timeout:
+            limit += " (LLMRUN_PLACE_TIMEOUT)"
+        elif limit_s == self._settings.start_timeout:
+            limit += " (LLMRUN_START_TIMEOUT), in which the autoscaler added no node for it"
         error = await self._serve_apps.last_error(row.name, row.engine_version) or self._autoscaler.shortage(row)
         return f"{limit}: {error or 'Ray reports no reason'}"
 
     async def _wait_for_capacity(self, row: Deployed, timeout: float) -> bool:
-        return await _wait_until(lambda: has_capacity(row.placement, cluster_nodes()), timeout)
+        return await _wait_until(lambda: has_capacity(row.placement, self._nodes()), timeout, CAPACITY_POLL_S)
+
+    def _nodes(self) -> list[Node]:
+        """Return the nodes, without the resources that the replicas of other proofs are about to take."""
+        nodes = cluster_nodes()
+        for proof in self._proofs.values():
+            if not proof.placed.is_set():
+                nodes = _without(proof.placement, nodes)
+        return nodes
+
+
+def _without(placement: Placement, nodes: list[Node]) -> list[Node]:
+    """Return the nodes with a replica on the first ones that it fits."""
+    missing, share, left = placement.nodes, replace(placement, nodes=1), []
+    for node in nodes:
+        if missing and has_capacity(share, [node]):
+            taken = share.resources()
+            available = {key: amount - taken.get(key, 0) for key, amount in node.available.items()}
+            left.append(replace(node, available=available))
+            missing -= 1
+        else:
+            left.append(node)
+    return left
 
 
 def _autoscaler_fits(row: Deployed) -> bool:
@@ -170,10 +216,10 @@ def _autoscaler_fits(row: Deployed) -> bool:
     return any(not node.id and could_run(row.placement, node) for node in cluster_nodes())
 
 
-async def _wait_until(condition: Callable[[], bool], timeout: float) -> bool:
+async def _wait_until(condition: Callable[[], bool], timeout: float, poll_s: float = 0) -> bool:
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
             return False
-        await asyncio.sleep(POLL_S)
+        await asyncio.sleep(poll_s or POLL_S)
     return True

@@ -8,8 +8,9 @@ from llmrun.errors import Refused
 from llmrun.spec import ModelSpec
 from llmrun.weights import Weights
 from llmrun.wire import WeightsRequest, WeightsRow
+from llmrun_runtime.control.catalog.distribution import TASK_TIMEOUT_S
 from llmrun_runtime.control.catalog.node_agents import call_all, call_each, reachable
-from llmrun_runtime.control.catalog.weights import TASK_TIMEOUT_S, WeightsCatalog
+from llmrun_runtime.control.catalog.weights import WeightsCatalog
 from llmrun_runtime.control.state.operation import Operation, Operations
 from llmrun_runtime.node.agent import agent_on
 from llmrun_runtime.placement import Node, Placement
@@ -48,7 +49,7 @@ class WeightsOperations:
         weights = _source_of(request)
         pin = await self._pin(weights)
         with self._catalog.protect(pin):
-            await self._catalog.distribute(pin, {}, nodes, operation)
+            await self._catalog.distribute(pin, {}, nodes, operation, wanted=len(nodes), needed=len(nodes))
         await operation.emit("done", text=f"{weights} ({pin.short}, {pin.total:,} bytes) is on every node")
 
     async def _import(self, request: WeightsRequest, nodes: Sequence[Node], operation: Operation) -> None:
@@ -75,7 +76,7 @@ class WeightsOperations:
         with self._catalog.protect(pin):
             complete = await call_each(nodes, lambda node: agent_on(node.id).has_pin.remote(pin.id), False)
             uploader = next((node for node, has_pin in zip(nodes, complete, strict=True) if has_pin), nodes[0])
-            await self._catalog.distribute(pin, {}, [uploader], operation)
+            await self._catalog.distribute(pin, {}, [uploader], operation, wanted=1, needed=1)
             await operation.emit("step", text=f"uploading to {target}")
             (files,) = await self._catalog.call_with_progress(
                 [uploader], lambda node: agent_on(node.id).mirror.remote(pin, target), pin.id, operation

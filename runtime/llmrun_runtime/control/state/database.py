@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
-from typing import Any
+from typing import ParamSpec, TypeVar
 
-from sqlalchemy import URL, create_engine, delete, event, make_url, select, update
+from sqlalchemy import delete, event, select, update
 from sqlalchemy.orm import Session
 
 from llmrun.spec import ModelSpec
 from llmrun.wire import ColdStart
+from llmrun_runtime.control.state.connection import make_engine
+from llmrun_runtime.control.state.database_thread import DatabaseThread
 from llmrun_runtime.control.state.migrations import CLUSTER_ID, migrate
 from llmrun_runtime.control.state.models import Deployed
 from llmrun_runtime.control.state.stored_json import read_stored
@@ -39,30 +42,54 @@ log = logging.getLogger("llmrun.control")
 PACKAGE_GRACE_S = 24 * 3600
 KEEP_COLD_STARTS = 1000  # per model
 KEEP_VERSIONS = 20  # per model
-BUSY_TIMEOUT_MS = 30_000
-CONNECT_TIMEOUT_S = 10
-LIBPQ_DRIVERS = ("psycopg", "psycopg2")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Database:
-    """Queries and transactions over the tables."""
+    """Queries and transactions over the tables.
+
+    They block, so control's event loop gives them to `run` or `submit`. The first one creates or updates the tables.
+    """
 
     def __init__(self, url: str) -> None:
-        parsed = make_url(url)
-        self._engine = create_engine(parsed, **engine_options(parsed))
-        if self._engine.dialect.name == "sqlite":
-            event.listen(self._engine, "connect", _set_up_sqlite)
+        self._engine = make_engine(url)
+        self._thread = DatabaseThread()
+        self._migration = threading.Lock()
+        self._migrated = False
         self.unreadable: dict[str, str] = {}
         """By model name, why the active version could not be read by `load`."""
-        migrate(self._engine)
+
+    @property
+    def url(self) -> str:
+        """The URL, without its password."""
+        return self._engine.url.render_as_string(hide_password=True)
+
+    async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """See `DatabaseThread.run`: `await database.run(database.put_version, row, active=True)`."""
+        return await self._thread.run(work, *args, **kwargs)
+
+    def submit(self, work: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+        """See `DatabaseThread.submit`."""
+        self._thread.submit(work, *args, **kwargs)
 
     def session(self) -> Session:
         """Open a session, for modules with their own tables: `with database.session() as session, session.begin()`."""
-        return Session(self._engine)
+        with self._migration:
+            if not self._migrated:
+                migrate(self._engine)
+                self._migrated = True
+        session = Session(self._engine)
+        event.listen(session, "before_commit", self._before_commit)
+        return session
+
+    def _before_commit(self, session: Session) -> None:
+        session.flush()  # waits for locks
+        self._thread.check_not_given_up()
 
     def cluster_id(self) -> str:
         """Return the random id that the database got when it was created."""
-        with Session(self._engine) as session:
+        with self.session() as session:
             return session.scalars(select(MetaRow.value).where(MetaRow.key == CLUSTER_ID)).one()
 
     def load(self) -> tuple[dict[str, Deployed], dict[str, str]]:
@@ -70,7 +97,7 @@ class Database:
 
         Versions that cannot be read are left out; `unreadable` has their causes.
         """
-        with Session(self._engine) as session:
+        with self.session() as session:
             of_version = (PinRow.model == VersionRow.model) & (PinRow.number == VersionRow.number)
             active_version = (VersionRow.model == ModelRow.name) & (VersionRow.number == ModelRow.version)
             query = (
@@ -88,14 +115,21 @@ class Database:
                     log.warning("%s: %s", model.name, self.unreadable[model.name])
             return models, {row.name: row.source for row in session.scalars(select(AppRow))}
 
-    def next_version(self, model: str) -> int:
-        """Return the number for a model's next version. Numbers of failed and deleted versions are not reused."""
-        with Session(self._engine) as session:
-            return _last_number(session, model) + 1
+    def last_version(self, model: str) -> int:
+        """Return the last number that `reserve_version` returned for a model; 0 if there is none."""
+        with self.session() as session:
+            return _last_number(session, model)
+
+    def reserve_version(self, model: str) -> int:
+        """Return the number for a model's next version. No number is returned twice, also after a delete."""
+        with self.session() as session, session.begin():
+            number = _last_number(session, model) + 1
+            session.merge(NumberRow(model=model, last=number))
+            return number
 
     def put_version(self, deployed: Deployed, *, active: bool) -> None:
         """Store a version; `active` makes it the active one. Deletes the versions before the last KEEP_VERSIONS."""
-        with Session(self._engine) as session, session.begin():
+        with self.session() as session, session.begin():
             last = max(deployed.version, _last_number(session, deployed.name))
             session.merge(NumberRow(model=deployed.name, last=last))
             session.merge(
@@ -118,15 +152,21 @@ class Database:
         if active:
             self.unreadable.pop(deployed.name, None)
 
+    def mark_proven(self, model: str, version: int) -> None:
+        """Store that a version is proven."""
+        this = (VersionRow.model == model) & (VersionRow.number == version)
+        with self.session() as session, session.begin():
+            session.execute(update(VersionRow).where(this).values(proven=True))
+
     def put_app(self, name: str, source: str) -> None:
         """Store the source that an app was deployed from."""
-        with Session(self._engine) as session, session.begin():
+        with self.session() as session, session.begin():
             session.merge(AppRow(name=name, source=source))
 
     def remove(self, models: Iterable[str]) -> None:
         """Remove models with their versions, apps without models, and packages that no version uses."""
         models = list(models)
-        with Session(self._engine) as session, session.begin():
+        with self.session() as session, session.begin():
             for name in models:
                 session.merge(NumberRow(model=name, last=_last_number(session, name)))
                 session.execute(delete(ModelRow).where(ModelRow.name == name))
@@ -141,7 +181,7 @@ class Database:
 
     def put_cold_start(self, start: ColdStart) -> None:
         """Store a cold start, and delete the model's oldest ones beyond KEEP_COLD_STARTS."""
-        with Session(self._engine) as session, session.begin():
+        with self.session() as session, session.begin():
             session.add(ColdStartRow(model=start.model, asked=start.asked, start=start.model_dump_json()))
             of_model = select(ColdStartRow.id).where(ColdStartRow.model == start.model).order_by(ColdStartRow.id.desc())
             old = session.scalars(of_model.offset(KEEP_COLD_STARTS)).all()
@@ -149,7 +189,7 @@ class Database:
 
     def cold_starts(self, model: str, limit: int = 10) -> list[ColdStart]:
         """Return a model's last cold starts, newest first, without those that cannot be read."""
-        with Session(self._engine) as session:
+        with self.session() as session:
             rows = (
                 select(ColdStartRow.start)
                 .where(ColdStartRow.model == model)
@@ -160,13 +200,13 @@ class Database:
 
     def package(self, digest: str) -> bytes | None:
         """Return a code package; None if it is not stored."""
-        with Session(self._engine) as session:
+        with self.session() as session:
             row = session.get(PackageRow, digest)
             return row.data if row else None
 
     def has_package(self, digest: str) -> bool:
         """Whether a code package is stored. Keeps it for PACKAGE_GRACE_S: a deploy is about to use it."""
-        with Session(self._engine) as session, session.begin():
+        with self.session() as session, session.begin():
             found = session.scalar(select(PackageRow.digest).where(PackageRow.digest == digest)) is not None
             if found:
                 session.execute(update(PackageRow).where(PackageRow.digest == digest).values(created=time.time()))
@@ -174,11 +214,18 @@ class Database:
 
     def put_package(self, digest: str, data: bytes) -> None:
         """Store a code package."""
-        with Session(self._engine) as session, session.begin():
+        with self.session() as session, session.begin():
             session.merge(PackageRow(digest=digest, data=data, created=time.time()))
 
+    def disconnect(self) -> None:
+        """Close the connections. The next call opens new ones, and updates the tables again."""
+        with self._migration:
+            self._migrated = False
+            self._engine.dispose()
+
     def close(self) -> None:
-        """Close the database connections."""
+        """Wait for the work that was given to `run` and `submit`, and close the connections."""
+        self._thread.close()
         self._engine.dispose()
 
 
@@ -186,26 +233,6 @@ def _last_number(session: Session, model: str) -> int:
     numbers = session.scalars(select(VersionRow.number).where(VersionRow.model == model))
     row = session.get(NumberRow, model)
     return max(row.last if row else 0, max(numbers, default=0))
-
-
-def engine_options(url: URL) -> dict[str, Any]:
-    """Return SQLAlchemy's options for a database server: lost connections are noticed; connecting has a timeout."""
-    if url.get_backend_name() == "sqlite":
-        return {}
-    options: dict[str, Any] = {"pool_pre_ping": True}
-    is_libpq = url.get_backend_name() == "postgresql" and url.get_driver_name() in LIBPQ_DRIVERS
-    if is_libpq and "connect_timeout" not in url.query:
-        options["connect_args"] = {"connect_timeout": CONNECT_TIMEOUT_S}
-    return options
-
-
-def _set_up_sqlite(connection: Any, _record: object) -> None:
-    """Let readers continue during a write, save most fsyncs, and wait for other writers."""
-    cursor = connection.cursor()
-    cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
-    cursor.execute("PRAGMA journal_mode = WAL")
-    cursor.execute("PRAGMA synchronous = NORMAL")
-    cursor.close()
 
 
 def _deployed(app: str, version: VersionRow, pin: str | None) -> Deployed:

@@ -6,7 +6,7 @@ import json
 import types
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -16,6 +16,15 @@ def read_stored(model: type[Model], text: str) -> Model:
     try:
         return model.model_validate_json(json.dumps(_without_unknown(model, json.loads(text))))
     except Exception as error:  # a validator of this release may raise anything for the data of another one
+        raise ValueError(f"{model.__name__}: {_cause(error)}") from error
+
+
+def read_stored_dict(model: type[Model], text: str) -> dict[str, Model]:
+    """Return a stored JSON object of models, like `read_stored`."""
+    try:
+        known = json.dumps(_without_unknown(dict[str, model], json.loads(text)))  # type: ignore[valid-type]
+        return TypeAdapter(dict[str, model]).validate_json(known)  # type: ignore[valid-type]
+    except Exception as error:  # as above
         raise ValueError(f"{model.__name__}: {_cause(error)}") from error
 
 

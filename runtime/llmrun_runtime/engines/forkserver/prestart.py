@@ -63,7 +63,7 @@ class Prestarts:
         task.cancel()  # no effect on a finished task
         if not task.cancelled() and task.done() and not task.exception():
             log.warning("no replica took over the engine that was prestarted for %s", key)
-            task.result().discard()
+            asyncio.get_running_loop().run_in_executor(None, task.result().discard)
 
     async def _serve(self) -> None:
         loop = asyncio.get_running_loop()

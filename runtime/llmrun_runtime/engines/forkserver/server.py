@@ -36,6 +36,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmrun_runtime.engines.shim.output import ignore_write_errors
+
 # C code reads these when it is loaded; `recorded_env_reads` cannot observe that.
 READ_BY_C_CODE = (
     *("CUDA_", "GOMP_", "KMP_", "LD_", "MALLOC_", "MKL_", "NCCL_", "OMP_", "OPENBLAS_"),
@@ -293,6 +295,7 @@ def private_bytes() -> int:
 
 def main() -> None:
     """Import, then serve; in a child, run the engine."""
+    ignore_write_errors()
     name, descriptor, poll_s = sys.argv[1:]
     set_title(f"llmrun: fork server of {name}")  # before the environment changes: the title overwrites its memory
     listener = socket.socket(fileno=int(descriptor))

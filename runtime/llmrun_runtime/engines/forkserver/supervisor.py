@@ -31,22 +31,33 @@ def forkserver_socket(root: Path, node: str, engine: str) -> Path:
 class ForkServerSupervisor:
     """The supervisor of one engine's fork server. `env`: the engines' environment without their models' variables.
 
-    The server checks every `poll_s` seconds whether it must be replaced.
+    The server checks every `poll_s` seconds whether it must be replaced. `backoff_s`: see BACKOFF_S.
     """
 
     def __init__(
-        self, engine: Engine, path: Path, output: Path, env: Mapping[str, str], *, poll_s: float = POLL_S
+        self,
+        engine: Engine,
+        path: Path,
+        output: Path,
+        env: Mapping[str, str],
+        *,
+        poll_s: float = POLL_S,
+        backoff_s: float = BACKOFF_S,
     ) -> None:
         self._engine = engine
         self._path = path
         self._output = output
         self._poll_s = poll_s
+        self._backoff_s = backoff_s
         self._env = {**env, **engine.environment(env, None)}
         self._listener: socket.socket | None = None
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Listen, so that replicas can connect at once, and start the server. Do nothing if it is already running."""
+        """Listen, so that replicas can connect at once, and start the server. Do nothing if it is already running.
+
+        Raises OSError.
+        """
         if self._task is None or self._task.done():
             self._listen()
             self._task = asyncio.get_running_loop().create_task(self._supervise())
@@ -69,18 +80,25 @@ class ForkServerSupervisor:
             self._path.unlink(missing_ok=True)
 
     async def _supervise(self) -> None:
-        backoff = BACKOFF_S
-        while True:
-            started = time.monotonic()
-            await self._run_once()
-            if time.monotonic() - started > MIN_LIFE_S:
-                backoff = BACKOFF_S
-                continue
-            log.warning("the fork server of %s exited early: see %s", self._engine.name, self._output)
-            self._stop_listening()
-            await asyncio.sleep(backoff)
-            backoff = min(2 * backoff, MAX_BACKOFF_S)
-            self._listen()
+        backoff = self._backoff_s
+        try:
+            while True:
+                started = time.monotonic()
+                try:
+                    self._listen()
+                    await self._run_once()
+                    cause = f"it exited early: see {self._output}"
+                except OSError as error:  # a full disk, or no more processes
+                    cause = str(error)
+                if time.monotonic() - started > MIN_LIFE_S:
+                    backoff = self._backoff_s
+                    continue
+                log.warning("the fork server of %s failed, retrying in %g s: %s", self._engine.name, backoff, cause)
+                self._stop_listening()
+                await asyncio.sleep(backoff)
+                backoff = min(2 * backoff, MAX_BACKOFF_S)
+        finally:
+            self._stop_listening()  # nothing would answer
 
     async def _run_once(self) -> None:
         """Start a server and wait until it exits."""

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ from llmrun.errors import EngineError, LLMRunError
 from llmrun_runtime.engines.base import Engine, Launch
 from llmrun_runtime.engines.process.child import UNKNOWN_EXIT
 from llmrun_runtime.engines.process.start import StartedProcess, start_process
-from llmrun_runtime.wire.headers import LEAVE_PATH, STATE_PATH, TOKEN_HEADER
+from llmrun_runtime.http import http_url
+from llmrun_runtime.wire.headers import LEAVE_PATH, PROBE_PREFIX, SINCE, STATE_PATH, TOKEN_HEADER
 
 log = logging.getLogger("ray.serve")
 POLL_S = 0.05
@@ -31,6 +32,7 @@ TERM_GRACE_S = 10  # vLLM exits within 1-2 s of SIGTERM
 GROUP_GRACE_S = 3
 STATE_TIMEOUT_S = 2  # well below control's limit for missing reports
 LOG_TAIL_BYTES = 64 * 1024
+MESSAGE_BYTES = 1024 * 1024
 FetchAdapter = Callable[[str, str], Awaitable[Path]]
 """Returns the folder of an adapter on this node, given its name and pin. Raises LLMRunError."""
 
@@ -91,7 +93,7 @@ class EngineProcess:
     async def start(self) -> None:
         """Start the process, unless it was prestarted. Raises EngineError if its command cannot be run."""
         self._started = self._started or await start_process(self._engine, self._launch)
-        self._lease = await asyncio.start_server(self._serve_lease, sock=self._started.lease)
+        self._lease = await asyncio.start_server(self._serve_lease, sock=self._started.lease, limit=MESSAGE_BYTES)
 
     async def ready(self, timeout: float) -> None:
         """Return when the engine answers.
@@ -148,20 +150,43 @@ class EngineProcess:
         except FileNotFoundError:
             return ""
 
-    async def state(self) -> dict[str, Any]:
-        """Return the shim's counts. Raises EngineError if the engine does not answer within STATE_TIMEOUT_S."""
-        return await self._get_state(STATE_PATH)
+    async def state(self, since: int = 0) -> dict[str, Any]:
+        """Return the shim's counts; of usage and paces, those that changed after the response with number `since`.
 
-    async def leave(self) -> dict[str, Any]:
+        Raises EngineError if the engine does not answer within STATE_TIMEOUT_S.
+        """
+        return await self._get_state(STATE_PATH, since)
+
+    async def leave(self, since: int = 0) -> dict[str, Any]:
         """The same as `state`; if no request is in flight, the engine also refuses new requests from now on."""
-        return await self._get_state(LEAVE_PATH)
+        return await self._get_state(LEAVE_PATH, since)
 
-    async def _get_state(self, path: str) -> dict[str, Any]:
+    async def _get_state(self, path: str, since: int) -> dict[str, Any]:
         try:
-            async with self._http().get(self._url(path), headers={TOKEN_HEADER: self.token}) as answer:
+            async with self._http().get(
+                self._url(f"{path}?{SINCE}={since}"), headers={TOKEN_HEADER: self.token}
+            ) as answer:
                 state: dict[str, Any] = await answer.json()
                 return state
         except (aiohttp.ClientError, TimeoutError) as error:
+            raise EngineError(f"the engine does not answer: {type(error).__name__}") from error
+
+    async def probe(self, path: str, body: Mapping[str, Any] | None, timeout: float) -> int:
+        """Send the engine a request (POST, or GET without a body) past hooks and counts.
+
+        Return the status of its answer; 0 if it did not answer within `timeout` seconds. Raises EngineError if the
+        connection fails.
+        """
+        method = "GET" if body is None else "POST"
+        limit = aiohttp.ClientTimeout(total=timeout)
+        url, headers = self._url(PROBE_PREFIX + path), {TOKEN_HEADER: self.token}
+        try:
+            async with self._http().request(method, url, json=body, headers=headers, timeout=limit) as answer:
+                await answer.read()
+                return answer.status
+        except TimeoutError:
+            return 0
+        except aiohttp.ClientError as error:
             raise EngineError(f"the engine does not answer: {type(error).__name__}") from error
 
     async def max_model_len(self) -> int:
@@ -225,8 +250,7 @@ class EngineProcess:
         return self._session
 
     def _url(self, path: str) -> str:
-        host = self._launch.members[0].host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}{path}"
+        return http_url(self._launch.members[0].host, self.port) + path
 
     async def _serve_lease(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Keep one process's connection open until it or this replica ends, and handle its messages."""

@@ -17,12 +17,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llmrun.errors import EngineError
 from llmrun_runtime.engines.base import LEASE_ENV, SHIM_ENV, TOKEN_ENV, Engine, Launch
 from llmrun_runtime.engines.process.child import Child, Forked, ForkRefused, Spawned
 from llmrun_runtime.engines.process.fork import fork
-from llmrun_runtime.engines.process.temp_dir import TempDir
+from llmrun_runtime.engines.process.temp_dir import TempDir, sweep_temp_dirs
 from llmrun_runtime.logs import mark_in_use
 
 
@@ -100,14 +101,19 @@ async def start_process(engine: Engine, launch: Launch, *, spawn: bool = True) -
 
     Raises ForkRefused if it cannot be forked and `spawn` is False; EngineError if its command cannot be run.
     """
-    lease, temp_dir, token = socket.create_server(("127.0.0.1", 0)), TempDir.make(), secrets.token_urlsafe(32)
-    host, port = lease.getsockname()
-    env = {**launch.env, **engine.environment(launch.env, launch.cache)}
-    env |= {LEASE_ENV: f"{host}:{port}", TOKEN_ENV: token, SHIM_ENV: launch.shim.to_json()}
-    env["TMPDIR"] = str(temp_dir.path)
+    await asyncio.to_thread(sweep_temp_dirs)
     try:
+        temp_dir = TempDir.make()
+    except OSError as error:
+        raise _failed(engine, error) from error
+    lease, token = socket.create_server(("127.0.0.1", 0)), secrets.token_urlsafe(32)
+    try:
+        host, port = lease.getsockname()
+        env = {**launch.env, **engine.environment(launch.env, launch.cache)}
+        env |= {LEASE_ENV: f"{host}:{port}", TOKEN_ENV: token, SHIM_ENV: launch.shim.to_json()}
+        env["TMPDIR"] = str(temp_dir.path)
         launch.log.parent.mkdir(parents=True, exist_ok=True)
-        with launch.log.open("ab") as log:
+        with launch.log.open("ab", buffering=0) as log:
             mark_in_use(log)
             log_start = log.tell()
             child: Child
@@ -115,18 +121,37 @@ async def start_process(engine: Engine, launch: Launch, *, spawn: bool = True) -
                 if not launch.forkserver:
                     raise ForkRefused("this node has no fork server")
                 title = f"llmrun: {engine.name} {launch.names[0]}"
-                child = await asyncio.to_thread(fork, launch.forkserver, engine.arguments(launch), env, log, title)
+                child = await _fork(launch.forkserver, engine.arguments(launch), env, log, title)
             except ForkRefused as error:
                 if not spawn:
                     raise
                 if launch.forkserver:
-                    log.write(f"[llmrun] starting the engine as a plain process: {error}\n".encode())
-                    log.flush()
+                    with contextlib.suppress(OSError):  # a full disk; the log is unbuffered, so nothing stays to flush
+                        log.write(f"[llmrun] starting the engine as a plain process: {error}\n".encode())
                 child = Spawned(engine.command(launch), with_ld_preload(engine, env), log)
     except BaseException as error:
         lease.close()  # a process that was forked nevertheless then exits
         temp_dir.remove()
         if isinstance(error, OSError):
-            raise EngineError(f"engine {engine.name} failed to start: {error}") from error
+            raise _failed(engine, error) from error
         raise
     return StartedProcess(child, token, lease, temp_dir, launch.log, log_start, time.time())
+
+
+async def _fork(*args: Any) -> Forked:
+    """`fork` in a thread. If the caller is cancelled, a child that is forked later is closed."""
+    forking = asyncio.ensure_future(asyncio.to_thread(fork, *args))
+    try:
+        return await asyncio.shield(forking)
+    except asyncio.CancelledError:
+        forking.add_done_callback(_close)
+        raise
+
+
+def _close(forking: asyncio.Future[Forked]) -> None:
+    if not forking.cancelled() and not forking.exception():
+        forking.result().close()
+
+
+def _failed(engine: Engine, error: OSError) -> EngineError:
+    return EngineError(f"engine {engine.name} failed to start: {error}")

@@ -21,8 +21,7 @@ class TempDir:
 
     @classmethod
     def make(cls) -> TempDir:
-        """Create an empty folder; remove the folders of killed owners. Raises OSError."""
-        sweep_temp_dirs()
+        """Create an empty folder. Raises OSError."""
         new = Path(tempfile.mkdtemp(prefix="llmrun-new-"))
         lock = os.open(new, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(lock, fcntl.LOCK_EX)

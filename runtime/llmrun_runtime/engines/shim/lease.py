@@ -7,6 +7,7 @@ effect.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -18,8 +19,11 @@ from concurrent.futures import Future
 from typing import Any, NoReturn
 
 from llmrun_runtime.engines.base import LEASE_ENV, TOKEN_ENV
+from llmrun_runtime.engines.shim.output import ignore_write_errors
 
 CONNECT_TIMEOUT_S = 10
+# The replica reads lines up to MESSAGE_BYTES. JSON has at most 12 bytes per character.
+MAX_TEXT = 8000
 _connection: socket.socket | None = None
 _owner_pid = 0
 _whole_group = False
@@ -39,6 +43,7 @@ def hold(*, whole_group: bool = False) -> None:
     address = os.environ.get(LEASE_ENV)
     if not address or _owner_pid == os.getpid():
         return
+    ignore_write_errors()
     if not _owner_pid:
         os.register_at_fork(after_in_child=hold)
     host, _, port = address.rpartition(":")
@@ -55,6 +60,8 @@ def hold(*, whole_group: bool = False) -> None:
 
 def notify(**message: Any) -> None:
     """Send the replica a message: `port=` (HTTP), `ready=True` or `failed="reason"`. No effect without a lease."""
+    if "failed" in message:
+        message["failed"] = message["failed"][:MAX_TEXT]
     if _connection is not None:
         _connection.sendall(json.dumps(message).encode() + b"\n")
 
@@ -84,10 +91,11 @@ def _watch(connection: socket.socket) -> None:
 
 def _exit(reason: str) -> NoReturn:
     # Without clean-up handlers: they may wait for a peer that exits at the same moment.
-    os.write(
-        sys.__stderr__.fileno() if sys.__stderr__ else 2,
-        f"[llmrun] engine process {os.getpid()} exits: {reason}\n".encode(),
-    )
+    with contextlib.suppress(OSError):  # a full disk
+        os.write(
+            sys.__stderr__.fileno() if sys.__stderr__ else 2,
+            f"[llmrun] engine process {os.getpid()} exits: {reason}\n".encode(),
+        )
     if _whole_group and os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os._exit(1)

@@ -29,6 +29,8 @@ from llmrun_runtime.wire.headers import (
     KEY_HEADER,
     LEAVE_PATH,
     PROBE_HEADER,
+    PROBE_PREFIX,
+    SINCE,
     STATE_PATH,
     TOKEN_HEADER,
 )
@@ -55,7 +57,7 @@ class Shim:
         self._probes_in_flight = 0
         self._paths: list[str] = []
         self._served = 0
-        self._last_end = time.monotonic()
+        self._last_end = self._busy_since = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Authenticate, count and serve one request; start hooks, adapters and links with the app's lifespan."""
@@ -73,6 +75,10 @@ class Shim:
             self._leaving = not self._in_flight
             await send_json(send, 200, self._state(scope))
             return
+        if scope["path"].startswith(PROBE_PREFIX):
+            path = scope["path"].removeprefix(PROBE_PREFIX)
+            await self._app({**scope, "path": path, "raw_path": path.encode()}, receive, send)
+            return
         if scope["path"] in UNCOUNTED:
             await self._app(scope, receive, send)
             return
@@ -82,6 +88,8 @@ class Shim:
             await send_error(send, 503, text, "service_unavailable", "replica_gone", headers=gone)
             return
         probe = PROBE_HEADER.encode() in headers
+        if not self._in_flight:
+            self._busy_since = time.monotonic()
         self._in_flight += 1
         self._probes_in_flight += probe
         try:
@@ -129,15 +137,17 @@ class Shim:
 
     def _state(self, scope: Scope) -> dict[str, Any]:
         self._paths = self._paths or _post_paths(scope.get("app"))
-        idle = 0.0 if self._in_flight > self._probes_in_flight else time.monotonic() - self._last_end
+        now = time.monotonic()
+        idle = 0.0 if self._in_flight > self._probes_in_flight else now - self._last_end
+        stalled = now - max(self._busy_since, usage_meter.last_output()) if self._in_flight else 0.0
         return {
             "in_flight": self._in_flight,
             "served": self._served,
             "idle_s": round(idle, 3),
-            "usage": usage_meter.rows(),
-            "paces": usage_meter.paces(),
+            "stalled_s": round(stalled, 3),
             "paths": self._paths,
             "adapters": self._adapters.loaded() if self._adapters else [],
+            **usage_meter.snapshot(_since(scope)),
         }
 
     async def _serve_with_adapter(self, adapter: str, scope: Scope, receive: Receive, send: Send) -> None:
@@ -196,6 +206,12 @@ async def _fetch_adapter(name: str, pin: str) -> Path:
     if "error" in reply:
         raise AdapterError(reply["error"], 503)
     return Path(reply["path"])
+
+
+def _since(scope: Scope) -> int:
+    """Return `since` of the query: the number of the last snapshot of counts that the replica received; 0: none."""
+    value: bytes = scope.get("query_string", b"").removeprefix(SINCE.encode() + b"=")
+    return int(value) if value.isdigit() else 0
 
 
 def _post_paths(app: Any) -> list[str]:

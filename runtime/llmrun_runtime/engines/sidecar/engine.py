@@ -65,6 +65,7 @@ class SidecarEngine:
     module = ""
     health = "/health"
     get_paths: tuple[str, ...] = ("/v1/models", "/metrics", "/health")
+    probe_paths: frozenset[str] = frozenset()
     tasks: frozenset[str] = frozenset({"auto", "generate"})
 
     def refuses(self, spec: ModelSpec) -> str:

@@ -153,6 +153,7 @@ class Sidecar:
         try:
             async with answer:
                 async for line in answer.content:
+                    usage_meter.mark_output()
                     end = b"" if line.startswith(end) else end
                     if not line.startswith(b"data: {"):
                         yield line

@@ -22,6 +22,7 @@ class SGLang(SidecarEngine):
             *("/v1/embeddings", "/v1/score", "/v1/rerank", "/classify"),
         }
     )
+    probe_paths = frozenset({"/v1/completions", "/v1/embeddings"})
     tasks = frozenset({"auto", "generate", "embed"})
 
     def arguments(self, launch: Launch) -> list[str]:

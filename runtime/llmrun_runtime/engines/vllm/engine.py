@@ -135,6 +135,7 @@ class VLLM:
         }
     )
 
+    probe_paths = frozenset({"/v1/completions", "/v1/embeddings", "/classify", "/v1/score"})
     module = "llmrun_runtime.engines.vllm.server"
 
     def refuses(self, spec: ModelSpec) -> str:

@@ -10,16 +10,29 @@ from typing import Any
 
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import AsyncMPClient
 
 from llmrun_runtime.engines.shim import usage_meter
 from llmrun_runtime.engines.vllm.adapters import DUPLICATE
 
 
 def meter_vllm() -> None:
-    """Wrap `AsyncLLM.generate` and `AsyncLLM.encode`, once."""
+    """Wrap `AsyncLLM.generate` and `AsyncLLM.encode`, and the receiver of the core's outputs, once."""
     if not hasattr(AsyncLLM.generate, "__wrapped__"):
         AsyncLLM.generate = _metered(AsyncLLM.generate)
         AsyncLLM.encode = _metered(AsyncLLM.encode)
+        AsyncMPClient.get_output_async = _marked(AsyncMPClient.get_output_async)
+
+
+def _marked(original: Any) -> Any:
+    @functools.wraps(original)
+    async def marked(self: Any) -> Any:
+        """Receive the result of one step of the core, which also arrives if the step only extends long prompts."""
+        outputs = await original(self)
+        usage_meter.mark_output()
+        return outputs
+
+    return marked
 
 
 def _metered(original: Any) -> Any:

@@ -313,5 +313,6 @@ def _wait_for_core(starting: contextlib.AbstractContextManager[Any]) -> None:
     try:
         starting.__exit__(None, None, None)
     except BaseException as error:  # noqa: BLE001 - the main thread waits for a core that failed to start
-        os.write(2, f"{type(error).__name__}: {error}\n".encode())
+        with contextlib.suppress(OSError):  # a full disk
+            os.write(2, f"{type(error).__name__}: {error}\n".encode())
         os._exit(1)

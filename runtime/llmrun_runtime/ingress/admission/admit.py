@@ -9,7 +9,7 @@ from llmrun.wire import KeyInfo
 from llmrun_runtime.asgi import Scope
 from llmrun_runtime.ingress.admission.auth import can_access, check_access, check_may_wake
 from llmrun_runtime.ingress.admission.rate_limits import Limit, limits_for
-from llmrun_runtime.ingress.admission.request import ParsedRequest, parse_max_wait, parse_request
+from llmrun_runtime.ingress.admission.request import ParsedRequest, parse_max_wait
 from llmrun_runtime.ingress.admission.target import Target, check_path, find_target
 from llmrun_runtime.wire.routing_table import Table
 
@@ -31,17 +31,16 @@ class Admission:
         return self.key is not None and not self.key.wake
 
 
-def admit(table: Table, key: KeyInfo | None, scope: Scope, body: bytes) -> Admission:
-    """Admit a request whose key was authenticated before its body was read. Raises HTTPError.
+def admit(table: Table, key: KeyInfo | None, scope: Scope, request: ParsedRequest) -> Admission:
+    """Admit a request whose key was authenticated before its body was read, and parsed. Raises HTTPError.
 
-    1. The body and the headers are valid.
+    1. The headers are valid.
     2. The model, or its adapter, exists, as far as the key may see it.
     3. The key has access to it.
     4. The model's engine serves the path.
     5. The model is running, or the key may wake it.
     """
     # 1.
-    request = parse_request(body, dict(scope["headers"]).get(b"content-type", b""))
     max_wait = parse_max_wait(scope)
     # 2.
     target = find_target(table, request.model, partial(can_access, key))

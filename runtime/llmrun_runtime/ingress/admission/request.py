@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import python_multipart
@@ -20,6 +22,17 @@ PROMPT_KEYS = (b'"messages"', b'"prompt"', b'"input"')
 # Routing by prefix pays off only for prompts of this length.
 PREFIX_BYTES = 1024
 ROUTING_KEYS = ("model", "stream")
+# Parsing more bytes than this takes so long that it would delay other requests.
+LARGE_BYTES = 256 * 2**10
+
+
+def _spelling(key: str) -> re.Pattern[bytes]:
+    """Return a pattern for the key in a JSON body, with or without escapes."""
+    letters = (rf"(?:{letter}|\\u00(?i:{ord(letter):02x}))" for letter in key)
+    return re.compile(rf'"{"".join(letters)}"\s*:'.encode())
+
+
+_SPELLINGS = tuple(map(_spelling, ROUTING_KEYS))
 
 
 @dataclass(frozen=True)
@@ -90,7 +103,7 @@ def _parse_form(body: bytes, content_type: bytes) -> ParsedRequest:
 def _duplicate_key(body: bytes) -> str | None:
     """Return a key of ROUTING_KEYS that the outermost object has twice: parsers disagree on which value counts."""
     # The exact check calls Python for each object; this quick one is enough for most bodies.
-    if b"\\u" not in body and not any(body.count(f'"{key}"'.encode()) > 1 for key in ROUTING_KEYS):
+    if not any(sum(1 for _ in islice(spelling.finditer(body), 2)) > 1 for spelling in _SPELLINGS):
         return None
     outermost: list[tuple[str, Any]] = []
 

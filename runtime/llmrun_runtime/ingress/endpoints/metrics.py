@@ -69,7 +69,10 @@ class IngressMetrics:
         self._duration = self._histogram("llmrun_request_seconds", "Time from a request's arrival to its end.")
 
         self._errors = Counter(
-            "llmrun_ingress_errors", "Unexpected exceptions in the ingress, by task.", ("task",), registry=self._registry
+            "llmrun_ingress_errors",
+            "Unexpected exceptions in the ingress, by task.",
+            ("task",),
+            registry=self._registry,
         )
 
     def count_error(self, task: str) -> None:

@@ -1,10 +1,10 @@
-"""Plans and deploys."""
+"""Plans and deploys: start, list, cancel."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter
 
-from llmrun.wire import DeployRequest, Plan
+from llmrun.wire import CancelRequest, DeployRequest, DeployRow, Plan
 from llmrun_runtime.control.api.dependencies import Plane
 
 router = APIRouter()
@@ -20,3 +20,28 @@ async def plan(request: DeployRequest, plane: Plane) -> Plan:
 async def deploy(request: DeployRequest, plane: Plane) -> dict[str, str]:
     """Start a deploy; return the operation's ID."""
     return {"id": (await plane.deployer.start(request)).id}
+
+
+@router.get("/deploys")
+async def deploys(plane: Plane) -> list[DeployRow]:
+    """Return the running deploys and the last ones that ended, the newest first."""
+    return [
+        DeployRow(
+            id=operation.id,
+            app=operation.app,
+            state=operation.state,
+            step=operation.last,
+            started=operation.started,
+            ended=operation.ended,
+            by=operation.by,
+        )
+        for operation in plane.operations.deploys()
+    ]
+
+
+@router.post("/deploys/{operation_id}/cancel")
+async def cancel(operation_id: str, request: CancelRequest, plane: Plane) -> dict[str, str]:
+    """Cancel a deploy; return its app."""
+    operation = plane.operations.find_deploy(operation_id)
+    operation.cancel(request.by or "an unnamed client")
+    return {"app": operation.app}

@@ -20,11 +20,11 @@ async def list_keys(plane: Plane) -> list[KeyInfo]:
 async def create_key(info: KeyInfo, plane: Plane) -> NewKey:
     """Create an API key."""
     plane.adapters.check_names(info.models)
-    return plane.keys.create(info)
+    return await plane.database.run(plane.keys.create, info)
 
 
 @router.delete("/keys/{name}")
 async def revoke_key(name: str, plane: Plane) -> dict[str, str]:
     """Revoke an API key."""
-    plane.keys.revoke(name)
+    await plane.database.run(plane.keys.revoke, name)
     return {"revoked": name}

@@ -27,7 +27,7 @@ async def specs(plane: Plane) -> list[ModelSpec]:
 @router.get("/cold-starts/{name:path}")
 async def cold_starts(name: str, plane: Plane) -> list[ColdStart]:
     """Return a model's last cold starts, the newest first."""
-    return plane.cold_starts.history(plane.models.resolve(name))
+    return await plane.database.run(plane.cold_starts.history, plane.models.resolve(name))
 
 
 @router.post("/warm/{name:path}")

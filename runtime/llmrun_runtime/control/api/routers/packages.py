@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 
 from fastapi import APIRouter, Request, Response
@@ -17,7 +16,8 @@ router = APIRouter()
 @router.head("/packages/{digest}")
 async def has_package(digest: str, plane: Plane) -> Response:
     """Respond 200 if the package is stored, else 404."""
-    return Response(status_code=200 if plane.database.has_package(digest) else 404)
+    found = await plane.database.run(plane.database.has_package, digest)
+    return Response(status_code=200 if found else 404)
 
 
 @router.put("/packages/{digest}")
@@ -30,5 +30,5 @@ async def put_package(digest: str, request: Request, plane: Plane) -> Response:
             raise Refused(f"the code package is larger than {MAX_PACKAGE_BYTES >> 20} MiB", 413)
     if hashlib.sha256(data).hexdigest() != digest:
         raise Refused("the code package arrived damaged. Deploy again", 400)
-    await asyncio.to_thread(plane.database.put_package, digest, bytes(data))
+    await plane.database.run(plane.database.put_package, digest, bytes(data))
     return Response(status_code=204)

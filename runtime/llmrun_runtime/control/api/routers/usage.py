@@ -22,4 +22,4 @@ async def usage(
 ) -> list[UsageLine]:
     """Return the usage since a day, summed by the given columns."""
     await plane.usage.flush()
-    return plane.usage.lines(by.split(","), since)
+    return await plane.database.run(plane.usage.lines, by.split(","), since)
