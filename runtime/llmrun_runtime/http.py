@@ -86,6 +86,12 @@ class HTTPServer:
             for sock in sockets:
                 sock.close()
 
+    @property
+    def _connections(self) -> set[Any]:
+        """The open connections: instances of uvicorn's HttpToolsProtocol."""
+        connections: set[Any] = self._server.server_state.connections
+        return connections
+
     def stop_accepting(self) -> None:
         """Leave new connections to the other processes that listen on the same sockets."""
         for listener in self._server.servers:
@@ -100,7 +106,7 @@ class HTTPServer:
         state, header = self._server.server_state, (b"connection", b"close")
         self._config.encoded_headers.append(header)  # uvicorn copies these once per second
         state.default_headers = [*state.default_headers, header]
-        for connection in state.connections:
+        for connection in self._connections:
             cycle = connection.cycle
             if cycle and not cycle.response_started:
                 cycle.keep_alive = False
@@ -108,7 +114,7 @@ class HTTPServer:
     async def idle(self, linger: float) -> None:
         """Return when no connection has a request; close each that has had none for `linger` seconds."""
         since: dict[Any, float] = {}
-        while connections := set(self._server.server_state.connections):
+        while connections := set(self._connections):
             now = time.monotonic()
             unused = {each for each in connections if each.cycle is None or each.cycle.response_complete}
             since = {each: since.get(each, now) for each in unused}
@@ -120,7 +126,7 @@ class HTTPServer:
         """Return when the operating system has the end of every complete response."""
         while any(
             each.cycle and each.cycle.response_complete and each.transport.get_write_buffer_size()
-            for each in self._server.server_state.connections
+            for each in self._connections
         ):
             await asyncio.sleep(POLL_S)
 

@@ -13,10 +13,19 @@ from sqlalchemy.exc import OperationalError
 from llmrun.errors import ClusterError
 from llmrun.settings import Settings
 from llmrun_runtime import supervise
+from llmrun_runtime.actors import ClusterActors
 from llmrun_runtime.cluster import bootstrap
 from llmrun_runtime.control import actor as actor_module
 from llmrun_runtime.control.actor import Control
 from llmrun_runtime.control.control_plane import ControlPlane
+
+
+async def make_control(home: Path) -> Control:
+    """Return a control as Ray creates it."""
+    settings = Settings(home=home).model_dump(mode="json")
+    control = Control.__new__(Control)
+    await control.__init__(ClusterActors(settings, "http://127.0.0.1:8000", "127.0.0.1", 8000, insecure=False))  # type: ignore[misc]
+    return control
 
 
 async def test_control_that_restarts_while_its_database_is_away_comes_back(
@@ -35,8 +44,8 @@ async def test_control_that_restarts_while_its_database_is_away_comes_back(
     monkeypatch.setattr(ControlPlane, "load", load)
     monkeypatch.setattr("llmrun_runtime.http.serve", serve)
     monkeypatch.setattr(actor_module, "RELOAD_S", 0.05)
-    control = Control.__new__(Control)
-    await control.__init__(Settings(home=tmp_path).model_dump(mode="json"), "http://127.0.0.1:8000")  # type: ignore[misc]
+    monkeypatch.setattr(actor_module, "keep_ingresses", serve)
+    control = await make_control(tmp_path)
     try:
         for _ in range(3):  # not one load for each of 500 replicas' calls
             with pytest.raises(ClusterError, match="it is locked"):
@@ -58,8 +67,7 @@ async def test_an_error_of_the_database_is_one_line(tmp_path: Path, monkeypatch:
         raise OperationalError("SELECT models.new", {}, Exception("no such column: models.new"))
 
     monkeypatch.setattr(ControlPlane, "load", load)
-    control = Control.__new__(Control)
-    await control.__init__(Settings(home=tmp_path).model_dump(mode="json"), "http://127.0.0.1:8000")  # type: ignore[misc]
+    control = await make_control(tmp_path)
     with pytest.raises(ClusterError) as caught:
         await control.start()
     control._socket.close()

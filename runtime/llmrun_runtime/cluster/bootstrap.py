@@ -1,8 +1,8 @@
 """`python -m llmrun_runtime.cluster.bootstrap`: starts, restarts or stops control and the ingress on Ray.
 
 Ray reads the cluster's address from `RAY_ADDRESS`. The actors outlive this process. It prints its result as one line of
-JSON (`{"ready": URL}`, `{"stopped": true}` or `{"error": TEXT}`), then exits, or with `--stay` reads commands. Before the
-result, and during a command, it prints `{"waiting": N}`: the number of requests in flight.
+JSON (`{"ready": URL}`, `{"stopped": true}` or `{"error": TEXT}`), then exits, or with `--stay` reads commands. Before
+the result, and during a command, it prints `{"waiting": N}`: the number of requests in flight.
 """
 
 from __future__ import annotations

@@ -194,7 +194,7 @@ class IngressActor:
                     http.bind(self._actors.host, self._actors.port).close()
                 sockets = [http.bind(self._actors.host, self._actors.port, shared=True)]
             except ClusterError as error:
-                log.error("%s", error)
+                log.warning("%s", error)
                 if not self._listening.done():
                     self._listening.set_exception(error)
                     self._listening.exception()  # `start` may not be called, and the loop would log it
@@ -235,7 +235,7 @@ class IngressActor:
                 )
             except NoControl:
                 if not self._ended:
-                    log.error("there is no actor control: creating it")
+                    log.warning("there is no actor control: creating it")
                     await asyncio.to_thread(self._actors.create_control)
                 continue
             except (ray.exceptions.RayError, TimeoutError) as error:
