@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from llmrun.decorator import build_spec
+from llmrun.settings import Settings
 from llmrun.spec import ModelSpec
+from llmrun_runtime.actors import ClusterActors
+from llmrun_runtime.control.actor import Control
 from llmrun_runtime.control.state.models import Deployed
 from llmrun_runtime.placement import Placement
 from llmrun_runtime.wire.reports import ReplicaReport
@@ -30,3 +34,11 @@ def report(state: Any = "ready", replica: str = "r1", **fields: Any) -> ReplicaR
         **{"host": "h", "port": 1, "link": 2, "token": "t"},
     }
     return ReplicaReport(id=replica, state=state, **(defaults | fields))
+
+
+async def make_control(home: Path) -> Control:
+    """Return a control as Ray creates it."""
+    settings = Settings(home=home).model_dump(mode="json")
+    control = Control.__new__(Control)
+    await control.__init__(ClusterActors(settings, "http://127.0.0.1:8000", "127.0.0.1", 8000, insecure=False))  # type: ignore[misc]
+    return control

@@ -11,21 +11,11 @@ import ray
 from sqlalchemy.exc import OperationalError
 
 from llmrun.errors import ClusterError
-from llmrun.settings import Settings
 from llmrun_runtime import supervise
-from llmrun_runtime.actors import ClusterActors
 from llmrun_runtime.cluster import bootstrap
 from llmrun_runtime.control import actor as actor_module
-from llmrun_runtime.control.actor import Control
 from llmrun_runtime.control.control_plane import ControlPlane
-
-
-async def make_control(home: Path) -> Control:
-    """Return a control as Ray creates it."""
-    settings = Settings(home=home).model_dump(mode="json")
-    control = Control.__new__(Control)
-    await control.__init__(ClusterActors(settings, "http://127.0.0.1:8000", "127.0.0.1", 8000, insecure=False))  # type: ignore[misc]
-    return control
+from tests.support.factories import make_control
 
 
 async def test_control_that_restarts_while_its_database_is_away_comes_back(

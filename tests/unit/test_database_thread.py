@@ -18,7 +18,6 @@ from llmrun.errors import ClusterError
 from llmrun.settings import Settings
 from llmrun_runtime import ray_internals
 from llmrun_runtime.control import database_check
-from llmrun_runtime.control.actor import Control
 from llmrun_runtime.control.autoscaling.serve_apps import ServeApps
 from llmrun_runtime.control.control_plane import ControlPlane
 from llmrun_runtime.control.database_check import check_database, find_mismatch
@@ -58,8 +57,8 @@ async def test_a_locked_database_delays_no_report_and_no_routing_table(
     monkeypatch.setattr(ServeApps, "load", no_applications)
     monkeypatch.setattr("llmrun_runtime.http.serve", serve)
     monkeypatch.setattr("llmrun_runtime.control.control_plane.prestart", lambda *_: None)
-    control = Control.__new__(Control)
-    await control.__init__(Settings(home=tmp_path).model_dump(mode="json"), "http://127.0.0.1:8000")  # type: ignore[misc]
+    monkeypatch.setattr("llmrun_runtime.control.actor.keep_ingresses", serve)
+    control = await factories.make_control(tmp_path)
     await control.start()
     plane = control._plane
     plane.database.put_version(factories.deployed(factories.spec(), proven=False), active=True)

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -46,6 +47,7 @@ STOP_TIMEOUT_S = 120
 # The drain's own timeout comes first.
 DRAIN_MARGIN_S = 10
 POLL_S = 0.1
+ANSI_CODES = re.compile(r"\x1b\[[0-9;]*m")
 # Only code packages (at most 100 MiB) pass through Ray's object store.
 OBJECT_STORE_BYTES = 256 * 2**20
 # Nothing listens on this port.
@@ -298,7 +300,8 @@ def ray_failure(log: Path) -> str:
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
     except OSError:
         lines = []
-    processes = [line for line in lines if "[exit code" in line]
+    plain = [ANSI_CODES.sub("", line).rpartition(" -- ")[2] for line in lines]
+    processes = [line for line in plain if "[exit code" in line]
     return f"Ray's process {', '.join(processes)} exited" if processes else f"Ray exited: see {log}"
 
 
