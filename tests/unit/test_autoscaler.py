@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from llmrun.errors import Refused
 from llmrun_runtime.control.autoscaling import autoscaler as autoscaler_module
+from llmrun_runtime.control.autoscaling import capacity as capacity_module
 from llmrun_runtime.control.autoscaling.autoscaler import Autoscaler
 from llmrun_runtime.control.autoscaling.cold_starts import ColdStarts
 from llmrun_runtime.control.keys import Keys
@@ -57,6 +58,8 @@ class Cluster:
             registry=self.registry,
             cold_starts=self.cold_starts,
             keys=Keys(self.database),
+            nodes=self.nodes,
+            head=lambda: "n",
             control=("127.0.0.1", 1),
         )
 
@@ -81,7 +84,7 @@ class Cluster:
 
     async def tick(self) -> None:
         """Run one iteration of the loop, and wait until its targets are set."""
-        await self.autoscaler.tick()
+        await self.autoscaler.tick(time.monotonic())
         await asyncio.sleep(0.01)
 
     def status(self, model: str) -> tuple[str, str]:
@@ -90,10 +93,8 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    cluster = Cluster(tmp_path)
-    monkeypatch.setattr(autoscaler_module, "cluster_nodes", cluster.nodes)
-    return cluster
+def cluster(tmp_path: Path) -> Cluster:
+    return Cluster(tmp_path)
 
 
 async def test_a_request_wakes_a_model_and_its_first_replica_proves_it(cluster: Cluster) -> None:
@@ -244,7 +245,7 @@ async def test_the_first_table_waits_for_lost_replicas_no_longer_than_that(
 
 
 async def test_a_draining_replica_does_not_count_as_placed(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autoscaler_module, "PLACING_S", 0.05)
+    monkeypatch.setattr(capacity_module, "PLACING_S", 0.05)
     for name in ("one", "other"):
         cluster.deploy(name, min_uptime=0)
     cluster.serve.targets["other"] = 1

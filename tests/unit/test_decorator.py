@@ -274,10 +274,12 @@ def test_paths_are_distinguished_from_other_sources() -> None:
 def test_markers_of_options() -> None:
     assert marked(ModelSpec, Marker.NO_RESTART) == (
         *("min_replicas", "max_replicas", "idle_timeout", "schedule", "min_uptime", "evictable"),
+        "max_wait_for_room",
         *("target_ongoing_requests", "max_ongoing_requests", "max_queued"),
         *("rpm", "tpm", "max_in_flight", "log_engine_metrics"),
     )
     assert marked(LoRA, Marker.NO_RESTART) == ("path", "adapters", "refresh")
     assert marked(ModelSpec, Marker.NEEDS_CONTROL) == (
-        *("schedule", "min_uptime", "evictable", "rpm", "tpm", "max_in_flight", "log_engine_metrics"),
+        *("schedule", "min_uptime", "evictable", "max_wait_for_room"),
+        *("rpm", "tpm", "max_in_flight", "log_engine_metrics"),
     )

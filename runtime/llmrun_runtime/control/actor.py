@@ -73,6 +73,7 @@ class Control:
             raise
         self._loaded = plane
         work: dict[str, Callable[[], Awaitable[None]]] = {
+            "nodes": plane.nodes.run,
             "autoscaler": plane.autoscaler.run,
             "warm nodes": plane.warm_nodes.run,
             "usage": lambda: plane.usage.run(plane.live_replicas),

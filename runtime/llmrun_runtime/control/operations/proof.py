@@ -78,7 +78,7 @@ class Prover:
         replicas = self._registry.replicas_of(row.name)
         freed = {node.id: [old.placement for r in replicas if r.node == node.id] for node in nodes} if old else {}
         if not old or not replicas or not has_capacity(row.placement, nodes, freed):
-            return self._autoscaler.shortage(row, nodes)
+            return self._autoscaler.shortage(row)
         text = f"not enough capacity next to version {old.version}: draining it first, requests are queued"
         await operation.emit("step", row.name, text)
         self._models.lock(row.name)
