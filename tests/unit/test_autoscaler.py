@@ -268,3 +268,47 @@ async def test_a_stored_model_that_cannot_be_read_is_shown_until_it_is_deployed_
     assert not statuses["one"].cause
     cluster.deploy("old")
     assert [status.cause for status in cluster.autoscaler.statuses()] == ["", ""]
+
+
+def start_and_die(cluster: Cluster, number: int) -> None:
+    """Let a replica become ready, answer a request, and lose its engine."""
+    report = factories.report("ready", f"r{number}", model="one", in_flight=1)
+    cluster.registry.report(report, time.monotonic())
+    cluster.autoscaler.replica_ready(report)
+    cluster.autoscaler.engine_died(report, "the engine died: CUDA error")
+    cluster.registry.remove(report.id)
+
+
+async def test_an_engine_that_dies_soon_after_each_start_backs_off_and_is_refused(cluster: Cluster) -> None:
+    cluster.deploy("one")
+    await cluster.tick()
+    cluster.serve.targets["one"] = 1
+    start_and_die(cluster, 1)
+    await cluster.tick()
+    assert cluster.serve.targets["one"] == 0, "Serve would restart it at once"
+    assert cluster.autoscaler.table.models["one"].failures == 1
+    for number in (2, 3):
+        start_and_die(cluster, number)
+    await cluster.tick()
+    route = cluster.autoscaler.table.models["one"]
+    assert (route.failures, route.paused, route.cause) == (3, True, "the engine died: CUDA error")
+    with pytest.raises(Refused, match="CUDA error"):
+        cluster.autoscaler.warm("one")
+
+
+async def test_a_stable_replica_clears_earlier_failures(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster.deploy("one")
+    start_and_die(cluster, 1)
+    stopped = factories.report("ready", "clean", model="one", in_flight=1)
+    cluster.registry.report(stopped, time.monotonic())
+    cluster.autoscaler.replica_ready(stopped)
+    cluster.autoscaler.replica_stopped(stopped)  # it served, and went to zero
+    cluster.registry.remove("clean")
+    start_and_die(cluster, 2)
+    await cluster.tick()
+    assert cluster.autoscaler.table.models["one"].failures == 1
+    monkeypatch.setattr(autoscaler_module, "STABLE_S", 0)
+    cluster.serve.targets["one"] = 1
+    start_and_die(cluster, 3)  # it ran for long: Serve replaces it at once
+    await cluster.tick()
+    assert cluster.autoscaler.table.models["one"].failures == 0 and cluster.serve.targets["one"] == 1

@@ -114,6 +114,8 @@ class Control:
         plane = self._plane
         if cause:
             plane.autoscaler.engine_died(report, cause)
+        else:
+            plane.autoscaler.replica_stopped(report)
         plane.usage.report(report, time.monotonic())
         plane.metrics.report(report)
         plane.usage.forget(report.id)

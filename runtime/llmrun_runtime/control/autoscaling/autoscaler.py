@@ -42,6 +42,8 @@ SURPLUS_S = 10.0
 WARM_S = 600.0
 # Replicas report twice per second. After a restart, control waits this long for those that Serve runs.
 FIRST_TABLE_S = 2.0
+# An engine that dies sooner after it was ready counts as a failed start.
+STABLE_S = 300.0
 
 
 class Autoscaler:
@@ -126,24 +128,50 @@ class Autoscaler:
         if last and first_seen < last.at:
             log.warning("%s v%d: another replica of the same start failed: %s", row.name, row.version, cause)
             return
-        count = last.count + 1 if last else 1
-        state.failure, state.warm_until = Failure(count, cause, now), 0
+        count = self._count_failure(state, cause, now)
         log.warning("%s v%d failed to start (%d in a row): %s", row.name, row.version, count, cause)
+
+    def _count_failure(self, state: ModelState, cause: str, now: float) -> int:
+        """Record a failure after those in a row before it. Return their number."""
+        last = state.failure or state.past_failure
+        state.failure = Failure(last.count + 1 if last else 1, cause, now)
+        state.past_failure, state.warm_until = None, 0
         self.kick()
+        return state.failure.count
 
     def replica_ready(self, report: ReplicaReport) -> None:
-        """Clear the failures of the replica's version."""
+        """End the back-off of the replica's version. Its failures still count until a replica is stable."""
         row = self._models.get(report.model)
         if row and row.engine_version == report.version:
             state = self._states[row.name]
+            state.past_failure = state.failure or state.past_failure
             state.failure, state.death, state.evicted, state.warm_until = None, "", "", 0
 
     def engine_died(self, report: ReplicaReport, cause: str) -> None:
-        """Record that a replica's engine died after it was ready. Serve starts another replica."""
+        """Record that a replica's engine died after it was ready.
+
+        Within STABLE_S it counts as a failed start: the model backs off, instead of a restart without a pause. After
+        that, Serve starts another replica.
+        """
         row = self._models.get(report.model)
         log.warning("%s v%d: %s", report.model, report.version, cause)
-        if row and row.engine_version == report.version:
-            self._states[row.name].death = cause
+        if not row or row.engine_version != report.version:
+            return
+        state, now = self._states[row.name], time.monotonic()
+        state.death = cause
+        ready_since = self._registry.ready_since.get(report.id, now)
+        if now - ready_since >= STABLE_S:
+            state.past_failure = None
+        elif not state.failure or ready_since >= state.failure.at:  # not one of several that die together
+            count = self._count_failure(state, cause, now)
+            age = now - ready_since
+            log.warning("%s v%d died %.0f s after it was ready (%d in a row)", row.name, row.version, age, count)
+
+    def replica_stopped(self, report: ReplicaReport) -> None:
+        """Forget the failures before a replica that has served requests until it was stopped."""
+        row = self._models.get(report.model)
+        if row and row.engine_version == report.version and report.id in self._registry.served:
+            self._states[row.name].past_failure = None
 
     def warm(self, name: str) -> str:
         """Wake the model with that name or alias, as a request would. Return the model's name.
@@ -294,7 +322,10 @@ class Autoscaler:
         """Return the policy's inputs, and update the timers and flags of `state`."""
         spec, registry = row.spec, self._registry
         target = self._serve_apps.target(row.name, row.engine_version)
-        ready = len(registry.ready(row.name, row.engine_version))
+        reports = registry.ready(row.name, row.engine_version)
+        if state.past_failure and any(now - registry.ready_since.get(r.id, now) >= STABLE_S for r in reports):
+            state.past_failure = None
+        ready = len(reports)
         placed = len(self._capacity.placed(row))
         if state.warm_until <= now:
             state.warm_until = 0

@@ -39,6 +39,8 @@ class ModelState:
     """The autoscaler's state of one model's active version."""
 
     failure: Failure | None = None
+    past_failure: Failure | None = None
+    """The failures in a row before the replica that is ready now, until it is stable."""
     death: str = ""
     """Why an engine died after it was ready."""
     low_since: float = 0
