@@ -57,6 +57,10 @@ class LLMOptions(TypedDict, total=False):
     evictable: bool
     """Whether idle replicas may be evicted when another model needs their resources. Replicas within `min_replicas`
     are never evicted."""
+    max_wait_for_room: float
+    """Seconds that requests wait while busy models use the resources. Then one of those gives way: it finishes its
+    requests, stops, and waits for its own turn. Replicas within `min_uptime` or `min_replicas`, and models with
+    `evictable=False`, never give way."""
     target_ongoing_requests: int
     """Requests in flight per replica above which another replica starts."""
     max_ongoing_requests: int

@@ -81,6 +81,9 @@ class ModelSpec(BaseModel):
     schedule: Annotated[tuple[str, ...], Marker.NO_RESTART, Marker.NEEDS_CONTROL] = ()
     min_uptime: Annotated[float, Marker.NO_RESTART, Marker.NEEDS_CONTROL] = Field(default=60, ge=0, allow_inf_nan=False)
     evictable: Annotated[bool, Marker.NO_RESTART, Marker.NEEDS_CONTROL] = True
+    max_wait_for_room: Annotated[float, Marker.NO_RESTART, Marker.NEEDS_CONTROL] = Field(
+        default=30, ge=0, allow_inf_nan=False
+    )
     target_ongoing_requests: Annotated[int, Marker.NO_RESTART] = Field(default=32, ge=1)
     max_ongoing_requests: Annotated[int, Marker.NO_RESTART] = Field(default=256, ge=1)
     max_queued: Annotated[int, Marker.NO_RESTART] = Field(default=1000, ge=1)

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 
 from llmrun.errors import Refused
 from llmrun_runtime.control.autoscaling import autoscaler as autoscaler_module
+from llmrun_runtime.control.autoscaling import capacity as capacity_module
 from llmrun_runtime.control.autoscaling.autoscaler import Autoscaler
 from llmrun_runtime.control.autoscaling.cold_starts import ColdStarts
 from llmrun_runtime.control.keys import Keys
@@ -57,6 +58,8 @@ class Cluster:
             registry=self.registry,
             cold_starts=self.cold_starts,
             keys=Keys(self.database),
+            nodes=self.nodes,
+            head=lambda: "n",
             control=("127.0.0.1", 1),
         )
 
@@ -81,7 +84,7 @@ class Cluster:
 
     async def tick(self) -> None:
         """Run one iteration of the loop, and wait until its targets are set."""
-        await self.autoscaler.tick()
+        await self.autoscaler.tick(time.monotonic())
         await asyncio.sleep(0.01)
 
     def status(self, model: str) -> tuple[str, str]:
@@ -90,10 +93,8 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
-    cluster = Cluster(tmp_path)
-    monkeypatch.setattr(autoscaler_module, "cluster_nodes", cluster.nodes)
-    return cluster
+def cluster(tmp_path: Path) -> Cluster:
+    return Cluster(tmp_path)
 
 
 async def test_a_request_wakes_a_model_and_its_first_replica_proves_it(cluster: Cluster) -> None:
@@ -244,7 +245,7 @@ async def test_the_first_table_waits_for_lost_replicas_no_longer_than_that(
 
 
 async def test_a_draining_replica_does_not_count_as_placed(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autoscaler_module, "PLACING_S", 0.05)
+    monkeypatch.setattr(capacity_module, "PLACING_S", 0.05)
     for name in ("one", "other"):
         cluster.deploy(name, min_uptime=0)
     cluster.serve.targets["other"] = 1
@@ -267,3 +268,47 @@ async def test_a_stored_model_that_cannot_be_read_is_shown_until_it_is_deployed_
     assert not statuses["one"].cause
     cluster.deploy("old")
     assert [status.cause for status in cluster.autoscaler.statuses()] == ["", ""]
+
+
+def start_and_die(cluster: Cluster, number: int) -> None:
+    """Let a replica become ready, answer a request, and lose its engine."""
+    report = factories.report("ready", f"r{number}", model="one", in_flight=1)
+    cluster.registry.report(report, time.monotonic())
+    cluster.autoscaler.replica_ready(report)
+    cluster.autoscaler.engine_died(report, "the engine died: CUDA error")
+    cluster.registry.remove(report.id)
+
+
+async def test_an_engine_that_dies_soon_after_each_start_backs_off_and_is_refused(cluster: Cluster) -> None:
+    cluster.deploy("one")
+    await cluster.tick()
+    cluster.serve.targets["one"] = 1
+    start_and_die(cluster, 1)
+    await cluster.tick()
+    assert cluster.serve.targets["one"] == 0, "Serve would restart it at once"
+    assert cluster.autoscaler.table.models["one"].failures == 1
+    for number in (2, 3):
+        start_and_die(cluster, number)
+    await cluster.tick()
+    route = cluster.autoscaler.table.models["one"]
+    assert (route.failures, route.paused, route.cause) == (3, True, "the engine died: CUDA error")
+    with pytest.raises(Refused, match="CUDA error"):
+        cluster.autoscaler.warm("one")
+
+
+async def test_a_stable_replica_clears_earlier_failures(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster.deploy("one")
+    start_and_die(cluster, 1)
+    stopped = factories.report("ready", "clean", model="one", in_flight=1)
+    cluster.registry.report(stopped, time.monotonic())
+    cluster.autoscaler.replica_ready(stopped)
+    cluster.autoscaler.replica_stopped(stopped)  # it served, and went to zero
+    cluster.registry.remove("clean")
+    start_and_die(cluster, 2)
+    await cluster.tick()
+    assert cluster.autoscaler.table.models["one"].failures == 1
+    monkeypatch.setattr(autoscaler_module, "STABLE_S", 0)
+    cluster.serve.targets["one"] = 1
+    start_and_die(cluster, 3)  # it ran for long: Serve replaces it at once
+    await cluster.tick()
+    assert cluster.autoscaler.table.models["one"].failures == 0 and cluster.serve.targets["one"] == 1

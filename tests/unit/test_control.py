@@ -14,7 +14,6 @@ from llmrun.spec import ModelSpec
 from llmrun.weights import Weights
 from llmrun.wire import DeployRequest, Plan
 from llmrun_runtime.control.autoscaling import warm_nodes
-from llmrun_runtime.control.autoscaling.eviction import EvictionCandidate, choose_evictions
 from llmrun_runtime.control.autoscaling.model_state import ModelState
 from llmrun_runtime.control.autoscaling.model_view import ModelView
 from llmrun_runtime.control.autoscaling.policy import Failure
@@ -112,7 +111,7 @@ def test_fixed_nodes_are_warmed_and_idle_removable_nodes_released(monkeypatch: p
     monkeypatch.setattr(warm_nodes, "stop_agent", agents.stopped.append)
     models = Models()
     models.put(deployed(spec("a")))
-    check_nodes = warm_nodes.WarmNodes(models, registry, Operations(), 60, lambda: "head").check
+    check_nodes = warm_nodes.WarmNodes(models, registry, Operations(), 60, list, lambda: "head").check
     head, other = (Node(name, name, {"CPU": 4}, {"CPU": 4}) for name in ("head", "other"))
     check_nodes([head, other], 0)
     assert agents.warmed == [("head", "vllm"), ("other", "vllm")] and not agents.stopped
@@ -153,8 +152,8 @@ def test_a_models_state_follows_its_replicas_and_target() -> None:
     registry.report(replace(replica, state="draining"), 0)
     assert ModelView(row, state, registry, 0, locked=False).state() == "draining"
     registry.remove("r")
-    state.evicted_for = "b"
-    assert ModelView(row, state, registry, 0, locked=False).cause() == "evicted to free resources for b"
+    state.evicted = "evicted to free resources for b"
+    assert ModelView(row, state, registry, 0, locked=False).cause() == state.evicted
     state.failure = Failure(1, "no such dtype", 0)
     failed = ModelView(row, state, registry, 0, locked=False)
     assert (failed.state(), failed.cause(), failed.route(1, 2.5).failures) == ("failed", "no such dtype", 1)
@@ -176,33 +175,6 @@ def test_models_are_resolved_by_name_and_alias() -> None:
     models.unlock("a")
     models.put(deployed(spec("b")))
     assert models.resolve_unlocked("b").name == "b" and not models.candidates
-
-
-GPU = Placement(1, 1)
-
-
-@pytest.mark.parametrize(
-    ("candidates", "victims"),
-    [
-        ([], []),
-        ([("a", "n1", GPU, 5), ("b", "n1", GPU, 3), ("c", "n2", GPU, 4)], ["b"]),
-        ([("a", "n1", Placement(1, 0), 1), ("b", "n1", GPU, 3)], ["b"]),  # evicting `a` would not free a GPU
-        ([("a", "n3", GPU, 1)], []),  # on a node without GPUs
-        ([("a", "n1", Placement(1, 0), 1)], []),
-    ],
-)
-def test_the_replica_idle_for_longest_is_evicted(candidates: list[Any], victims: list[str]) -> None:
-    full = {"CPU": 4, "GPU": 0}
-    nodes = [Node(name, name, {"CPU": 8, "GPU": 2}, full) for name in ("n1", "n2")]
-    nodes.append(Node("n3", "n3", {"CPU": 8}, {"CPU": 8}))
-    chosen = choose_evictions(GPU, nodes, [EvictionCandidate("r", *candidate) for candidate in candidates])
-    assert [victim.model for victim in chosen] == victims
-
-
-def test_two_small_replicas_are_evicted_for_a_large_one() -> None:
-    nodes = [Node("n", "n", {"CPU": 8, "GPU": 2}, {"CPU": 4, "GPU": 0})]
-    candidates = [EvictionCandidate("1", "a", "n", GPU, 1), EvictionCandidate("2", "b", "n", GPU, 2)]
-    assert [victim.model for victim in choose_evictions(Placement(1, 2), nodes, candidates)] == ["a", "b"]
 
 
 def test_secrets_are_shown_by_name() -> None:
@@ -299,10 +271,6 @@ def test_a_replica_that_spans_nodes_needs_capacity_on_each() -> None:
     nodes = [Node(name, name, full, full) for name in "ab"] + [Node("c", "c", full, {"CPU": 8})]
     assert has_capacity(wide, nodes) and not has_capacity(Placement(1, 2, "A10G", 3), nodes)
     assert "1 CPUs and 2 nodes × 2 × A10G each" in shortage(wide, nodes, [])
-    busy = [Node(name, name, full, {"CPU": 8, "accelerator_type:A10G": 1}) for name in "ab"]
-    candidates = [EvictionCandidate(name, name, name, Placement(1, 2, "A10G"), 1) for name in "ab"]
-    assert [victim.id for victim in choose_evictions(wide, busy, candidates)] == ["a", "b"]
-    assert choose_evictions(wide, busy, candidates[:1]) == [], "one of two nodes is not enough"
 
 
 def test_the_registry_expires_replicas_and_ingresses_without_reports() -> None:

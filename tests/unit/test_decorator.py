@@ -275,10 +275,12 @@ def test_markers_of_options() -> None:
     assert marked(ModelSpec, Marker.NO_RESTART) == (
         "weights_nodes",
         *("min_replicas", "max_replicas", "idle_timeout", "schedule", "min_uptime", "evictable"),
+        "max_wait_for_room",
         *("target_ongoing_requests", "max_ongoing_requests", "max_queued"),
         *("rpm", "tpm", "max_in_flight", "log_engine_metrics"),
     )
     assert marked(LoRA, Marker.NO_RESTART) == ("path", "adapters", "refresh")
     assert marked(ModelSpec, Marker.NEEDS_CONTROL) == (
-        *("weights_nodes", "schedule", "min_uptime", "evictable", "rpm", "tpm", "max_in_flight", "log_engine_metrics"),
+        *("weights_nodes", "schedule", "min_uptime", "evictable", "max_wait_for_room"),
+        *("rpm", "tpm", "max_in_flight", "log_engine_metrics"),
     )

@@ -76,6 +76,7 @@ class Control:
             raise
         self._loaded = plane
         work: dict[str, Callable[[], Awaitable[None]]] = {
+            "nodes": plane.nodes.run,
             "autoscaler": plane.autoscaler.run,
             "warm nodes": plane.warm_nodes.run,
             "usage": lambda: plane.usage.run(plane.live_replicas),
@@ -117,6 +118,8 @@ class Control:
         plane = self._plane
         if cause:
             plane.autoscaler.engine_died(report, cause)
+        else:
+            plane.autoscaler.replica_stopped(report)
         plane.usage.report(report, time.monotonic())
         plane.metrics.report(report)
         plane.usage.forget(report.id)

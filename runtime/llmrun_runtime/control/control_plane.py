@@ -30,12 +30,17 @@ from llmrun_runtime.control.state.operation import Operations
 from llmrun_runtime.control.state.registry import Registry
 from llmrun_runtime.control.usage import Usage
 from llmrun_runtime.node.agent import agent_of
-from llmrun_runtime.ray_nodes import real_nodes
+from llmrun_runtime.ray_nodes import NodeSnapshot, real_nodes
 from llmrun_runtime.wire.reports import RemoteUsage, Subject, key_subject, model_subject
 from llmrun_runtime.wire.routing_table import digest_of
 
 log = logging.getLogger("llmrun.control")
 STORE_RETRY_S = 5.0
+
+
+def own_node() -> str:
+    """Return the id of the node that control runs on: the head node."""
+    return str(ray.get_runtime_context().get_node_id())
 
 
 class ControlPlane:
@@ -59,12 +64,15 @@ class ControlPlane:
         self.registry = Registry()
         self.models = Models()
         self.serve_apps = ServeApps(settings)
+        self.nodes = NodeSnapshot()
         self.autoscaler = Autoscaler(
             models=self.models,
             serve_apps=self.serve_apps,
             registry=self.registry,
             cold_starts=self.cold_starts,
             keys=self.keys,
+            nodes=self.nodes.nodes,
+            head=own_node,
             control=address,
             admin=digest_of(self.admin_key),
         )
@@ -89,14 +97,18 @@ class ControlPlane:
             self.registry,
             self.operations,
             settings.node_idle_timeout,
-            lambda: str(ray.get_runtime_context().get_node_id()),
+            self.nodes.nodes,
+            own_node,
         )
         self.metrics = ControlMetrics(metrics, self.autoscaler, self.registry, self.cold_starts)
         self.autoscaler.on_error = self.metrics.count_error
         self.usage.on_new = self.metrics.count_tokens
         self.autoscaler.on_proven = self._store_proven
         self._storing: set[asyncio.Task[None]] = set()
-        self.autoscaler.on_wake = lambda row: prestart(row.placement, self.serve_apps.replica_config(row))
+        self.autoscaler.on_wake = self._prestart
+
+    def _prestart(self, row: Deployed) -> None:
+        prestart(row.placement, self.nodes.nodes(), self.serve_apps.replica_config(row))
 
     async def load(self) -> None:
         """Restore the stored state, adopt running applications, delete those of versions that are not active.

@@ -72,6 +72,8 @@ class Traffic(Message):
     """Since when (Unix time) requests have been waiting; 0 if none waits."""
     priority: int = PRIORITIES.index("normal")
     """The highest priority of the waiting requests: its index in PRIORITIES."""
+    in_flight_priority: int = PRIORITIES.index("normal")
+    """The highest priority of the requests in flight."""
 
 
 # What a limit applies to: a key (`key:NAME`) or a model (`model:NAME`).

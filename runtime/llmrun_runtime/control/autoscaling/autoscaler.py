@@ -1,4 +1,4 @@
-"""The autoscaling loop: applies the policy to each model, evicts idle replicas, publishes the routing table.
+"""The autoscaling loop: applies the policy to each model, makes room, publishes the routing table.
 
 The decision itself is `policy.decide`. A model that a deploy has locked keeps its target.
 """
@@ -18,9 +18,9 @@ from ray.serve.exceptions import RayServeException
 
 from llmrun.errors import Refused
 from llmrun.wire import ModelStatus, State
+from llmrun_runtime.control.autoscaling.capacity import Capacity
 from llmrun_runtime.control.autoscaling.cold_starts import ColdStarts
-from llmrun_runtime.control.autoscaling.eviction import EvictionCandidate, choose_evictions
-from llmrun_runtime.control.autoscaling.model_state import EvictionState, ModelState
+from llmrun_runtime.control.autoscaling.model_state import ModelState
 from llmrun_runtime.control.autoscaling.model_view import ModelView, unreadable_status
 from llmrun_runtime.control.autoscaling.policy import Demand, Failure, ScalingLimits, decide
 from llmrun_runtime.control.autoscaling.serve_apps import ServeApps
@@ -28,21 +28,22 @@ from llmrun_runtime.control.keys import Keys
 from llmrun_runtime.control.state.models import Deployed, Models
 from llmrun_runtime.control.state.registry import Registry
 from llmrun_runtime.engines.registry import get_engine
-from llmrun_runtime.placement import Node, has_capacity, shortage
-from llmrun_runtime.ray_nodes import cluster_nodes
+from llmrun_runtime.placement import Node
 from llmrun_runtime.wire.reports import LEASE_S, ReplicaReport
 from llmrun_runtime.wire.routing_table import ModelRoute, Table, by_names
 
 log = logging.getLogger("llmrun.control")
 TICK_S = 0.25
-# A replica reports once its worker has started. One that has not reported after this time counts as not placed.
-PLACING_S = 4.0
+# Reports of hundreds of replicas must not make ticks run back to back.
+MIN_TICK_S = 0.05
 # Serve acts on a target within a second. If surplus replicas stay for this long, Serve did not receive the target.
 SURPLUS_S = 10.0
 # `llmrun warm` requests a replica for this long if there is not enough capacity.
 WARM_S = 600.0
 # Replicas report twice per second. After a restart, control waits this long for those that Serve runs.
 FIRST_TABLE_S = 2.0
+# An engine that dies sooner after it was ready counts as a failed start.
+STABLE_S = 300.0
 
 
 class Autoscaler:
@@ -56,6 +57,8 @@ class Autoscaler:
         registry: Registry,
         cold_starts: ColdStarts,
         keys: Keys,
+        nodes: Callable[[], list[Node]],
+        head: Callable[[], str],
         control: tuple[str, int],
         admin: str = "",
     ) -> None:
@@ -74,6 +77,9 @@ class Autoscaler:
         self._cold_starts = cold_starts
         self._keys = keys
         self._states: dict[str, ModelState] = {}
+        self._capacity = Capacity(
+            models=models, registry=registry, serve_apps=serve_apps, states=self._states, nodes=nodes, head=head
+        )
         self._first_tick = 0.0
         self._kicked = asyncio.Event()
         self._table_changed = asyncio.Condition()
@@ -122,24 +128,50 @@ class Autoscaler:
         if last and first_seen < last.at:
             log.warning("%s v%d: another replica of the same start failed: %s", row.name, row.version, cause)
             return
-        count = last.count + 1 if last else 1
-        state.failure, state.warm_until = Failure(count, cause, now), 0
+        count = self._count_failure(state, cause, now)
         log.warning("%s v%d failed to start (%d in a row): %s", row.name, row.version, count, cause)
+
+    def _count_failure(self, state: ModelState, cause: str, now: float) -> int:
+        """Record a failure after those in a row before it. Return their number."""
+        last = state.failure or state.past_failure
+        state.failure = Failure(last.count + 1 if last else 1, cause, now)
+        state.past_failure, state.warm_until = None, 0
         self.kick()
+        return state.failure.count
 
     def replica_ready(self, report: ReplicaReport) -> None:
-        """Clear the failures of the replica's version."""
+        """End the back-off of the replica's version. Its failures still count until a replica is stable."""
         row = self._models.get(report.model)
         if row and row.engine_version == report.version:
             state = self._states[row.name]
-            state.failure, state.death, state.evicted_for, state.warm_until = None, "", "", 0
+            state.past_failure = state.failure or state.past_failure
+            state.failure, state.death, state.evicted, state.warm_until = None, "", "", 0
 
     def engine_died(self, report: ReplicaReport, cause: str) -> None:
-        """Record that a replica's engine died after it was ready. Serve starts another replica."""
+        """Record that a replica's engine died after it was ready.
+
+        Within STABLE_S it counts as a failed start: the model backs off, instead of a restart without a pause. After
+        that, Serve starts another replica.
+        """
         row = self._models.get(report.model)
         log.warning("%s v%d: %s", report.model, report.version, cause)
-        if row and row.engine_version == report.version:
-            self._states[row.name].death = cause
+        if not row or row.engine_version != report.version:
+            return
+        state, now = self._states[row.name], time.monotonic()
+        state.death = cause
+        ready_since = self._registry.ready_since.get(report.id, now)
+        if now - ready_since >= STABLE_S:
+            state.past_failure = None
+        elif not state.failure or ready_since >= state.failure.at:  # not one of several that die together
+            count = self._count_failure(state, cause, now)
+            age = now - ready_since
+            log.warning("%s v%d died %.0f s after it was ready (%d in a row)", row.name, row.version, age, count)
+
+    def replica_stopped(self, report: ReplicaReport) -> None:
+        """Forget the failures before a replica that has served requests until it was stopped."""
+        row = self._models.get(report.model)
+        if row and row.engine_version == report.version and report.id in self._registry.served:
+            self._states[row.name].past_failure = None
 
     def warm(self, name: str) -> str:
         """Wake the model with that name or alias, as a request would. Return the model's name.
@@ -150,7 +182,7 @@ class Autoscaler:
         state, now = self._states[row.name], time.monotonic()
         if state.failure and state.failure.refuses(now):
             raise Refused(f"{row.name} failed to start: {state.failure.cause}", 503)
-        state.unloaded = False
+        state.unloaded, state.warmed = False, True
         state.warm_until = 0 if self._registry.ready(row.name, row.engine_version) else now + WARM_S
         self._registry.mark_used(row.name, now)
         self.kick()
@@ -186,11 +218,14 @@ class Autoscaler:
             return self.table
 
     async def run(self) -> None:
-        """Tick every TICK_S, and at once after `kick`. Never returns."""
+        """Tick every TICK_S, and after `kick`, but not more often than every MIN_TICK_S. Never returns."""
+        last = 0.0
         while True:
+            await asyncio.sleep(last + MIN_TICK_S - time.monotonic())  # at most 0: no pause
+            last = time.monotonic()
             self._kicked.clear()
             try:
-                await self.tick()
+                await self.tick(last)
             except Exception:
                 log.exception("autoscaler tick failed, retrying")
                 self.on_error("autoscaler")
@@ -198,13 +233,15 @@ class Autoscaler:
                 async with asyncio.timeout(TICK_S):
                     await self._kicked.wait()
 
-    async def tick(self) -> None:
-        """Remove replicas that no longer report, decide each model's target, then publish the table."""
-        now = time.monotonic()
+    async def tick(self, now: float) -> None:
+        """Remove replicas that no longer report, decide each model's target, then publish the table.
+
+        `now` is monotonic.
+        """
         for report in self._registry.expire(now):
             log.warning("%r has not reported for %g s: removed from the routing table", report, LEASE_S)
         routes = {}
-        for row in list(self._models.deployed.values()):
+        for row in self._capacity.in_order():
             try:
                 if not self._models.is_locked(row.name):
                     self._decide(row, now)
@@ -247,23 +284,27 @@ class Autoscaler:
                 self._table_changed.notify_all()
 
     def _decide(self, row: Deployed, now: float) -> None:
-        """Decide one model's target, and set it in Serve if it changed."""
+        """Decide one model's target, find room for its replicas, and set the target in Serve if it changed."""
         state = self._states[row.name]
         row = self._read_reports(row, state)
         limits, demand = self._measure(row, state, now)
-        target, desired = demand.target, decide(limits, demand).target
-        self._find_capacity(row, state, limits, demand, desired)
+        target, wanted = demand.target, decide(limits, demand).target
+        for name, lower in self._capacity.search(row, demand, wanted).items():
+            self._start_setting(self._models.deployed[name], lower)
+        desired = wanted
+        if text := self._capacity.held(row, demand, wanted):
+            desired, state.search.shortage = min(wanted, demand.placed), text
         if desired > target:
             state.pending = True
             if not target and demand.waiting:
                 requested = self._registry.waiting_since(row.name) or time.time()
                 self._cold_starts.begin(row.name, row.engine_version, requested)
-        elif desired < target and not demand.placed:
+        elif wanted < target and not demand.placed:
             self._cold_starts.end(row.name, row.engine_version, "withdrawn")
         confirmed = self._serve_apps.is_confirmed(row.name, row.engine_version)
         if (desired != target or not confirmed) and not state.setting_target:
-            state.task = asyncio.get_running_loop().create_task(self._set_target(row, desired))
-            if not target and demand.waiting and not state.eviction.shortage:
+            self._start_setting(row, desired)
+            if desired > target == 0 and demand.waiting and not state.search.shortage:
                 self.on_wake(row)
 
     def _read_reports(self, row: Deployed, state: ModelState) -> Deployed:
@@ -281,15 +322,20 @@ class Autoscaler:
         """Return the policy's inputs, and update the timers and flags of `state`."""
         spec, registry = row.spec, self._registry
         target = self._serve_apps.target(row.name, row.engine_version)
-        ready = len(registry.ready(row.name, row.engine_version))
-        placed = len(registry.placed(row.name, row.engine_version))
+        reports = registry.ready(row.name, row.engine_version)
+        if state.past_failure and any(now - registry.ready_since.get(r.id, now) >= STABLE_S for r in reports):
+            state.past_failure = None
+        ready = len(reports)
+        placed = len(self._capacity.placed(row))
         if state.warm_until <= now:
             state.warm_until = 0
-        waiting, in_flight = registry.waiting(row.name) + bool(state.warm_until), registry.in_flight(row.name)
+        waiting = registry.waiting(row.name) + bool(state.warm_until)
+        in_flight = registry.load(row.name, row.engine_version)
         self._check_surplus(row, state, ready - target, now)
         state.unloaded = state.unloaded and not waiting
         state.pending = state.pending and placed < target
-        min_replicas = self._min_replicas(row)
+        state.warmed = state.warmed and bool(target or state.warm_until)
+        min_replicas = self._capacity.min_replicas(row)
         limits = ScalingLimits(min_replicas, spec.max_replicas, spec.target_ongoing_requests, spec.idle_timeout)
         if limits.required(waiting + in_flight) >= target:
             state.low_since = now
@@ -315,6 +361,10 @@ class Autoscaler:
             self._serve_apps.mark_unconfirmed(row.name, row.engine_version)
             state.surplus_since = now
 
+    def _start_setting(self, row: Deployed, replicas: int) -> None:
+        task = asyncio.get_running_loop().create_task(self._set_target(row, replicas))
+        self._states[row.name].task = task
+
     async def _set_target(self, row: Deployed, replicas: int) -> None:
         log.info("%s v%d: target %d", row.name, row.engine_version, replicas)
         try:
@@ -322,86 +372,9 @@ class Autoscaler:
         except (ray.exceptions.RayError, RayServeException, TimeoutError) as error:
             log.warning("could not set the target of %s in Serve, retrying: %r", row.name, error)
 
-    def _min_replicas(self, row: Deployed) -> int:
-        """Return the replicas to keep without requests."""
-        if self._states[row.name].unloaded:
-            return 0
-        return max(row.spec.min_replicas, int(row.spec.scheduled(time.time())))
-
-    def _find_capacity(
-        self, row: Deployed, state: ModelState, limits: ScalingLimits, demand: Demand, desired: int
-    ) -> None:
-        """Evict idle replicas of other models if a required replica does not fit.
-
-        When the target rises, this happens at once; otherwise after PLACING_S, because Ray's numbers of free resources
-        are some tenths of a second old and a worker takes time to start. A replica that is only a retry after failures
-        evicts none.
-        """
-        now, eviction = demand.now, state.eviction
-        if desired <= demand.placed:
-            state.eviction = EvictionState()
-            return
-        eviction.unplaced_since = eviction.unplaced_since or now
-        if eviction.victims:
-            # A victim that does not even drain by then: Serve did not receive the target.
-            late = now - eviction.started > PLACING_S
-            running = {i: m for i, m in eviction.victims.items() if self._registry.is_registered(i, draining=late)}
-            if running:
-                eviction.shortage = f"waiting for the eviction of {', '.join(dict.fromkeys(running.values()))}"
-                return
-            state.eviction = eviction = EvictionState(unplaced_since=now)
-        # The model's own draining replica may free its resources in a moment.
-        draining = len(self._registry.replicas_of(row.name)) > demand.placed
-        if (desired <= demand.target or draining) and now - eviction.unplaced_since <= PLACING_S:
-            return
-        nodes = cluster_nodes()
-        eviction.shortage = self.shortage(row, nodes)
-        requested = demand.waiting or demand.in_flight or desired <= limits.min_replicas
-        if eviction.shortage and requested:
-            victims = choose_evictions(row.placement, nodes, self._eviction_candidates(row, now))
-            for model in {victim.model for victim in victims}:
-                ids = [victim.id for victim in victims if victim.model == model]
-                if self._evict(self._models.deployed[model], len(ids), row):
-                    eviction.victims |= dict.fromkeys(ids, model)
-            eviction.started = now
-
-    def _eviction_candidates(self, row: Deployed, now: float) -> list[EvictionCandidate]:
-        """Return the replicas of other models that may be evicted."""
-        registry, candidates = self._registry, []
-        for other in self._models.deployed.values():
-            name = other.name
-            if name == row.name or not other.spec.evictable or self._models.is_locked(name):
-                continue
-            if registry.waiting(name) or registry.in_flight(name):
-                continue
-            old = [
-                report
-                for report in registry.ready(name, other.engine_version)
-                if now - registry.ready_since.get(report.id, now) >= other.spec.min_uptime
-            ]
-            spare = max(0, self._serve_apps.target(name, other.engine_version) - self._min_replicas(other))
-            idle_since = registry.last_used.get(name, 0)
-            candidates += [EvictionCandidate(r.id, name, r.node, other.placement, idle_since) for r in old[:spare]]
-        return candidates
-
-    def _evict(self, row: Deployed, replicas: int, for_row: Deployed) -> bool:
-        """Lower a model's target by `replicas`; Serve chooses which. False while its target is being set."""
-        state = self._states[row.name]
-        if state.setting_target:
-            return False
-        log.info("evicting %d replicas of %s for %s", replicas, row.name, for_row.name)
-        state.evicted_for = for_row.name
-        target = self._serve_apps.target(row.name, row.engine_version)
-        state.task = asyncio.get_running_loop().create_task(self._set_target(row, max(0, target - replicas)))
-        return True
-
     def shortage(self, row: Deployed, nodes: list[Node] | None = None) -> str:
-        """Say why a replica of the version cannot be placed now, and which models use resources; "" if it can."""
-        nodes = cluster_nodes() if nodes is None else nodes
-        if has_capacity(row.placement, nodes):
-            return ""
-        users = sorted({report.model for report, _ in self._registry.replicas.values()})
-        return shortage(row.placement, nodes, users)
+        """See `Capacity.shortage`."""
+        return self._capacity.shortage(row, nodes)
 
     def _view(self, row: Deployed) -> ModelView:
         target = self._serve_apps.target(row.name, row.engine_version)

@@ -5,21 +5,33 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
+from llmrun_runtime.control.autoscaling.eviction import EvictionCandidate
 from llmrun_runtime.control.autoscaling.policy import Failure
+
+# Ray places a replica, and its worker starts and reports, within this time.
+FREED_S = 4.0
 
 
 @dataclass
-class EvictionState:
-    """A model's search for capacity: why a replica is not placed, and the replicas evicted for it."""
+class RoomSearch:
+    """A model's search for room: why a replica is not placed, and the replicas that end for it."""
 
     unplaced_since: float = 0
     """Since when a required replica has not been placed."""
     shortage: str = ""
     """Why it cannot be placed, in one line."""
-    victims: dict[str, str] = field(default_factory=dict)
-    """The replicas being evicted, and their models."""
+    victims: dict[str, EvictionCandidate] = field(default_factory=dict)
+    """By id, the replicas that end."""
     started: float = 0
-    """When the last eviction started."""
+    """When they were chosen."""
+    freed: float = 0
+    """When the last of them was gone."""
+    room: frozenset[str] = frozenset()
+    """The nodes of the victims."""
+
+    def reserves(self, now: float) -> bool:
+        """Whether `room` is for this model's replica: its victims end, or Ray may not have placed the replica yet."""
+        return bool(self.victims) or (bool(self.freed and self.room) and now - self.freed <= FREED_S)
 
 
 @dataclass
@@ -27,6 +39,8 @@ class ModelState:
     """The autoscaler's state of one model's active version."""
 
     failure: Failure | None = None
+    past_failure: Failure | None = None
+    """The failures in a row before the replica that is ready now, until it is stable."""
     death: str = ""
     """Why an engine died after it was ready."""
     low_since: float = 0
@@ -39,9 +53,15 @@ class ModelState:
     """Until when `llmrun warm` requests a replica; 0 once one is ready."""
     unloaded: bool = False
     """Whether `llmrun unload` keeps it at zero, until the next request."""
-    eviction: EvictionState = field(default_factory=EvictionState)
-    evicted_for: str = ""
-    """The model that this model's replicas were last evicted for."""
+    warmed: bool = False
+    """Whether `llmrun warm` started it; until its target is zero."""
+    search: RoomSearch = field(default_factory=RoomSearch)
+    evicted: str = ""
+    """Why its replicas last ended for another model, in one line."""
+    ending: set[str] = field(default_factory=set)
+    """Its replicas that end for other models, until they are gone."""
+    spared_until: float = 0
+    """Until when none of its replicas end for another model."""
     task: asyncio.Task[None] | None = field(default=None, repr=False)
     """Sets the target in Serve."""
     paths: frozenset[str] = frozenset()

@@ -44,8 +44,7 @@ class ModelView:
             return state.error
         if state.failure:
             return state.failure.cause
-        evicted = f"evicted to free resources for {state.evicted_for}" if state.evicted_for else ""
-        return state.death or state.eviction.shortage or evicted
+        return state.death or state.search.shortage or state.evicted
 
     def phase(self) -> str:
         """Return the current phase of the model's start; "" once a replica is ready."""
@@ -57,7 +56,7 @@ class ModelView:
         for moment, phase in PHASES.items():
             if moment in reached:
                 return phase
-        return self.model_state.eviction.shortage or "placing a replica"
+        return self.model_state.search.shortage or "placing a replica"
 
     def route(self, now: float, usual_start: float) -> ModelRoute:
         """Return the model's entry of the routing table; `now` is monotonic."""

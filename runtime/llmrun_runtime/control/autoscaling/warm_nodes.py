@@ -16,7 +16,6 @@ from llmrun_runtime.control.state.operation import Operations
 from llmrun_runtime.control.state.registry import Registry
 from llmrun_runtime.node.agent import agent_name, agent_on
 from llmrun_runtime.placement import Node, Placement, could_run, has_capacity
-from llmrun_runtime.ray_nodes import cluster_nodes
 from llmrun_runtime.wire.replica_config import ReplicaConfig
 
 log = logging.getLogger("llmrun.control")
@@ -27,12 +26,19 @@ class WarmNodes:
     """Starts and stops node agents. `head` returns the id of the head node, which is never removed."""
 
     def __init__(
-        self, models: Models, registry: Registry, operations: Operations, idle_timeout: float, head: Callable[[], str]
+        self,
+        models: Models,
+        registry: Registry,
+        operations: Operations,
+        idle_timeout: float,
+        nodes: Callable[[], list[Node]],
+        head: Callable[[], str],
     ) -> None:
         self._models = models
         self._registry = registry
         self._operations = operations
         self._idle_timeout = idle_timeout
+        self._nodes = nodes
         self._head = head
         self._last_used: dict[str, float] = {}
         """By removable node (monotonic)."""
@@ -41,7 +47,7 @@ class WarmNodes:
         """Check the nodes every CHECK_S. Never returns."""
         while True:
             try:
-                self.check(cluster_nodes(), time.monotonic())
+                self.check(self._nodes(), time.monotonic())
             except Exception:
                 log.exception("node check failed, retrying")
             await asyncio.sleep(CHECK_S)
@@ -70,12 +76,12 @@ class WarmNodes:
         self._last_used = {node: when for node, when in self._last_used.items() if any(n.id == node for n in nodes)}
 
 
-def prestart(placement: Placement, config: ReplicaConfig) -> None:
+def prestart(placement: Placement, nodes: list[Node], config: ReplicaConfig) -> None:
     """Start a model's first engine before Ray has started its replica, if only one node can hold it.
 
     Not for engines with devices: Ray chooses those.
     """
-    nodes = [node for node in cluster_nodes() if node.id and has_capacity(placement, [node])]
+    nodes = [node for node in nodes if node.id and has_capacity(placement, [node])]
     if len(nodes) == 1 and not placement.gpus:
         agent_on(nodes[0].id).prestart.remote(config.to_dict())
 

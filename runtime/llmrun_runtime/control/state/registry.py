@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from llmrun_runtime.wire.reports import LEASE_S, LocalUsage, ReplicaReport, Subject, Traffic
+from llmrun_runtime.wire.reports import LEASE_S, PRIORITIES, LocalUsage, ReplicaReport, Subject, Traffic
+
+NORMAL = PRIORITIES.index("normal")
 
 
 @dataclass
@@ -25,6 +27,10 @@ class Registry:
     """By replica."""
     first_seen: dict[str, float] = field(default_factory=dict)
     """By replica, the time of its first report."""
+    served: set[str] = field(default_factory=set)
+    """The replicas that have served a request."""
+    _of_model: dict[str, dict[str, ReplicaReport]] = field(default_factory=dict, repr=False)
+    """By model and replica: the autoscaler reads one model's reports several times per tick."""
 
     def report(self, report: ReplicaReport, now: float) -> bool:
         """Store a replica's report. Return whether the routing table changes. A draining replica stays draining."""
@@ -32,6 +38,9 @@ class Registry:
         if previous and previous.state == "draining":
             report = replace(report, state="draining")
         self.replicas[report.id] = (report, now)
+        self._of_model.setdefault(report.model, {})[report.id] = report
+        if report.in_flight or report.usage:
+            self.served.add(report.id)
         self.first_seen.setdefault(report.id, now)
         if report.state == "ready":
             if not previous or previous.state != "ready":
@@ -63,7 +72,15 @@ class Registry:
         """Remove a replica. Return whether it was registered."""
         self.ready_since.pop(replica, None)
         self.first_seen.pop(replica, None)
-        return self.replicas.pop(replica, None) is not None
+        self.served.discard(replica)
+        report, _ = self.replicas.pop(replica, (None, 0))
+        if not report:
+            return False
+        of_model = self._of_model[report.model]
+        del of_model[replica]
+        if not of_model:
+            del self._of_model[report.model]
+        return True
 
     def expire(self, now: float) -> list[ReplicaReport]:
         """Remove replicas and ingresses without a report for LEASE_S. Return the replicas."""
@@ -81,8 +98,8 @@ class Registry:
 
     def replicas_of(self, model: str, version: int | None = None) -> list[ReplicaReport]:
         """Return the replicas of a model, or of one version of it."""
-        rows = (report for report, _ in self.replicas.values())
-        return [r for r in rows if r.model == model and version in (None, r.version)]
+        reports = self._of_model.get(model)
+        return [r for r in reports.values() if version in (None, r.version)] if reports else []
 
     def placed(self, model: str, version: int) -> list[ReplicaReport]:
         """Return the replicas that are starting or ready: a draining one serves no new request."""
@@ -104,6 +121,29 @@ class Registry:
         """Return the number of requests at replicas: the ingresses' count or the shims', whichever is larger."""
         by_shims = sum(report.in_flight for report in self.replicas_of(model))
         return max(by_shims, sum(traffic.in_flight for traffic in self._traffic(model)))
+
+    def load(self, model: str, version: int) -> int:
+        """Return the number of requests at the replicas of a version that accept requests.
+
+        Those at draining replicas, and at replicas of the version before, need no new replica.
+        """
+        leaving = by_shims = 0
+        for report in self.replicas_of(model):
+            if report.version == version and report.state != "draining":
+                by_shims += report.in_flight
+            else:
+                leaving += report.in_flight
+        return max(by_shims, sum(traffic.in_flight for traffic in self._traffic(model)) - leaving)
+
+    def waiting_priority(self, model: str) -> int:
+        """Return the highest priority of the waiting requests, normal if none waits: an index in PRIORITIES."""
+        return max((traffic.priority for traffic in self._traffic(model) if traffic.waiting), default=NORMAL)
+
+    def priority(self, model: str) -> int:
+        """Return the highest priority of the requests, waiting or in flight; normal if there are none."""
+        waiting = [traffic.priority for traffic in self._traffic(model) if traffic.waiting]
+        in_flight = [traffic.in_flight_priority for traffic in self._traffic(model) if traffic.in_flight]
+        return max([*waiting, *in_flight], default=NORMAL)
 
     def _traffic(self, model: str) -> Iterable[Traffic]:
         return (traffic[model] for traffic, _ in self.ingresses.values() if model in traffic)
