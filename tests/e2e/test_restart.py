@@ -27,7 +27,7 @@ def running(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> Ite
     home = Home(tmp_path_factory.mktemp("restart"), free_port(), install(tmp_path_factory.mktemp("packages")))
     home.ok("up")
     try:
-        text = f"@llm({str(tiny_weights)!r}, cpus=0.5, idle_timeout=600)\nclass One: ...\n"
+        text = f"@llm({str(tiny_weights)!r}, cpus=0.5, idle_timeout=600)\nclass Upgraded: ...\n"
         home.ok("deploy", write_app(home.path / "app" / "app.py", text))
         yield home
     finally:
@@ -36,19 +36,19 @@ def running(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> Ite
 
 def stream(home: Home, client: httpx.Client, tokens: int) -> str:
     """Stream an answer; return its last line."""
-    body = {"model": "one", "prompt": "Once", "max_tokens": tokens, "ignore_eos": True, "stream": True}
+    body = {"model": "upgraded", "prompt": "Once", "max_tokens": tokens, "ignore_eos": True, "stream": True}
     with client.stream("POST", f"{home.url}/v1/completions", json=body, timeout=ENGINE_START_S) as answer:
         return f"{answer.status_code} {[line for line in answer.iter_lines() if line][-1]}"
 
 
 def test_a_restart_fails_no_request_and_ends_no_engine(running: Home) -> None:
     stop, results = threading.Event(), Counter[str]()
-    (engine,) = running.engines("one")
+    (engine,) = running.engines("upgraded")
 
     def keep_calling(streams: bool) -> None:
         with httpx.Client() as client:  # it keeps its connection between requests
             while not stop.is_set():
-                body = {"model": "one", "prompt": "Once", "max_tokens": 2}
+                body = {"model": "upgraded", "prompt": "Once", "max_tokens": 2}
                 if streams:
                     results[stream(running, client, 20)] += 1
                 else:
@@ -68,8 +68,8 @@ def test_a_restart_fails_no_request_and_ends_no_engine(running: Home) -> None:
             caller.join()
     assert set(results) == {"200", "200 data: [DONE]"} and results.total() > 50, results
     assert before.isdisjoint({process.pid for process in titled(running, "ray::IngressActor")} - before)
-    assert running.engines("one") == [engine]
-    assert running.ask("one", "word " * 500).status_code == 413  # the new setting
+    assert running.engines("upgraded") == [engine]
+    assert running.ask("upgraded", "word " * 500).status_code == 413  # the new setting
     until(lambda: len(titled(running, "ray::IngressActor")) == 1, 20, "the replaced ingress has exited")
 
 
@@ -80,7 +80,7 @@ def test_a_killed_raylet_brings_the_cluster_back_with_the_cause_in_its_log(runni
 
     def answers() -> bool:
         try:
-            return running.ask("one").status_code == 200
+            return running.ask("upgraded").status_code == 200
         except httpx.TransportError:
             return False
 
@@ -99,10 +99,10 @@ def test_down_lets_streams_end_and_refuses_new_requests(running: Home) -> None:
 
     caller = threading.Thread(target=streaming)
     caller.start()
-    until(lambda: running.status("one")["in_flight"] == 1, 30, "the stream runs")
+    until(lambda: running.status("upgraded")["in_flight"] == 1, 30, "the stream runs")
     stopping = subprocess.Popen([BIN / "llmrun", "down"], env=running.env, stdout=subprocess.PIPE, text=True)
     until(lambda: httpx.get(f"{running.url}/ready").status_code == 503, 10, "the ingress drains")
-    refused = running.ask("one")
+    refused = running.ask("upgraded")
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
     assert int(refused.headers["retry-after"]) > 0 and refused.headers["connection"] == "close"
     caller.join()
@@ -124,7 +124,7 @@ def test_a_second_signal_stops_at_once(running: Home) -> None:
 
     caller = threading.Thread(target=streaming)
     caller.start()
-    until(lambda: running.find("one") and running.status("one")["in_flight"] == 1, 30, "the stream runs")
+    until(lambda: running.find("upgraded") and running.status("upgraded")["in_flight"] == 1, 30, "the stream runs")
     parent.send_signal(signal.SIGTERM)
     until(lambda: httpx.get(f"{running.url}/ready").status_code == 503, 10, "the ingress drains")
     parent.send_signal(signal.SIGTERM)
