@@ -16,7 +16,9 @@ import psutil
 
 from tests.support.cluster import free_port, until
 
-START_TIMEOUT_S = 30
+INIT_TIMEOUT_S, START_TIMEOUT_S, STOP_TIMEOUT_S = 60, 30, 10
+NOBODY = pwd.getpwnam("nobody")
+INSTALL = "PostgreSQL's `postgres` and `initdb` must be in PATH (`just unit` puts them there where it may)"
 
 
 class Postgres:
@@ -26,9 +28,9 @@ class Postgres:
         self._folder = folder
         self._port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
-        data = str(folder / "data")
-        self._run("initdb", "-D", data, "-U", "llmrun", "-A", "trust", "-E", "UTF8", "--locale=C", "-N").wait(60)
-        self.start()
+        options = ("-U", "llmrun", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync")
+        code = self._run("initdb", "-D", str(folder / "data"), *options).wait(INIT_TIMEOUT_S)
+        assert code == 0, (folder / "log").read_text()
 
     @property
     def url(self) -> str:
@@ -38,7 +40,6 @@ class Postgres:
     def start(self) -> None:
         """Start the server, also after it was killed; wait until it accepts connections."""
         options = ("-D", str(self._folder / "data"), "-h", "127.0.0.1", "-p", str(self._port), "-k", str(self._folder))
-        # Of the last server's processes, one may still have to notice that it was killed.
         process = self._process = self._run("postgres", *options)
         ready = self._folder / "data" / "postmaster.pid"
 
@@ -55,8 +56,8 @@ class Postgres:
         family = self._family()
         for process in family:
             process.kill()
-        self._process.wait(10)
-        psutil.wait_procs(family, 10)
+        self._process.wait(STOP_TIMEOUT_S)
+        psutil.wait_procs(family, STOP_TIMEOUT_S)
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
@@ -74,7 +75,7 @@ class Postgres:
         """End the server."""
         if self._process and self._process.poll() is None:
             self._process.send_signal(signal.SIGINT)  # a fast shutdown
-            self._process.wait(10)
+            self._process.wait(STOP_TIMEOUT_S)
 
     def _family(self) -> list[psutil.Process]:
         assert self._process
@@ -83,8 +84,8 @@ class Postgres:
 
     def _run(self, command: str, *args: str) -> subprocess.Popen[bytes]:
         path = shutil.which(command)
-        assert path, f"{command} is not installed: run `just _postgres`, or put PostgreSQL's commands in PATH"
-        as_nobody = {"user": "nobody", "group": pwd.getpwnam("nobody").pw_gid, "extra_groups": []}
+        assert path, INSTALL
+        root = os.geteuid() == 0  # as whom it refuses to run
         with (self._folder / "log").open("ab") as log:
             return subprocess.Popen(
                 [path, *args],
@@ -92,8 +93,10 @@ class Postgres:
                 stdout=log,
                 stderr=log,
                 cwd=self._folder,
+                user=NOBODY.pw_uid if root else None,
+                group=NOBODY.pw_gid if root else None,
+                extra_groups=[] if root else None,
                 start_new_session=True,
-                **(as_nobody if os.geteuid() == 0 else {}),  # it refuses to run as root
             )
 
 
@@ -103,9 +106,10 @@ def running_postgres() -> Iterator[Postgres]:
     with tempfile.TemporaryDirectory(prefix="postgres-") as name:
         folder = Path(name)
         if os.geteuid() == 0:
-            os.chown(folder, pwd.getpwnam("nobody").pw_uid, -1)
+            os.chown(folder, NOBODY.pw_uid, NOBODY.pw_gid)
         server = Postgres(folder)
         try:
+            server.start()
             yield server
         finally:
             server.stop()
