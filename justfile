@@ -63,8 +63,36 @@ _prometheus: setup
     dpkg-deb -x prometheus_*.deb .
     mv usr/bin/prometheus usr/bin/promtool {{bin}}
 
+# tests run a real PostgreSQL: unpack Debian's packages into .venv, so that no service is installed
+_postgres: setup
+    #!/usr/bin/env bash
+    set -euo pipefail
+    if command -v postgres >/dev/null && command -v initdb >/dev/null; then exit 0; fi
+    for installed in /usr/lib/postgresql/*/bin; do
+        if [ -x "$installed/initdb" ]; then ln -sf "$installed"/{postgres,initdb} {{bin}}; exit 0; fi
+    done
+    if ! command -v apt-get >/dev/null; then exit 0; fi # the tests name what to install
+    echo "== unpacking PostgreSQL from the distribution's packages"
+    [ "$(id -u)" != 0 ] || apt-get update -qq
+    folder=$(dirname {{bin}})/postgres
+    rm -rf "$folder"
+    mkdir "$folder"
+    cd "$folder"
+    # The server, and the libraries that are not installed. It needs LLVM (100 MB) for JIT only.
+    apt-get install --simulate --no-install-recommends postgresql |
+        awk '/^Inst (postgresql-[0-9]+|lib[^ ]*) / && !/libllvm/ {print $2}' |
+        xargs apt-get download -qq -o APT::Sandbox::User=root
+    for package in *.deb; do dpkg-deb -x "$package" .; done
+    rm ./*.deb
+    libraries=$(echo "$folder"/usr/lib/*-linux-gnu)
+    for command in postgres initdb; do
+        path=$(echo "$folder"/usr/lib/postgresql/*/bin/$command)
+        printf '#!/bin/sh\nLD_LIBRARY_PATH="%s" exec "%s" "$@"\n' "$libraries" "$path" > {{bin}}/$command
+        chmod 755 {{bin}}/$command
+    done
+
 # run everything that CI runs: checks, unit tests, then end-to-end tests (20 minutes on 2 cores)
-test: setup _smollm2 _prometheus check unit e2e
+test: setup _smollm2 _prometheus _postgres check unit e2e
 
 # lint, formatting, spelling and types (30 s)
 check: setup
@@ -74,7 +102,7 @@ check: setup
     mypy
 
 # run the tests that need no cluster, on all cores (90 s)
-unit *args: setup _smollm2
+unit *args: setup _smollm2 _postgres
     pytest tests/unit -n auto --dist loadfile {{args}}
 
 # run one real model from deploy to zero and back (1 minute)
@@ -86,7 +114,7 @@ e2e *args: setup _smollm2 _prometheus
     pytest tests/e2e {{args}}
 
 # measure what the unit tests cover
-coverage: setup _smollm2
+coverage: setup _smollm2 _postgres
     pytest tests/unit -n auto --dist loadfile --cov --cov-report=term-missing:skip-covered
 
 # write the generated pages of docs/reference

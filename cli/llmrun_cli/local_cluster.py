@@ -1,4 +1,4 @@
-"""Starts and stops the cluster on this machine. The runtime does the work, in a process of its own."""
+"""Starts, stops, backs up and restores this machine's cluster. The runtime does the work, in a process of its own."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import httpx
 
-from llmrun.errors import ClusterError
+from llmrun.errors import BackupError, ClusterError
 from llmrun.settings import DEFAULT_URL, Settings
 
 PROBE_TIMEOUT_S = 2
@@ -79,6 +80,28 @@ def _run(*args: str, on_waiting: Callable[[int], None] = lambda requests: None) 
     return result
 
 
+def back_up(file: Path, *, force: bool) -> dict[str, float]:
+    """Write a backup of this home; return the numbers of `models` and `keys`, and when it was `created` (Unix time).
+
+    Raises BackupError.
+    """
+    return _run_backup("backup", file, force)
+
+
+def restore(file: Path, *, force: bool) -> dict[str, float]:
+    """Restore a backup into this home; return the same as `back_up`. Raises BackupError."""
+    return _run_backup("restore", file, force)
+
+
+def _run_backup(action: str, file: Path, force: bool) -> dict[str, float]:
+    command = [*_runtime("backup"), action, *(["--force"] if force else []), "--", str(file)]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    event = _parse_event(done.stdout)
+    if "created" not in event:
+        raise BackupError(event.get("error") or f"{action} failed: {done.stderr.strip()[-500:]}")
+    return event
+
+
 def ensure(settings: Settings, starting: Callable[[str], AbstractContextManager[object]]) -> None:
     """Start a cluster if the URL is this machine's default and nothing listens there.
 
@@ -106,11 +129,11 @@ def _parse_event(line: str) -> dict[str, Any]:
     return event if isinstance(event, dict) else {}
 
 
-def _runtime() -> list[str]:
-    """Return the command line of the runtime. Raises ClusterError with install instructions."""
+def _runtime(module: str = "local") -> list[str]:
+    """Return the command line of a module of the runtime. Raises ClusterError with install instructions."""
     if not importlib.util.find_spec("ray"):
         raise ClusterError(
             "the cluster runtime is not installed: pip install 'llmrun[runtime,gpu]' (for CPUs see the README). "
             "To use a cluster elsewhere, set LLMRUN_URL."
         )
-    return [sys.executable, "-m", "llmrun_runtime.cluster.local"]
+    return [sys.executable, "-m", f"llmrun_runtime.cluster.{module}"]

@@ -10,7 +10,7 @@ from typer.core import TyperGroup
 
 import llmrun
 from llmrun.errors import AppError, LLMRunError
-from llmrun_cli.commands import adapters, chat, cluster, dashboards, deploy, export, init, keys, models, weights
+from llmrun_cli.commands import adapters, backup, chat, cluster, dashboards, deploy, export, init, keys, models, weights
 from llmrun_cli.terminal import error_line
 
 
@@ -52,6 +52,8 @@ app.command()(dashboards.dashboards)
 app.command()(cluster.up)
 app.command()(cluster.restart)
 app.command()(cluster.down)
+app.command()(backup.backup)
+app.command()(backup.restore)
 
 
 def _version(show: bool) -> None:

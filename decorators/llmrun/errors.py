@@ -8,6 +8,7 @@ LLMRunError                the base class; the message is what failed, why, and 
 │   └── Refused            control answered with an error; `.status` is the HTTP status
 ├── DeployError            a model did not start; the message is the engine's root cause
 ├── ClusterError           a cluster cannot be started, found or stopped
+├── BackupError            a backup cannot be written or restored
 ├── WeightsError           weights cannot be found, downloaded, verified or stored; names the source and the node
 │   └── NotFound           the source is reachable, but has no such repository, revision or file
 ├── EngineError            an engine did not start, or died; the message is one line
@@ -59,6 +60,10 @@ class DeployError(LLMRunError):
 
 class ClusterError(LLMRunError):
     """A cluster cannot be started, found or stopped."""
+
+
+class BackupError(LLMRunError):
+    """A backup cannot be written or restored."""
 
 
 class WeightsError(LLMRunError):

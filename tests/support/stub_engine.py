@@ -24,7 +24,7 @@ import uvicorn
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from llmrun_runtime.engines.api import EngineError, Launch, ModelSpec, Shim, hold, notify
+from llmrun_runtime.engines.api import EngineError, Launch, ModelSpec, Shim, hold, notify, usage_meter
 
 REPO = Path(__file__).parent.parent.parent
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -165,7 +165,10 @@ async def serve(config: dict[str, Any], others: list[dict[str, Any]]) -> None:
             elif "hold" in request:
                 await stream_until_disconnect(Path(request["hold"]), receive, send)
             else:
-                await JSONResponse({**answer(request), "places": places})(scope, receive, send)
+                content = answer(request)
+                if metered := usage_meter.current():
+                    metered.record(prompt=1, completion=content["usage"]["completion_tokens"])
+                await JSONResponse({**content, "places": places})(scope, receive, send)
 
     with socket.create_server((config["hosts"][0], 0)) as sock:
         notify(port=sock.getsockname()[1])

@@ -335,13 +335,14 @@ def _free_ports(host: str, count: int) -> list[int]:
         return [int(sock.getsockname()[1]) for sock in sockets]
 
 
-def _lock(settings: Settings) -> IO[str]:
+def lock_home(settings: Settings) -> IO[str]:
     """Allow one parent per home. Raises ClusterError if there is one already."""
     settings.make_home()
     lock = (settings.root / "up.lock").open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
+        lock.close()
         raise ClusterError(
             f"a cluster is already running in {settings.root}: {settings.resolved_url()}. To apply new settings or a "
             f"new release, run `llmrun restart`"
@@ -393,7 +394,7 @@ def main() -> int:
         if os.environ.get("RAY_ADDRESS"):
             _report_ready(join(settings, args.host, args.port, args.insecure), for_people)
             return 0
-        with _lock(settings):
+        with lock_home(settings):
             cluster = LocalCluster(settings, args.host, args.port, args.node_ip, args.insecure)
             try:
                 cluster.start()

@@ -10,6 +10,8 @@ import logging
 import os
 import sqlite3
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sqlalchemy import Connection, Engine, insert, inspect, select, update
@@ -30,30 +32,49 @@ VERSION, CLUSTER_ID = "schema_version", "cluster_id"
 def migrate(engine: Engine) -> None:
     """Create or update the tables. Copies a SQLite file first if it must be updated."""
     with engine.connect() as connection:
-        stored = _stored_version(connection)
+        stored = stored_version(connection)
         missing = _missing_columns(connection)
         is_new = Base.metadata.tables.keys().isdisjoint(inspect(connection).get_table_names())
     current = len(MIGRATIONS)
     outdated = not is_new and (stored < current or bool(missing))
     if outdated and engine.dialect.name == "sqlite":
         _copy_sqlite(engine, f".before-v{current}")
-    with engine.begin() as connection:
-        if engine.dialect.name == "sqlite":  # its driver begins no transaction for DDL
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-        Base.metadata.create_all(connection)
-        for table, column in missing:
-            connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {column}")
-        for statements in MIGRATIONS[stored:] if outdated else ():
-            for statement in statements:
-                connection.exec_driver_sql(statement)
-        _put_meta(connection, VERSION, str(max(stored, current)))
-        if _meta(connection, CLUSTER_ID) is None:
-            _put_meta(connection, CLUSTER_ID, uuid.uuid4().hex)
+    with begin(engine) as connection:
+        add_missing(connection)
+        run_migrations(connection, stored if outdated else current)
     if stored > current:
         log.warning("the database has schema version %d, newer than %d of this release", stored, current)
 
 
-def _stored_version(connection: Connection) -> int:
+@contextmanager
+def begin(engine: Engine) -> Iterator[Connection]:
+    """Run the block in a transaction that also covers changes of tables, if the database can do that."""
+    with engine.begin() as connection:
+        if engine.dialect.name == "sqlite":  # its driver begins no transaction for DDL
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+        yield connection
+
+
+def add_missing(connection: Connection) -> None:
+    """Create the tables and columns that the database lacks."""
+    missing = _missing_columns(connection)
+    Base.metadata.create_all(connection)
+    for table, column in missing:
+        connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN {column}")
+
+
+def run_migrations(connection: Connection, since: int) -> None:
+    """Bring rows of schema version `since` up to date. Store the version, and an id if there is none."""
+    for statements in MIGRATIONS[since:]:
+        for statement in statements:
+            connection.exec_driver_sql(statement)
+    _put_meta(connection, VERSION, str(max(stored_version(connection), len(MIGRATIONS))))
+    if _meta(connection, CLUSTER_ID) is None:
+        _put_meta(connection, CLUSTER_ID, uuid.uuid4().hex)
+
+
+def stored_version(connection: Connection) -> int:
+    """Return the database's schema version."""
     if not inspect(connection).has_table(MetaRow.__tablename__):
         return 0
     return int(_meta(connection, VERSION) or 0)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from sqlalchemy import BigInteger, LargeBinary, String, Text
+from sqlalchemy.dialects.mysql import MEDIUMTEXT
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 NAME = String(63)  # a DNS label
 ADAPTER = String(255)
+# MySQL's TEXT ends at 64 KiB. PostgreSQL's takes no length.
+LONG_TEXT = Text().with_variant(MEDIUMTEXT(), "mysql", "mariadb")
 
 
 class Base(DeclarativeBase):
@@ -57,7 +60,7 @@ class PinRow(Base):
     __tablename__ = "pins"
     model: Mapped[str] = mapped_column(NAME, primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    pin: Mapped[str] = mapped_column(Text(2**24))
+    pin: Mapped[str] = mapped_column(LONG_TEXT)
 
 
 class AdaptersRow(Base):
@@ -66,7 +69,7 @@ class AdaptersRow(Base):
     __tablename__ = "adapters"
     model: Mapped[str] = mapped_column(NAME, primary_key=True)
     lora: Mapped[str] = mapped_column(Text)
-    adapters: Mapped[str] = mapped_column(Text(2**24))
+    adapters: Mapped[str] = mapped_column(LONG_TEXT)
 
 
 class NumberRow(Base):
