@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ A10G, H100S = "127.0.0.6", ("127.0.0.7", "127.0.0.8")
 @dataclass
 class StubHome(Home):
     """A home whose models run on the stub engine."""
+
+    nodes: dict[str, Path] = field(default_factory=dict)
+    """The homes of the nodes, by address."""
 
     def places(self, model: str) -> list[dict[str, Any]]:
         """Send a request; return the places of the engine's members."""
@@ -43,6 +46,7 @@ def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StubHome]:
             # One after the other: raylets on one machine conflict if they start at the same time.
             for address, kind in [(A10G, "A10G"), *((host, "H100") for host in H100S)]:
                 place = tmp_path_factory.mktemp(f"node-{address[-1]}")
+                home.nodes[address] = place
                 nodes.enter_context(another_node(home, place, address, kind, 2))
                 joined = functools.partial(
                     inventory, home, place, H100S.index(address) + 1 if kind == "H100" else 1, kind
@@ -131,6 +135,43 @@ def test_a_multi_node_engine_starts_and_stops_as_a_unit(stub: StubHome, tmp_path
         replica.kill()
         until(lambda: not any(map(alive, before)), 20, "all members have exited with the replica")
         assert len(stub.places("one")) == 2
+
+
+def test_a_node_on_which_starts_fail_is_set_aside(stub: StubHome, tmp_path: Path) -> None:
+    app = write_app(
+        tmp_path / "picky" / "app.py",
+        f"""
+from pathlib import Path
+
+@llm({str(tmp_path)!r}, engine="stub", cpus=0.1, accelerator="H100", idle_timeout=600)
+class Picky:
+    def on_start(self):
+        if any((folder / "broken").exists() for folder in Path(__file__).parents):  # the node's home is among them
+            raise RuntimeError("this GPU fell off the bus")
+""",
+    )
+    stub.ok("deploy", app)
+    (place,) = stub.places("picky")
+    bad = place["host"]
+    (stub.nodes[bad] / "broken").touch()
+
+    def is_set_aside() -> bool:
+        stub.unload("picky")
+        stub.ask("picky", timeout=60)  # it fails if Ray chooses the bad node, which it may do twice
+        return f"node {bad} is set aside" in stub.status("picky")["cause"]
+
+    try:
+        until(is_set_aside, 90, "the node is set aside")
+        for _ in range(3):
+            (place,) = until(
+                lambda: stub.ask("picky", timeout=60).status_code == 200 and stub.places("picky"), 30, "ok"
+            )
+            assert place["host"] in set(H100S) - {bad}
+            stub.unload("picky")
+        assert "2 failed starts: Picky.on_start raised RuntimeError: this GPU fell off" in stub.ok("status", "picky")
+    finally:
+        (stub.nodes[bad] / "broken").unlink()
+        stub.ok("delete", "picky", "--yes")
 
 
 def test_a_deploy_that_fits_no_set_of_nodes_fails(stub: StubHome, tmp_path: Path) -> None:

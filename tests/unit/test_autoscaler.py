@@ -38,7 +38,7 @@ class FakeServe:
         """Confirm every target."""
         return True
 
-    async def set_target(self, row: Deployed, replicas: int) -> None:
+    async def set_target(self, row: Deployed, replicas: int, avoid: frozenset[str] = frozenset()) -> None:
         """Set a target."""
         self.targets[row.name] = replicas
 
@@ -49,6 +49,7 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.models, self.serve, self.registry = Models(), FakeServe(), Registry()
         self.free = 1
+        self.more_nodes: list[Node] = []
         self.database = Database(f"sqlite:///{folder}/control.db")
         self.cold_starts = ColdStarts(self.database, CollectorRegistry())
         serve: Any = self.serve
@@ -64,8 +65,8 @@ class Cluster:
         )
 
     def nodes(self) -> list[Node]:
-        """Return the node."""
-        return [Node("n", "n", {"CPU": 1}, {"CPU": self.free})]
+        """Return the node, and more."""
+        return [Node("n", "n", {"CPU": 1}, {"CPU": self.free}), *self.more_nodes]
 
     def deploy(self, name: str, **options: Any) -> None:
         """Activate version 1, which is not proven."""
@@ -182,6 +183,29 @@ async def test_replicas_that_started_together_and_fail_count_as_one_failure(clus
     cluster.autoscaler.replica_failed(factories.report("starting", "later", model="one"), "no store", time.monotonic())
     await cluster.tick()
     assert cluster.autoscaler.table.models["one"].failures == 2
+
+
+async def test_a_node_on_which_starts_fail_is_set_aside_if_another_one_can_run_the_model(cluster: Cluster) -> None:
+    cluster.deploy("one")
+    cluster.report_waiting(one=1)
+    await cluster.tick()
+
+    def fail() -> None:
+        cluster.autoscaler.replica_failed(cluster.report("one", "starting"), "no GPU", time.monotonic())
+        cluster.registry.remove("one-r")
+
+    fail()
+    fail()
+    await cluster.tick()
+    assert cluster.status("one") == ("failed", "no GPU")  # there is no other node
+    cluster.more_nodes = [Node("m", "m", {"CPU": 1}, {"CPU": 1})]
+    await cluster.tick()
+    _, cause = cluster.status("one")
+    assert cause.startswith("no GPU; node h is set aside for 30 min after 2 failed starts")
+    row = cluster.models.deployed["one"]
+    assert [node.id for node in cluster.autoscaler.nodes_for(row)] == ["m"]
+    cluster.deploy("one")  # the same version
+    assert [node.id for node in cluster.autoscaler.nodes_for(row)] == ["m"]
 
 
 async def test_a_fault_of_one_model_stops_no_other_and_keeps_its_last_route(

@@ -73,7 +73,7 @@ class Cluster:
         """Return the node."""
         return [Node("n", "n", {"CPU": self.cpus}, {"CPU": self.free})]
 
-    async def set_target(self, row: Deployed, replicas: int) -> None:
+    async def set_target(self, row: Deployed, replicas: int, avoid: frozenset[str] = frozenset()) -> None:
         """Set a target; as many replicas as fit are ready at once."""
         self.targets[row.name, row.engine_version] = replicas
         running = [r.id for r in self.registry.replicas_of(row.name, row.engine_version)]
@@ -374,7 +374,7 @@ async def test_two_proofs_do_not_count_on_the_same_resources(cluster: Cluster) -
         await placed.wait()
         await set_target(row, replicas)
 
-    cluster.set_target = late  # type: ignore[method-assign]
+    cluster.set_target = late  # type: ignore[method-assign, assignment]
     first = await cluster.start("one", app="first")
     await until(lambda: "placing" in first.last)
     assert "two: version 1 deployed, not proven: not enough" in texts(await cluster.run("two"), "unproven")[0]

@@ -80,7 +80,7 @@ class Simulation:
         """Confirm every target."""
         return True
 
-    async def set_target(self, row: Deployed, replicas: int) -> None:
+    async def set_target(self, row: Deployed, replicas: int, avoid: frozenset[str] = frozenset()) -> None:
         """Set a target."""
         self.targets[row.name] = replicas
 

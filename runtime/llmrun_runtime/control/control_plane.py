@@ -108,7 +108,7 @@ class ControlPlane:
         self.autoscaler.on_wake = self._prestart
 
     def _prestart(self, row: Deployed) -> None:
-        prestart(row.placement, self.nodes.nodes(), self.serve_apps.replica_config(row))
+        prestart(row.placement, self.autoscaler.nodes_for(row), self.serve_apps.replica_config(row))
 
     async def load(self) -> None:
         """Restore the stored state, adopt running applications, delete those of versions that are not active.

@@ -128,6 +128,7 @@ class Autoscaler:
         if last and first_seen < last.at:
             log.warning("%s v%d: another replica of the same start failed: %s", row.name, row.version, cause)
             return
+        state.bad_nodes.failed(report.node, report.host, cause, now)
         count = self._count_failure(state, cause, now)
         log.warning("%s v%d failed to start (%d in a row): %s", row.name, row.version, count, cause)
 
@@ -146,6 +147,7 @@ class Autoscaler:
             state = self._states[row.name]
             state.past_failure = state.failure or state.past_failure
             state.failure, state.death, state.evicted, state.warm_until = None, "", "", 0
+            state.bad_nodes.ready(report.node)
 
     def engine_died(self, report: ReplicaReport, cause: str) -> None:
         """Record that a replica's engine died after it was ready.
@@ -287,6 +289,8 @@ class Autoscaler:
         """Decide one model's target, find room for its replicas, and set the target in Serve if it changed."""
         state = self._states[row.name]
         row = self._read_reports(row, state)
+        if state.failure or state.set_aside:
+            self._capacity.set_nodes_aside(row, now)
         limits, demand = self._measure(row, state, now)
         target, wanted = demand.target, decide(limits, demand).target
         for name, lower in self._capacity.search(row, demand, wanted).items():
@@ -368,9 +372,13 @@ class Autoscaler:
     async def _set_target(self, row: Deployed, replicas: int) -> None:
         log.info("%s v%d: target %d", row.name, row.engine_version, replicas)
         try:
-            await self._serve_apps.set_target(row, replicas)
+            await self._serve_apps.set_target(row, replicas, frozenset(self._states[row.name].set_aside))
         except (ray.exceptions.RayError, RayServeException, TimeoutError) as error:
             log.warning("could not set the target of %s in Serve, retrying: %r", row.name, error)
+
+    def nodes_for(self, row: Deployed) -> list[Node]:
+        """See `Capacity.nodes_for`."""
+        return self._capacity.nodes_for(row)
 
     def shortage(self, row: Deployed, nodes: list[Node] | None = None) -> str:
         """See `Capacity.shortage`."""

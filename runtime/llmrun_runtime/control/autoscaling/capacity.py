@@ -68,8 +68,15 @@ class Capacity:
         return [r for r in placed if r.id not in state.ending] if state and state.ending else placed
 
     def nodes_for(self, row: Deployed) -> list[Node]:
-        """Return the nodes that the model may use."""
-        return self._nodes()
+        """Return the nodes that the model may use: those that are not set aside."""
+        state = self._states.get(row.name)
+        return [node for node in self._nodes() if not (state and node.id in state.set_aside)]
+
+    def set_nodes_aside(self, row: Deployed, now: float) -> None:
+        """Update which nodes the model's replicas avoid, because their starts fail there."""
+        able = {node.id for node in self._nodes() if could_run(row.placement, node)}
+        state = self._states[row.name]
+        state.set_aside = state.bad_nodes.set_aside(able, now)
 
     def shortage(self, row: Deployed, nodes: list[Node] | None = None) -> str:
         """Say why a replica of the version cannot be placed now, and which models use resources; "" if it can.

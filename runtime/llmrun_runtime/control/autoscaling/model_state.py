@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
+from llmrun_runtime.control.autoscaling.bad_nodes import BadNodes, NodeFailure
 from llmrun_runtime.control.autoscaling.eviction import EvictionCandidate
 from llmrun_runtime.control.autoscaling.policy import Failure
 
@@ -41,6 +42,9 @@ class ModelState:
     failure: Failure | None = None
     past_failure: Failure | None = None
     """The failures in a row before the replica that is ready now, until it is stable."""
+    bad_nodes: BadNodes = field(default_factory=BadNodes)
+    set_aside: dict[str, NodeFailure] = field(default_factory=dict)
+    """The nodes that its replicas avoid, as of the last tick."""
     death: str = ""
     """Why an engine died after it was ready."""
     low_since: float = 0

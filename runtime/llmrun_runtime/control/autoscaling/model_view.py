@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmrun.wire import ModelStatus, ReplicaStatus, State
+from llmrun_runtime.control.autoscaling.bad_nodes import describe
 from llmrun_runtime.control.autoscaling.model_state import ModelState
 from llmrun_runtime.control.state.models import Deployed
 from llmrun_runtime.control.state.registry import Registry
@@ -91,6 +92,7 @@ class ModelView:
     def status(self, state: State | None = None, cause: str | None = None) -> ModelStatus:
         """Return the model's status for people; `state` and `cause` are for a version that is not active."""
         row = self.row
+        texts = [self.cause() if cause is None else cause, describe(self.model_state.set_aside.values())]
         return ModelStatus(
             name=row.name,
             app=row.app,
@@ -104,7 +106,7 @@ class ModelView:
             pin=row.pin.short if row.pin else "",
             aliases=row.spec.aliases,
             placement=str(row.placement),
-            cause=self.cause() if cause is None else cause,
+            cause="; ".join(filter(None, texts)),
             details=tuple(
                 ReplicaStatus(
                     id=r.id[:12],

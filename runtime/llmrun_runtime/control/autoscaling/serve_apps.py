@@ -30,6 +30,8 @@ class ServeApps:
         self._targets: dict[str, int] = {}
         self._unconfirmed: set[str] = set()
         """Applications that may not have the target: a call failed or is running."""
+        self._avoided: dict[str, frozenset[str]] = {}
+        """By application, the nodes on which Serve places no replica of it."""
         self._deleted: set[str] = set()
         self._locks: dict[str, asyncio.Lock] = {}
         """By application: a call to Serve that takes long delays no other model."""
@@ -60,27 +62,31 @@ class ServeApps:
         if (name := app_name(model, version)) in self._targets:
             self._unconfirmed.add(name)
 
-    async def set_target(self, row: Deployed, replicas: int) -> None:
+    async def set_target(self, row: Deployed, replicas: int, avoid: frozenset[str] = frozenset()) -> None:
         """Set the target of the engine version's application, creating it if necessary. At 0, its replicas drain.
 
-        Does nothing for a deleted application. Raises RayError or TimeoutError; the target is then unconfirmed.
+        `avoid`: the ids of nodes on which no replica is placed. It takes effect when the target rises from 0: a change
+        makes Serve replace all replicas. Does nothing for a deleted application. Raises RayError or TimeoutError; the
+        target is then unconfirmed.
         """
         name = app_name(row.name, row.engine_version)
         async with self._lock_of(name):
             if name in self._deleted or (name not in self._targets and not replicas):
                 return
             self._unconfirmed.add(name)
-            if name in self._targets:
+            moves = replicas and not self._targets.get(name) and avoid != self._avoided.get(name, frozenset())
+            if name in self._targets and not moves:
                 call = ray_internals.update_replicas(name, DEPLOYMENT, replicas)
                 try:
                     await asyncio.wait_for(call, CALL_TIMEOUT_S)
                 except ray.exceptions.RayTaskError as error:  # the application no longer exists
                     log.info("Serve has no application %s: %s", name, error.cause)
                     if replicas:
-                        await _call(self._run, row, name, replicas)
+                        await _call(self._run, row, name, replicas, self._avoided.get(name, frozenset()))
             else:
                 self._targets[name] = replicas
-                await _call(self._run, row, name, replicas)
+                await _call(self._run, row, name, replicas, avoid)
+                self._avoided[name] = avoid
             self._targets[name] = replicas
             self._unconfirmed.discard(name)
 
@@ -106,6 +112,7 @@ class ServeApps:
                     log.warning("Serve did not delete %s, retrying: %r", name, error)
                     return False
                 del self._targets[name]
+                self._avoided.pop(name, None)
         self._locks.pop(name, None)
         return True
 
@@ -138,9 +145,9 @@ class ServeApps:
             hook_timeout=self._settings.hook_timeout,
         )
 
-    def _run(self, row: Deployed, name: str, replicas: int) -> None:
+    def _run(self, row: Deployed, name: str, replicas: int, avoid: frozenset[str]) -> None:
         config = self.replica_config(row)
-        app = application(row.spec, row.placement, config, replicas, self._settings.drain_timeout)
+        app = application(row.spec, row.placement, config, replicas, self._settings.drain_timeout, avoid)
         serve.run_many(
             [serve.RunTarget(target=app, name=name, route_prefix=None, external_scaler_enabled=True)],
             wait_for_ingress_deployment_creation=True,
