@@ -81,12 +81,12 @@ class ControlMetrics:
 
     def report(self, report: ReplicaReport) -> None:
         """Add a replica's times per output token."""
-        self._paces.report(report)
+        if self._paces.report(report):
+            self._paces.keep(self._registry.replicas)
 
     async def page(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
         await self._update_caches()
-        self._paces.keep(self._registry.replicas)
         statuses, targets = self._autoscaler.statuses(), self._autoscaler.targets()
         models = [status.name for status in statuses]
         current = _Families(
@@ -133,11 +133,12 @@ class Paces:
         """By replica and adapter, the numbers already added up."""
         self._sums: dict[Group, Pace] = {}
 
-    def report(self, report: ReplicaReport) -> None:
-        """Add the new part of a replica's numbers.
+    def report(self, report: ReplicaReport) -> bool:
+        """Add the new part of a replica's numbers. Return whether it is the replica's first report.
 
         For a replica that this control has not seen before, the report contains what an earlier control received.
         """
+        is_new = report.id not in self._counted
         counted = self._counted.setdefault(report.id, {})
         for (adapter, *numbers), acknowledged in report.paces:
             previous = counted.get(adapter, acknowledged[1:] if acknowledged else _zeros())
@@ -148,6 +149,7 @@ class Paces:
             sums = self._sums.setdefault(group, _zeros())
             for index, (number, old) in enumerate(zip(numbers, previous, strict=True)):
                 sums[index] += number - old
+        return is_new
 
     def keep(self, replicas: Iterable[str]) -> None:
         """Forget all other replicas."""

@@ -203,6 +203,7 @@ class Autoscaler:
         now = time.monotonic()
         for report in self._registry.expire(now):
             log.warning("%r has not reported for %g s: removed from the routing table", report, LEASE_S)
+        self._registry.keep_models(self._models.deployed)
         routes = {}
         for row in list(self._models.deployed.values()):
             try:
