@@ -8,12 +8,14 @@ import fcntl
 import logging
 import os
 import time
+from collections.abc import Collection
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import IO
 
 LOG_BYTES, LOG_FILES = 10 * 2**20, 3
 KEEP_FILES = 20  # per model and node
+KEEP_DELETED_S = 7 * 86400.0
 READ_BYTES = 2**20
 # An engine writes to its log for as long as it runs.
 MAX_BYTES, KEEP_BYTES = 64 * 2**20, 8 * 2**20
@@ -99,6 +101,19 @@ def trim_logs(root: Path) -> None:
                 kept = old.read(KEEP_BYTES)
                 file.truncate(0)  # engines append, so their next line follows
                 file.write(b"[llmrun] the log was too large: older lines were removed\n" + kept)
+
+
+def remove_logs(root: Path, models: Collection[str], now: float) -> None:
+    """Remove the logs of all other models once the last line is KEEP_DELETED_S old. `now` is Unix time."""
+    folder = model_logs(root)
+    for path in list(folder.rglob("*.log")):
+        with contextlib.suppress(FileNotFoundError):  # it has been removed
+            model = path.parent.relative_to(folder).as_posix()
+            is_old = now - path.stat().st_mtime > KEEP_DELETED_S
+            if model not in models and is_old and not _is_in_use(path):
+                path.unlink()
+                with contextlib.suppress(OSError):  # it has other logs
+                    path.parent.rmdir()
 
 
 def mark_in_use(file: IO[bytes]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
+import time
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from llmrun_runtime import logs
-from llmrun_runtime.logs import KEEP_FILES, log_path, mark_in_use, read_logs, trim_logs
+from llmrun_runtime.logs import KEEP_DELETED_S, KEEP_FILES, log_path, mark_in_use, read_logs, remove_logs, trim_logs
 from llmrun_runtime.node import agent
 from llmrun_runtime.node.agent import NodeAgent
 
@@ -105,3 +106,19 @@ def test_a_large_log_is_trimmed_while_its_engine_writes(
     end, text = read_logs(tmp_path, "one", {NAME: offset}, 0)[NAME]
     assert text == (folder / NAME).read_text() and end == len(text), "a reader beyond the end starts again"
     assert (folder / "v1-small.log").read_text() == "small\n"
+
+
+def test_logs_of_deleted_models_are_removed_after_a_week(tmp_path: Path, folder: Path) -> None:
+    log, other = folder / NAME, folder.parent / "org" / "other" / NAME
+    other.parent.mkdir(parents=True)
+    for path in (log, other):
+        path.write_text("a\n")
+    soon, later = time.time() + KEEP_DELETED_S - 60, time.time() + KEEP_DELETED_S + 60
+    remove_logs(tmp_path, {"org/other"}, soon)
+    assert log.exists()
+    with log.open("ab") as file:
+        mark_in_use(file)
+        remove_logs(tmp_path, {"org/other"}, later)
+        assert log.exists(), "an engine writes to it"
+    remove_logs(tmp_path, {"org/other"}, later)
+    assert not folder.exists() and other.exists()
