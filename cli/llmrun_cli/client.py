@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx
+from pydantic import BaseModel, ValidationError
 
+import llmrun
 from llmrun.errors import ControlError, Refused, Unreachable
 from llmrun.settings import Settings
 from llmrun.spec import ModelSpec
 from llmrun.wire import (
     CONTROL_ROOT,
+    VERSION_HEADER,
     AdapterRow,
     CancelRequest,
     ColdStart,
     DeployRequest,
     DeployRow,
     Event,
+    KeyFacts,
     KeyInfo,
     NewKey,
     Plan,
@@ -31,8 +35,10 @@ from llmrun.wire import (
 
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 60
+UNPROCESSABLE = 422  # a message with fields that control does not know
 # To plan, control resolves sources at their stores, which it bounds itself; a pushed adapter is unpacked.
 PLAN_TIMEOUT_S = 330
+Answer = TypeVar("Answer", bound=BaseModel)
 
 
 class Client:
@@ -43,23 +49,24 @@ class Client:
         key = settings.resolved_admin_key()
         self._http = httpx.Client(
             base_url=self.url,
-            headers={"authorization": f"Bearer {key}"} if key else {},
+            headers={VERSION_HEADER: llmrun.__version__} | ({"authorization": f"Bearer {key}"} if key else {}),
             timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
             trust_env=False,
         )
+        self._cluster_version = ""
 
     def status(self) -> Status:
         """Return the status of all deployed models."""
-        return Status.model_validate(self._call("GET", "/status"))
+        return self._read(Status, self._call("GET", "/status"))
 
     def specs(self) -> list[ModelSpec]:
         """Return the active specs of all deployed models."""
-        return [ModelSpec.model_validate(spec) for spec in self._call("GET", "/specs")]
+        return [self._read(ModelSpec, spec) for spec in self._call("GET", "/specs")]
 
     def plan(self, request: DeployRequest) -> Plan:
         """Return the changes that a deploy would make."""
-        return Plan.model_validate(
-            self._call("POST", "/plan", json=request.model_dump(mode="json"), timeout=PLAN_TIMEOUT_S)
+        return self._read(
+            Plan, self._call("POST", "/plan", json=request.model_dump(mode="json"), timeout=PLAN_TIMEOUT_S)
         )
 
     def deploy(self, request: DeployRequest) -> str:
@@ -68,7 +75,7 @@ class Client:
 
     def deploys(self) -> list[DeployRow]:
         """List the running deploys and the last ones that ended, the newest first."""
-        return [DeployRow.model_validate(row) for row in self._call("GET", "/deploys")]
+        return [self._read(DeployRow, row) for row in self._call("GET", "/deploys")]
 
     def cancel_deploy(self, operation: str, by: str) -> str:
         """Cancel a deploy; return its app."""
@@ -77,7 +84,7 @@ class Client:
 
     def weights(self) -> list[WeightsRow]:
         """List the weights on the nodes."""
-        return [WeightsRow.model_validate(row) for row in self._call("GET", "/weights")]
+        return [self._read(WeightsRow, row) for row in self._call("GET", "/weights")]
 
     def start_weights(self, request: WeightsRequest) -> str:
         """Start an operation on weights; return its id."""
@@ -89,7 +96,7 @@ class Client:
         Also raises ControlError if the events stop before the end.
         """
         for line in self._stream(f"/operations/{operation}/events"):
-            event = Event.model_validate(line)
+            event = self._read(Event, line)
             if event.kind == "end":
                 return
             yield event
@@ -124,11 +131,11 @@ class Client:
 
     def cold_starts(self, model: str) -> list[ColdStart]:
         """Return a model's last cold starts, newest first."""
-        return [ColdStart.model_validate(row) for row in self._call("GET", f"/cold-starts/{quote(model)}")]
+        return [self._read(ColdStart, row) for row in self._call("GET", f"/cold-starts/{quote(model)}")]
 
     def adapters(self, model: str) -> list[AdapterRow]:
         """List a model's adapters."""
-        return [AdapterRow.model_validate(row) for row in self._call("GET", f"/adapters/{quote(model)}")]
+        return [self._read(AdapterRow, row) for row in self._call("GET", f"/adapters/{quote(model)}")]
 
     def push_adapter(self, name: str, tar: Iterator[bytes]) -> str:
         """Upload the adapter `model:adapter`; return the operation's id."""
@@ -145,13 +152,13 @@ class Client:
         headers = {"x-llmrun-max-wait": f"{timeout:g}"}
         self._request("POST", "/v1/completions", json=body, headers=headers, timeout=timeout + READ_TIMEOUT_S)
 
-    def keys(self) -> list[KeyInfo]:
+    def keys(self) -> list[KeyFacts]:
         """List the API keys."""
-        return [KeyInfo.model_validate(row) for row in self._call("GET", "/keys")]
+        return [self._read(KeyFacts, row) for row in self._call("GET", "/keys")]
 
     def create_key(self, info: KeyInfo) -> NewKey:
         """Create an API key."""
-        return NewKey.model_validate(self._call("POST", "/keys", json=info.model_dump(mode="json")))
+        return self._read(NewKey, self._call("POST", "/keys", json=info.model_dump(mode="json")))
 
     def revoke_key(self, name: str) -> None:
         """Revoke an API key."""
@@ -160,12 +167,22 @@ class Client:
     def usage(self, by: str, since: str) -> list[UsageLine]:
         """Return usage from the day `since` on, grouped by the fields in `by` (`key,model`)."""
         query = f"?by={quote(by)}&since={quote(since)}"
-        return [UsageLine.model_validate(row) for row in self._call("GET", f"/usage{query}")]
+        return [self._read(UsageLine, row) for row in self._call("GET", f"/usage{query}")]
 
     def logs(self, model: str, tail: int, follow: bool) -> Iterator[dict[str, str]]:
         """Yield chunks of a model's logs, each with a `source` and a `text`."""
         query = f"?tail={tail}&follow={str(follow).lower()}"
         yield from self._stream(f"/logs/{quote(model)}{query}")
+
+    def _read(self, kind: type[Answer], content: Any) -> Answer:
+        """Return an answer's content. Raises ControlError if a later release has changed it."""
+        try:
+            return kind.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            text = f"cannot read the cluster's answer: {kind.__name__}: {field}: {first['msg']}"
+            raise ControlError(text + version_hint(self._cluster_version)) from error
 
     def _call(self, method: str, path: str, **content: Any) -> Any:
         return self._request(method, CONTROL_ROOT + path, **content)
@@ -178,14 +195,17 @@ class Client:
 
     def _send(self, method: str, path: str, **content: Any) -> httpx.Response:
         try:
-            return self._http.request(method, path, **content)
+            response = self._http.request(method, path, **content)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise unreachable(self.url, error) from error
+        self._cluster_version = response.headers.get(VERSION_HEADER, "")
+        return response
 
     def _stream(self, path: str) -> Iterator[Any]:
         timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
         try:
             with self._http.stream("GET", CONTROL_ROOT + path, timeout=timeout) as response:
+                self._cluster_version = response.headers.get(VERSION_HEADER, "")
                 if response.is_error:
                     response.read()
                     raise to_error(response)
@@ -206,9 +226,21 @@ def unreachable(url: str, error: Exception) -> Unreachable:
 
 def to_error(response: httpx.Response) -> Refused:
     """Return the exception for an error response."""
+    status, version = response.status_code, response.headers.get(VERSION_HEADER, "")
     try:
         error = response.json()["error"]
-        return Refused(str(error["message"]), response.status_code, str(error.get("code") or ""))
+        text = str(error["message"]) + (version_hint(version) if status == UNPROCESSABLE else "")
+        return Refused(text, status, str(error.get("code") or ""))
     except (ValueError, KeyError, TypeError):
-        text = f"{response.request.url} returned {response.status_code} and is not an llmrun endpoint: check LLMRUN_URL"
-        return Refused(text, response.status_code)
+        if version:
+            return Refused(f"{response.request.url.path} is unknown to the cluster{version_hint(version)}", status)
+        text = f"{response.request.url} returned {status} and is not an llmrun endpoint: check LLMRUN_URL"
+        return Refused(text, status)
+
+
+def version_hint(cluster: str) -> str:
+    """Return what to do about a cluster of another version; "" for the same, or an unknown one."""
+    own = llmrun.__version__
+    if cluster in ("", own):
+        return ""
+    return f". This llmrun is {own}, the cluster runs {cluster}: install llmrun=={cluster} here, or upgrade the cluster"

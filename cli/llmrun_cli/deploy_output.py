@@ -21,7 +21,7 @@ def show_plan(plan: Plan, *, prune: bool = False) -> None:
     for change in plan.changes:
         if change.kind == "same":
             continue
-        mark, style = CHANGE_MARKS[change.kind]
+        mark, style = CHANGE_MARKS.get(change.kind, ("~", "yellow"))
         err.print(Text(f"{mark} {_headline(change)}", style=style))
         if change.kind in ("change", "tune"):
             for line in change.lines:

@@ -10,6 +10,8 @@ from llmrun.spec import ModelSpec
 from llmrun.weights import AnyWeights
 
 CONTROL_ROOT = "/llmrun/v1"
+VERSION_HEADER = "x-llmrun-version"
+"""The sender's release, in requests to control and in its responses."""
 MAX_ADAPTER_BYTES = 8 * 2**30
 MAX_PACKAGE_BYTES = 100 * 2**20
 State = Literal["cold", "waking", "hot", "draining", "failed"]
@@ -26,7 +28,10 @@ class Request(BaseModel):
 
 
 class Answer(BaseModel):
-    """The base class of messages from control. Ignores the fields that a later release added."""
+    """The base class of messages from control.
+
+    Ignores the fields that a later release added, and accepts a later release's states and kinds: `State | str`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -55,7 +60,7 @@ class Change(Answer):
     """The effect of a deploy on one model. `remove` applies only with `prune`."""
 
     model: str
-    kind: Literal["add", "change", "tune", "remove", "same"]
+    kind: Literal["add", "change", "tune", "remove", "same"] | str
     """`change` starts a new engine; `tune` changes options without a restart."""
     lines: tuple[str, ...] = ()
     placement: str = ""
@@ -74,7 +79,7 @@ class DeployRow(Answer):
 
     id: str
     app: str
-    state: OperationState
+    state: OperationState | str
     step: str
     """The current step, or the result."""
     started: float
@@ -94,7 +99,7 @@ class CancelRequest(Request):
 class Event(Answer):
     """One event of an operation. `end` is its last; `ready`, `unproven`, `failed` or `removed` is a model's last."""
 
-    kind: EventKind
+    kind: EventKind | str
     model: str = ""
     text: str = ""
     here: int = 0
@@ -153,7 +158,7 @@ class ReplicaStatus(Answer):
 
     id: str
     version: int
-    state: ReplicaState
+    state: ReplicaState | str
     node: str
     address: str
     in_flight: int
@@ -183,7 +188,7 @@ class ModelStatus(Answer):
 
     name: str
     app: str
-    state: State
+    state: State | str
     version: int
     proven: bool
     replicas: int
@@ -219,7 +224,7 @@ class KeyFacts(Answer):
     """Requests that wait or are being answered."""
     wake: bool = True
     """Whether requests wake models. Otherwise they reach hot models only, and do not keep them hot."""
-    priority: Priority = "normal"
+    priority: Priority | str = "normal"
     """The highest priority that its requests may have."""
     expires: float = 0
     """Unix time; 0 if the key does not expire."""
@@ -236,6 +241,7 @@ class KeyInfo(KeyFacts):
     """The same as a request: an unknown field is an error, because it may be a limit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    priority: Priority = "normal"
 
 
 class NewKey(Answer):

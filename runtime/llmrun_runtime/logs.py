@@ -5,15 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import gzip
 import logging
 import os
+import shutil
+import threading
 import time
+from collections.abc import Collection
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import IO
 
-LOG_BYTES, LOG_FILES = 10 * 2**20, 3
+# Of control's log, and of each ingress's: a day of 100 requests per second is 1.2 GiB, or 0.3 GiB compressed.
+LOG_BYTES, KEEP_COMPRESSED_BYTES = 64 * 2**20, 512 * 2**20
 KEEP_FILES = 20  # per model and node
+KEEP_DELETED_S = 7 * 86400.0
 READ_BYTES = 2**20
 # An engine writes to its log for as long as it runs.
 MAX_BYTES, KEEP_BYTES = 64 * 2**20, 8 * 2**20
@@ -25,10 +31,66 @@ log = logging.getLogger("llmrun")
 def log_to_file(root: Path, name: str) -> None:
     """Write this process's log to `logs/NAME.log` in the home."""
     (root / "logs").mkdir(parents=True, exist_ok=True)
-    handler = RotatingFileHandler(root / "logs" / f"{name}.log", maxBytes=LOG_BYTES, backupCount=LOG_FILES)
+    handler = CompressedLog(root / "logs" / f"{name}.log", LOG_BYTES, KEEP_COMPRESSED_BYTES)
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", handlers=[handler], force=True
     )
+
+
+class CompressedLog(RotatingFileHandler):
+    """A log that becomes `NAME.log-TIME.gz` at `max_bytes`. The oldest of these are removed above `keep_bytes`.
+
+    A thread compresses them, so that no request waits for that.
+    """
+
+    def __init__(self, path: Path, max_bytes: int, keep_bytes: int) -> None:
+        super().__init__(path, maxBytes=max_bytes)
+        self._path = path
+        self._keep_bytes = keep_bytes
+        self._compressing = threading.Lock()
+        self._start_compression()  # of what an earlier process left
+
+    def doRollover(self) -> None:
+        """Start a new file."""
+        self.close()
+        now = time.time_ns()
+        seconds, rest = divmod(now, 10**9)
+        self._path.rename(f"{self._path}-{time.strftime('%Y%m%dT%H%M%S', time.gmtime(seconds))}.{rest:09}")
+        self.stream = self._open()
+        self._start_compression()
+
+    def _start_compression(self) -> None:
+        threading.Thread(target=self._compress, name="compress-log", daemon=True).start()
+
+    def _compress(self) -> None:
+        with self._compressing:
+            try:
+                for path in self._rotated():
+                    if path.suffix != ".gz":
+                        _gzip(path)
+            except OSError as error:  # a full disk
+                log.warning("cannot compress %s, retrying with the next file: %s", self._path, error)
+            sizes = {path: path.stat().st_size for path in self._rotated()}
+            for path in list(sizes)[:-1]:
+                if sum(sizes.values()) > self._keep_bytes:
+                    path.unlink()
+                    del sizes[path]
+
+    def _rotated(self) -> list[Path]:
+        """The rotated files, the oldest first."""
+        return sorted(self._path.parent.glob(f"{self._path.name}-*"))
+
+
+def _gzip(path: Path) -> None:
+    """Replace a file by its compressed copy. Raises OSError."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with path.open("rb") as file, gzip.open(partial, "wb", compresslevel=6) as compressed:
+            shutil.copyfileobj(file, compressed)
+        partial.rename(f"{path}.gz")
+        path.unlink()
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def model_logs(root: Path) -> Path:
@@ -99,6 +161,19 @@ def trim_logs(root: Path) -> None:
                 kept = old.read(KEEP_BYTES)
                 file.truncate(0)  # engines append, so their next line follows
                 file.write(b"[llmrun] the log was too large: older lines were removed\n" + kept)
+
+
+def remove_logs(root: Path, models: Collection[str], now: float) -> None:
+    """Remove the logs of all other models once the last line is KEEP_DELETED_S old. `now` is Unix time."""
+    folder = model_logs(root)
+    for path in list(folder.rglob("*.log")):
+        with contextlib.suppress(FileNotFoundError):  # it has been removed
+            model = path.parent.relative_to(folder).as_posix()
+            is_old = now - path.stat().st_mtime > KEEP_DELETED_S
+            if model not in models and is_old and not _is_in_use(path):
+                path.unlink()
+                with contextlib.suppress(OSError):  # it has other logs
+                    path.parent.rmdir()
 
 
 def mark_in_use(file: IO[bytes]) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import logging
 import os
 import subprocess
+import time
 import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +16,19 @@ from typing import Any
 import pytest
 
 from llmrun_runtime import logs
-from llmrun_runtime.logs import KEEP_FILES, log_path, mark_in_use, read_logs, trim_logs
+from llmrun_runtime.logs import (
+    KEEP_DELETED_S,
+    KEEP_FILES,
+    CompressedLog,
+    log_path,
+    mark_in_use,
+    read_logs,
+    remove_logs,
+    trim_logs,
+)
 from llmrun_runtime.node import agent
 from llmrun_runtime.node.agent import NodeAgent
+from tests.support.cluster import until
 
 NAME = "v1-a.log"
 
@@ -105,3 +118,47 @@ def test_a_large_log_is_trimmed_while_its_engine_writes(
     end, text = read_logs(tmp_path, "one", {NAME: offset}, 0)[NAME]
     assert text == (folder / NAME).read_text() and end == len(text), "a reader beyond the end starts again"
     assert (folder / "v1-small.log").read_text() == "small\n"
+
+
+def test_logs_of_deleted_models_are_removed_after_a_week(tmp_path: Path, folder: Path) -> None:
+    log, other = folder / NAME, folder.parent / "org" / "other" / NAME
+    other.parent.mkdir(parents=True)
+    for path in (log, other):
+        path.write_text("a\n")
+    soon, later = time.time() + KEEP_DELETED_S - 60, time.time() + KEEP_DELETED_S + 60
+    remove_logs(tmp_path, {"org/other"}, soon)
+    assert log.exists()
+    with log.open("ab") as file:
+        mark_in_use(file)
+        remove_logs(tmp_path, {"org/other"}, later)
+        assert log.exists(), "an engine writes to it"
+    remove_logs(tmp_path, {"org/other"}, later)
+    assert not folder.exists() and other.exists()
+
+
+def rotated(folder: Path) -> list[Path]:
+    """Return the rotated files of `ingress.log` once all are compressed."""
+    paths: list[Path] = []
+
+    def compressed() -> bool:
+        paths[:] = sorted(folder.glob("ingress.log-*"))
+        return all(path.suffix == ".gz" for path in paths) and not list(folder.glob(".*.partial"))
+
+    until(compressed, 10, "compressed logs")
+    return paths
+
+
+def test_a_full_log_is_compressed_and_bounded(tmp_path: Path) -> None:
+    left = tmp_path / "ingress.log-20200101T000000.000000000"  # an earlier process was killed while it compressed
+    left.write_text("old\n")
+    handler = CompressedLog(tmp_path / "ingress.log", 3000, 1000)
+    (compressed,) = rotated(tmp_path)
+    assert gzip.decompress(compressed.read_bytes()) == b"old\n"
+    for number in range(2000):
+        handler.emit(logging.LogRecord("llmrun", logging.INFO, "", 0, f"request {number}", (), None))
+        if number == 299:  # 3600 bytes
+            kept = gzip.decompress(rotated(tmp_path)[-1].read_bytes()) + (tmp_path / "ingress.log").read_bytes()
+            assert kept.decode().split("\n") == [*(f"request {n}" for n in range(300)), ""]
+    until(lambda: sum(path.stat().st_size for path in rotated(tmp_path)) <= 1000, 10, "1000 bytes of logs")
+    handler.close()
+    assert not compressed.exists() and (tmp_path / "ingress.log").read_text().endswith("request 1999\n")

@@ -20,12 +20,13 @@ from llmrun_cli.commands.dashboards import files
 from llmrun_cli.grafana import dashboard
 from llmrun_runtime.asgi import Send
 from llmrun_runtime.control.autoscaling.cold_starts import ColdStarts
-from llmrun_runtime.control.metrics import Paces
+from llmrun_runtime.control.metrics import Paces, node_families
 from llmrun_runtime.control.state.database import Database
 from llmrun_runtime.engines.shim import usage_meter
 from llmrun_runtime.engines.sidecar import server
 from llmrun_runtime.ingress.endpoints.metrics_merge import merge
 from llmrun_runtime.metric_labels import MAX_ADAPTERS, OTHERS, AdapterLabels
+from llmrun_runtime.weights.node_weights import CacheInfo
 from llmrun_runtime.wire.reports import AdapterRevision, ReplicaReport
 from llmrun_runtime.wire.usage import PACE_BUCKETS, PaceRow
 from tests.support.cluster import Home
@@ -296,3 +297,11 @@ def test_dashboards_that_cannot_be_written(home: Home, tmp_path: Path, arguments
         "dashboards", *(str(tmp_path / a) if a in ("file", "file/below", "new") else a for a in arguments)
     )
     assert words in error and not (tmp_path / "new").exists() and (tmp_path / "file").read_text() == "mine"
+
+
+def test_two_ray_nodes_at_one_address_are_added_up() -> None:
+    caches = [("a", CacheInfo(5, 1, 2, 3)), ("a", CacheInfo(5, 10, 20, 30)), ("b", CacheInfo(7, 0, 1, 0))]
+    samples = [sample for family in node_families(caches) for sample in family.samples]
+    values = {tuple(sample.labels.values()): sample.value for sample in samples}
+    assert len(samples) == len(values) and values["a",] == 5 and values["b",] == 7
+    assert [values["a", outcome] for outcome in ("found", "brought", "failed")] == [11, 22, 33]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from sqlalchemy.exc import OperationalError
@@ -11,10 +14,14 @@ from sqlalchemy.exc import OperationalError
 from llmrun.errors import Refused
 from llmrun.wire import KeyInfo, UsageLine
 from llmrun_runtime.control import usage as usage_module
+from llmrun_runtime.control.control_plane import ControlPlane
 from llmrun_runtime.control.keys import Keys
 from llmrun_runtime.control.state.database import Database
+from llmrun_runtime.control.state.models import Candidate, Models
+from llmrun_runtime.control.state.registry import Registry
 from llmrun_runtime.control.usage import Usage
 from llmrun_runtime.engines.shim import usage_meter
+from llmrun_runtime.placement import Placement
 from llmrun_runtime.wire.reports import ReplicaReport
 from llmrun_runtime.wire.routing_table import digest_of
 from llmrun_runtime.wire.usage import Row
@@ -156,3 +163,14 @@ def test_a_snapshot_has_only_the_rows_that_changed_after_an_earlier_one() -> Non
     request.record("x", prompt=2)
     changed = [("since", "x", 1, 3, 0, 0)]
     assert usage_meter.snapshot(number)["usage"] == changed == usage_meter.snapshot(number)["usage"], "a lost response"
+
+
+def test_replicas_of_proofs_and_of_deleted_models_are_live() -> None:
+    models, registry = Models(), Registry()
+    models.put(factories.deployed(factories.spec("one"), placement=Placement(1, 1)))
+    proof = replace(factories.deployed(factories.spec("one"), placement=Placement(1, 4)), version=2, engine_version=2)
+    models.candidates["one"] = Candidate(proof)
+    for replica, model, version in (("r1", "one", 1), ("r2", "one", 2), ("r3", "deleted", 1)):
+        registry.report(factories.report(replica=replica, model=model, version=version), 0)
+    plane: Any = SimpleNamespace(models=models, registry=registry)
+    assert ControlPlane.live_replicas(plane) == [("r1", "one", 1), ("r2", "one", 4), ("r3", "deleted", 0)]

@@ -59,7 +59,7 @@ def status(
 def _print_models(current: Status) -> None:
     table = make_table("MODEL", "APP", "STATE", "VERSION", "REPLICAS", "IN FLIGHT", "ON", "WEIGHTS", "NODE", "ADDRESS")
     for row in current.models:
-        state = f"[{STYLES[row.state]}]{row.state}[/]" + ("" if row.proven else " (not proven)")
+        state = f"[{STYLES.get(row.state, 'default')}]{row.state}[/]" + ("" if row.proven else " (not proven)")
         addresses = " ".join(replica.address or replica.state for replica in row.details)
         nodes = " ".join(sorted({replica.node for replica in row.details}))
         counts = (str(row.version), str(row.replicas), str(row.in_flight))
@@ -125,7 +125,7 @@ def _wait(client: Client, model: str, states: tuple[State, ...]) -> None:
 
     Raises Refused if it reverts, fails or is deleted before that, or if nothing changes for STUCK_S.
     """
-    shown, seen = "", set[State]()
+    shown, seen = "", set[str]()
     last, changed = None, time.monotonic()
     while True:
         row = next((row for row in client.status().models if row.name == model), None)

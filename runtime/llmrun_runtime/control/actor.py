@@ -22,7 +22,15 @@ from llmrun_runtime.logs import log_to_file
 from llmrun_runtime.supervise import supervise
 from llmrun_runtime.weights.adapters import Adapter
 from llmrun_runtime.weights.fetch import Peer
-from llmrun_runtime.wire.reports import AdapterRevision, LocalUsage, RemoteUsage, ReplicaReport, Subject, Traffic
+from llmrun_runtime.wire.reports import (
+    AdapterRevision,
+    LocalUsage,
+    RemoteUsage,
+    ReplicaReport,
+    Subject,
+    Traffic,
+    UsedOnNodes,
+)
 from llmrun_runtime.wire.routing_table import Table
 
 log = logging.getLogger("llmrun.control")
@@ -162,6 +170,11 @@ class Control:
         """See `AdaptersCatalog.revision`."""
         await self.start()
         return await self._plane.adapters.revision(model, revised)
+
+    async def used_on_nodes(self) -> UsedOnNodes:
+        """See `Database.used_on_nodes`."""
+        await self.start()
+        return await self._plane.database.run(self._plane.database.used_on_nodes)
 
     async def package(self, digest: str) -> bytes:
         """Return a code package. Raises KeyError if it is not stored."""

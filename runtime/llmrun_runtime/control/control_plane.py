@@ -31,7 +31,7 @@ from llmrun_runtime.control.state.registry import Registry
 from llmrun_runtime.control.usage import Usage
 from llmrun_runtime.node.agent import agent_of
 from llmrun_runtime.ray_nodes import NodeSnapshot, real_nodes
-from llmrun_runtime.wire.reports import RemoteUsage, Subject, key_subject, model_subject
+from llmrun_runtime.wire.reports import RemoteUsage, ReplicaReport, Subject, key_subject, model_subject
 from llmrun_runtime.wire.routing_table import digest_of
 
 log = logging.getLogger("llmrun.control")
@@ -157,10 +157,18 @@ class ControlPlane:
         task.add_done_callback(self._storing.discard)
 
     def live_replicas(self) -> list[tuple[str, str, float]]:
-        """Return the registered replicas, each with its model and the number of its GPUs."""
+        """Return the registered replicas, each with its model and the number of its GPUs.
+
+        A replica of a replaced version counts with the active version's GPUs, one of a deleted model with none.
+        """
         deployed = self.models.deployed
-        reports = (report for report, _ in self.registry.replicas.values())
-        return [(r.id, r.model, deployed[r.model].placement.total_gpus) for r in reports if r.model in deployed]
+        proving = {(row.name, row.engine_version): row for row in (c.row for c in self.models.candidates.values())}
+
+        def gpus(report: ReplicaReport) -> float:
+            row = proving.get((report.model, report.version)) or deployed.get(report.model)
+            return row.placement.total_gpus if row else 0
+
+        return [(report.id, report.model, gpus(report)) for report, _ in self.registry.replicas.values()]
 
     def remote_usage(self, ingress: str, now: float) -> dict[Subject, RemoteUsage]:
         """Return the usage of each subject with limits that the ingress cannot count itself; `now` is monotonic."""

@@ -55,8 +55,8 @@ class ControlMetrics:
         self._cold_starts = cold_starts
         self._adapter_label = AdapterLabels()
         self._paces = Paces(self._adapter_label)
-        self._caches: dict[str, CacheInfo] = {}
-        """By node address, the last response of its agent."""
+        self._caches: dict[str, tuple[str, CacheInfo]] = {}
+        """By node id, the last response of its agent."""
         self._errors = Counter(
             "llmrun_control_errors", "Unexpected exceptions in control, by task.", ("task",), registry=metrics
         )
@@ -81,16 +81,16 @@ class ControlMetrics:
 
     def report(self, report: ReplicaReport) -> None:
         """Add a replica's times per output token."""
-        self._paces.report(report)
+        if self._paces.report(report):
+            self._paces.keep(self._registry.replicas)
 
     async def page(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
         await self._update_caches()
-        self._paces.keep(self._registry.replicas)
         statuses, targets = self._autoscaler.statuses(), self._autoscaler.targets()
         models = [status.name for status in statuses]
         current = _Families(
-            [*model_families(statuses, targets), *node_families(self._caches), self._paces.family(models)]
+            [*model_families(statuses, targets), *node_families(self._caches.values()), self._paces.family(models)]
         )
 
         def text() -> bytes:
@@ -115,13 +115,13 @@ class ControlMetrics:
             return info
 
         nodes = await asyncio.to_thread(real_nodes)
-        tasks = {node.host: asyncio.ensure_future(ask(node)) for node in nodes}
+        tasks = {node.id: asyncio.ensure_future(ask(node)) for node in nodes}
         done, late = await asyncio.wait(tasks.values(), timeout=AGENT_TIMEOUT_S)
         for task in late:
             task.cancel()
-        replies = {host: task.result() if task in done else None for host, task in tasks.items()}
-        caches = {host: info or self._caches.get(host) for host, info in replies.items()}
-        self._caches = {host: info for host, info in caches.items() if info}
+        replies = ((node, tasks[node.id].result() if tasks[node.id] in done else None) for node in nodes)
+        caches = {node.id: (node.host, info) if info else self._caches.get(node.id) for node, info in replies}
+        self._caches = {node: cache for node, cache in caches.items() if cache}
 
 
 class Paces:
@@ -133,11 +133,12 @@ class Paces:
         """By replica and adapter, the numbers already added up."""
         self._sums: dict[Group, Pace] = {}
 
-    def report(self, report: ReplicaReport) -> None:
-        """Add the new part of a replica's numbers.
+    def report(self, report: ReplicaReport) -> bool:
+        """Add the new part of a replica's numbers. Return whether it is the replica's first report.
 
         For a replica that this control has not seen before, the report contains what an earlier control received.
         """
+        is_new = report.id not in self._counted
         counted = self._counted.setdefault(report.id, {})
         for (adapter, *numbers), acknowledged in report.paces:
             previous = counted.get(adapter, acknowledged[1:] if acknowledged else _zeros())
@@ -148,6 +149,7 @@ class Paces:
             sums = self._sums.setdefault(group, _zeros())
             for index, (number, old) in enumerate(zip(numbers, previous, strict=True)):
                 sums[index] += number - old
+        return is_new
 
     def keep(self, replicas: Iterable[str]) -> None:
         """Forget all other replicas."""
@@ -189,18 +191,22 @@ def model_families(statuses: Iterable[ModelStatus], targets: Mapping[str, int]) 
     yield from (state, target, ready)
 
 
-def node_families(caches: Mapping[str, CacheInfo]) -> Iterator[Metric]:
-    """Yield the metrics of the weights caches, by node address."""
+def node_families(caches: Iterable[tuple[str, CacheInfo]]) -> Iterator[Metric]:
+    """Yield the metrics of the weights caches, by node address. Ray nodes with one address share a cache."""
     size = GaugeMetricFamily("llmrun_weights_cache_bytes", "Size of the node's weights cache.", labels=("node",))
     needed = CounterMetricFamily(
         "llmrun_weights_needed",
         "Pins that a replica needed on the node: found there, fetched (`brought`), or failed.",
         labels=("node", "outcome"),
     )
-    for node, row in caches.items():
-        size.add_metric((node,), row.bytes)
-        for outcome, count in (("found", row.found), ("brought", row.fetched), ("failed", row.failed)):
-            needed.add_metric((node, outcome), count)
+    hosts: dict[str, list[CacheInfo]] = {}
+    for host, info in caches:
+        hosts.setdefault(host, []).append(info)
+    for host, rows in hosts.items():
+        size.add_metric((host,), max(row.bytes for row in rows))
+        needed.add_metric((host, "found"), sum(row.found for row in rows))
+        needed.add_metric((host, "brought"), sum(row.fetched for row in rows))
+        needed.add_metric((host, "failed"), sum(row.failed for row in rows))
     yield from (size, needed)
 
 

@@ -64,7 +64,7 @@ class Usage:
                 self._counted[row.replica] = counts
 
     def report(self, report: ReplicaReport, now: float) -> None:
-        """Add the new part of a replica's counts; `now` is Unix time."""
+        """Add the new part of a replica's counts; `now` is monotonic."""
         counted = self._counted.setdefault(report.id, {})
         for row in report.usage:
             self._add(report, row, counted, now)
@@ -103,6 +103,10 @@ class Usage:
         window = self._tokens.get(subject)
         return (window.total(now), window.wait(now, limit)) if window else (0, 0)
 
+    def forget_unused(self, now: float) -> None:
+        """Drop the subjects without tokens in the last minute: keys are revoked, models deleted."""
+        self._tokens = {subject: window for subject, window in self._tokens.items() if window.total(now)}
+
     async def run(self, live_replicas: Callable[[], Iterable[tuple[str, str, float]]]) -> None:
         """Flush every FLUSH_S. Never returns. `live_replicas` returns replicas, their models and their GPUs."""
         absent, next_check, previous = set[str](), 0.0, time.monotonic()
@@ -119,6 +123,7 @@ class Usage:
                 for replica in missing & absent:
                     self.forget(replica)
                 absent = missing
+                self.forget_unused(now)
             await self.flush()
 
     async def flush(self) -> None:

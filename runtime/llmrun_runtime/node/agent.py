@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import secrets
 import socket
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +25,7 @@ from llmrun_runtime.engines.forkserver.prestart import Prestarts, prestart_socke
 from llmrun_runtime.engines.forkserver.supervisor import ForkServerSupervisor, forkserver_socket
 from llmrun_runtime.engines.process.temp_dir import sweep_temp_dirs
 from llmrun_runtime.engines.registry import get_engine
-from llmrun_runtime.logs import log_path, read_logs, trim_periodically
+from llmrun_runtime.logs import log_path, read_logs, remove_logs, trim_periodically
 from llmrun_runtime.node.environments import Environments, merged_env, worker_env
 from llmrun_runtime.node.launch import find_weights, make_launch
 from llmrun_runtime.node.spare_worker import keep_spare_worker
@@ -32,6 +34,9 @@ from llmrun_runtime.weights.fetch import Peer
 from llmrun_runtime.weights.node_weights import CacheInfo, NodeWeights
 from llmrun_runtime.weights.pin import Pin
 from llmrun_runtime.wire.replica_config import ReplicaConfig
+
+log = logging.getLogger("llmrun")
+REMOVE_UNUSED_S = 3600.0
 
 
 class NodeAgent:
@@ -44,11 +49,31 @@ class NodeAgent:
         self._node = ray.get_runtime_context().get_node_id()
         self._control = ControlClient()
         self._weights = NodeWeights(settings, self._host)
-        self._environments = Environments(self._root, self._fetch_package)
+        self._environments = Environments(self._root, self._fetch_package, hold=False)
         self._supervisors: dict[str, ForkServerSupervisor] = {}
         self._spare_worker: asyncio.Task[None] | None = None
         self._prestarts: Prestarts | None = None
-        self._trimming = asyncio.get_running_loop().create_task(trim_periodically(self._root))
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(task) for task in (trim_periodically(self._root), self._remove_periodically())]
+
+    async def _remove_periodically(self) -> None:
+        """Remove every REMOVE_UNUSED_S what `remove_unused` removes. Never returns."""
+        while True:
+            await asyncio.sleep(REMOVE_UNUSED_S)
+            try:
+                await self.remove_unused(time.time())
+            except (ray.exceptions.RayError, OSError) as error:
+                log.warning("cannot remove unused code from node %s, retrying: %s", self._host, error)
+
+    async def remove_unused(self, now: float) -> None:
+        """Remove code and requirements that no stored version uses, and logs of deleted models. `now` is Unix time.
+
+        Raises RayError if control is not reachable, and OSError.
+        """
+        used = await self._control.used_on_nodes.remote()
+        for folder in await self._environments.remove_unused(used.packages, used.requirements, now):
+            log.info("removed %s: no version uses it", folder)
+        await asyncio.to_thread(remove_logs, self._root, used.models, now)
 
     async def warm(self, engine_name: str) -> None:
         """Prepare for the next replica: start a spare worker, and the engine's fork server if it supports one.

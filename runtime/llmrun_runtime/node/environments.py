@@ -1,22 +1,25 @@
 """Installs what a model's own code needs on a node: the code package, its requirements, environment variables.
 
-Each package has a folder in the node's home, named by a hash of its content. Folders appear atomically, and are
-created once per node.
+Each package has a folder in the node's home, named by a hash of its content. Folders appear atomically, are created
+once per node, and are removed some time after their last use.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import hashlib
 import io
 import json
 import os
 import re
+import secrets
 import shutil
 import sys
 import tempfile
 import zipfile
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -24,29 +27,35 @@ from llmrun.errors import EngineError
 from llmrun.spec import Secret
 
 INSTALL_TIMEOUT_S = 1800
+KEEP_UNUSED_S = 86400.0  # longer than an installation, and than a replica drains
 
 
 class Environments:
-    """The packages under `root`; `fetch` downloads a zip by its sha256."""
+    """The packages under `root`; `fetch` downloads a zip by its sha256.
 
-    def __init__(self, root: Path, fetch: Callable[[str], Awaitable[bytes]]) -> None:
+    With `hold`, the folders that it returns are not removed until this process exits.
+    """
+
+    def __init__(self, root: Path, fetch: Callable[[str], Awaitable[bytes]], *, hold: bool = True) -> None:
         self._root = root
         self._fetch = fetch
+        self._hold = hold
 
     async def install_code(self, digest: str) -> Path:
         """Return the folder of the package with that sha256. Raises EngineError if the download does not match."""
         target = self._root / "packages" / digest
-        if target.is_dir():
+        if await asyncio.to_thread(_use, target, self._hold):
             return target
         data = await self._fetch(digest)
-        if hashlib.sha256(data).hexdigest() != digest:
-            raise EngineError(f"code package {digest[:12]} is damaged: deploy again")
 
         def unpack(folder: Path) -> None:
+            if hashlib.sha256(data).hexdigest() != digest:
+                raise EngineError(f"code package {digest[:12]} is damaged: deploy again")
             with zipfile.ZipFile(io.BytesIO(data)) as package:
                 package.extractall(folder)  # ZipFile drops '..' and drive letters from names
 
         await asyncio.to_thread(_create, target, unpack)
+        await asyncio.to_thread(_use, target, self._hold)
         return target
 
     async def install_requirements(self, requirements: Sequence[str]) -> Path:
@@ -54,10 +63,9 @@ class Environments:
 
         Never replaces a package of the engine's environment. Raises EngineError if a requirement would.
         """
-        installed = sorted(f"{d.name}=={d.version}" for d in metadata.distributions() if d.name)
-        key = json.dumps([sorted(requirements), installed, sys.version])
-        target = self._root / "environments" / hashlib.sha256(key.encode()).hexdigest()[:32]
-        if target.is_dir():
+        installed = await asyncio.to_thread(_installed)
+        target = self._environment(requirements, installed)
+        if await asyncio.to_thread(_use, target, self._hold):
             return target
         missing = await self._missing(requirements)
         folder = Path(await asyncio.to_thread(_temp_folder, target))
@@ -66,8 +74,25 @@ class Environments:
                 await _uv("install", "--python", sys.executable, "--no-deps", "--target", str(folder), *missing)
             _publish(folder, target)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        await asyncio.to_thread(_use, target, self._hold)
         return target
+
+    async def remove_unused(
+        self, packages: Collection[str], requirements: Collection[Sequence[str]], now: float
+    ) -> list[Path]:
+        """Remove the folders that nothing has used for KEEP_UNUSED_S, and remains of installations; return them.
+
+        In use are those for `packages` and `requirements`, and those that a running process holds. `now` is Unix time.
+        """
+        installed = await asyncio.to_thread(_installed)
+        used = {self._root / "packages" / digest for digest in packages}
+        used |= {self._environment(required, installed) for required in requirements}
+        return await asyncio.to_thread(_remove_unused, self._root, used, now)
+
+    def _environment(self, requirements: Sequence[str], installed: Sequence[str]) -> Path:
+        key = json.dumps([sorted(requirements), installed, sys.version])
+        return self._root / "environments" / hashlib.sha256(key.encode()).hexdigest()[:32]
 
     async def _missing(self, requirements: Sequence[str]) -> list[str]:
         """`name==version` of each package to install in addition to the engine's environment."""
@@ -129,6 +154,55 @@ async def _uv(*args: str) -> str:
         reason = " ".join(line.strip() for line in text.splitlines() if line.strip())
         raise EngineError(f"requirements: the installation failed: {reason[:500]}")
     return text
+
+
+def _installed() -> list[str]:
+    """Return the packages of the engine's environment."""
+    return sorted(f"{d.name}=={d.version}" for d in metadata.distributions() if d.name)
+
+
+def _use(target: Path, hold: bool) -> bool:
+    """Mark a folder as used now; with `hold`, also until this process exits. Return whether it exists."""
+    try:
+        folder = os.open(target, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        return False
+    with contextlib.suppress(OSError):  # not every network filesystem has locks
+        fcntl.flock(folder, fcntl.LOCK_SH)  # `_remove` has the lock only while it renames the folder
+    with contextlib.suppress(OSError):  # another user's
+        os.utime(folder)
+    exists = target.is_dir() and os.path.samestat(os.fstat(folder), target.stat())
+    if not (hold and exists):
+        os.close(folder)
+    return exists
+
+
+def _remove_unused(root: Path, used: Collection[Path], now: float) -> list[Path]:
+    removed = []
+    for folder in [*(root / "packages").glob("*"), *(root / "environments").glob("*")]:
+        with contextlib.suppress(FileNotFoundError):  # another agent of this home has removed it
+            if folder in used:
+                os.utime(folder)
+            elif now - folder.stat().st_mtime > KEEP_UNUSED_S and _remove(folder):
+                removed.append(folder)
+    return removed
+
+
+def _remove(folder: Path) -> bool:
+    """Remove a folder. Return False if a process holds it, or the filesystem has no locks."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        doomed = folder.with_name(f".old-{secrets.token_hex(8)}")
+        os.rename(folder, doomed)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    shutil.rmtree(doomed, ignore_errors=True)  # what is left is removed next time
+    return True
 
 
 def _create(target: Path, fill: Callable[[Path], None]) -> None:

@@ -17,6 +17,17 @@ PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 
 
 @dataclass(frozen=True)
+class UsedOnNodes(Message):
+    """What nodes must keep: all of it belongs to versions that can be started."""
+
+    models: frozenset[str]
+    """The models whose logs are kept."""
+    packages: frozenset[str]
+    """The sha256 of code packages."""
+    requirements: frozenset[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
 class ReplicaReport(Message):
     """One replica's report."""
 

@@ -21,6 +21,7 @@ from llmrun_runtime.control.api.routers import (
     usage,
     weights,
 )
+from llmrun_runtime.control.api.version import with_version
 from llmrun_runtime.control.control_plane import ControlPlane
 
 
@@ -32,4 +33,4 @@ def make_api(plane: ControlPlane) -> App:
     for module in (models, deploys, packages, operations, weights, adapters, keys, usage, logs):
         api.include_router(module.router, prefix=CONTROL_ROOT)
     api.include_router(metrics.router)
-    return AdminKey(api, plane.admin_key)
+    return with_version(AdminKey(api, plane.admin_key))

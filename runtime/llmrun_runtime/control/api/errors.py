@@ -7,7 +7,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from sqlalchemy.exc import SQLAlchemyError
 
-import llmrun
 from llmrun.errors import LLMRunError, Refused
 from llmrun_runtime.control.state.connection import describe_error
 
@@ -32,8 +31,7 @@ def add_error_handlers(api: FastAPI) -> None:
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        text = f"{field}: {first['msg']}. The CLI's version may differ from the cluster's ({llmrun.__version__})"
-        return _response(422, text)
+        return _response(422, f"{field}: {first['msg']}")
 
 
 def _response(status: int, message: str) -> JSONResponse:

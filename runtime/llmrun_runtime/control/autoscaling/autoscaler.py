@@ -242,6 +242,7 @@ class Autoscaler:
         """
         for report in self._registry.expire(now):
             log.warning("%r has not reported for %g s: removed from the routing table", report, LEASE_S)
+        self._registry.keep_models(self._models.deployed)
         routes = {}
         for row in self._capacity.in_order():
             try:

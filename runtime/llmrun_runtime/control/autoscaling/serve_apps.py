@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import ray
 from ray import serve
@@ -20,6 +22,8 @@ from llmrun_runtime.wire.replica_config import ReplicaConfig
 log = logging.getLogger("llmrun.control")
 CALL_TIMEOUT_S = 30
 RETRY_S = 5.0
+# Longer than any call that was waiting when its application was deleted.
+KEEP_DELETED_S = 3600.0
 
 
 class ServeApps:
@@ -32,8 +36,9 @@ class ServeApps:
         """Applications that may not have the target: a call failed or is running."""
         self._avoided: dict[str, frozenset[str]] = {}
         """By application, the nodes on which Serve places no replica of it."""
-        self._deleted: set[str] = set()
-        self._locks: dict[str, asyncio.Lock] = {}
+        self._deleted: dict[str, float] = {}
+        """By application, when it was deleted (monotonic)."""
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         """By application: a call to Serve that takes long delays no other model."""
         self._deleting: set[asyncio.Task[None]] = set()
 
@@ -96,7 +101,10 @@ class ServeApps:
         Returns when Serve has accepted the call. If Serve fails, the call is repeated in the background.
         """
         name = app_name(model, version)
-        self._deleted.add(name)
+        now = time.monotonic()
+        deleted = self._deleted.items()
+        self._deleted = {old: at for old, at in deleted if now - at < KEEP_DELETED_S or old in self._targets}
+        self._deleted[name] = now
         if not await self._try_delete(name):
             task = asyncio.get_running_loop().create_task(self._delete_until_accepted(name))
             self._deleting.add(task)
@@ -113,7 +121,6 @@ class ServeApps:
                     return False
                 del self._targets[name]
                 self._avoided.pop(name, None)
-        self._locks.pop(name, None)
         return True
 
     async def _delete_until_accepted(self, name: str) -> None:

@@ -47,7 +47,7 @@ class AdapterRevisions:
         """Unresolved revisions, in the same order. Separate, so that they evict no resolved ones."""
         self._pending: dict[tuple[str, str], asyncio.Task[RevisionEntry]] = {}
         self._generations: dict[str, int] = {}
-        """How often each model's sources have changed."""
+        """How often the sources of models have changed while revisions of theirs were being resolved."""
         self._semaphore = asyncio.Semaphore(MAX_PARALLEL)
 
     async def find(self, model: str, revised: str, refresh: float) -> AdapterRevision:
@@ -94,7 +94,10 @@ class AdapterRevisions:
 
     def forget(self, model: str) -> None:
         """Forget a model's revisions, also those being resolved: its sources have changed, or it was removed."""
-        self._generations[model] = self._generations.get(model, 0) + 1
+        resolving = {owner for owner, _ in self._pending}
+        self._generations = {owner: count for owner, count in self._generations.items() if owner in resolving}
+        if model in resolving:
+            self._generations[model] = self._generations.get(model, 0) + 1
         self._cached = {key: entry for key, entry in self._cached.items() if key[0] != model}
 
     async def _refresh(self, key: tuple[str, str]) -> RevisionEntry:

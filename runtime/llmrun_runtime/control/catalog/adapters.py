@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pydantic import TypeAdapter
 
 from llmrun.errors import LLMRunError, NotFound, Refused, WeightsError
-from llmrun.lora import LoRA
+from llmrun.lora import LoRA, split_revision
 from llmrun.spec import ModelSpec
 from llmrun.wire import AdapterRow
 from llmrun_runtime.control.catalog.adapter_revisions import AdapterRevisions
@@ -75,7 +75,8 @@ class AdaptersCatalog:
     def report(self, report: ReplicaReport, now: float) -> None:
         """Record which adapters a replica has served since its last report."""
         for _, adapter, *_ in report.usage:
-            if name := adapter.partition(":")[2]:
+            name, _ = split_revision(adapter.partition(":")[2])
+            if self.has(report.model, name):
                 self._last_used.setdefault(report.model, {})[name] = now
 
     def has(self, model: str, name: str) -> bool:
@@ -262,6 +263,8 @@ class AdaptersCatalog:
         if listing:
             previous = listing.previous if _pins(listing.adapters) == _pins(adapters) else listing.adapters
         self._listings[model] = ModelAdapters(lora, adapters, previous, time.monotonic())
+        used = self._last_used.get(model, {})
+        self._last_used[model] = {name: when for name, when in used.items() if name in adapters}
         return True
 
     def _store(self, model: str, listing: ModelAdapters) -> None:

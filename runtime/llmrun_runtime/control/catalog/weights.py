@@ -189,7 +189,7 @@ class WeightsCatalog:
             _, sources = await self._holders(pin.id, {node.id for node in missing})
             holders += await distribution.run(sources, missing, wanted - len(holders))
         if len(holders) < needed:
-            causes = "; ".join(f"node {host}: {cause}" for host, cause in distribution.failures.items())
+            causes = "; ".join(f"node {host}: {cause}" for host, cause in sorted(distribution.failures.items()))
             raise WeightsError(f"{pin.weights} is on {len(holders)} of {needed} nodes: {causes}")
 
     async def call_with_progress(

@@ -36,6 +36,7 @@ from llmrun_runtime.control.state.tables import (
 )
 from llmrun_runtime.placement import Placement
 from llmrun_runtime.weights.pin import Pin
+from llmrun_runtime.wire.reports import UsedOnNodes
 
 log = logging.getLogger("llmrun.control")
 # Longer than a deploy of many models, whose packages are uploaded at its start.
@@ -217,6 +218,16 @@ class Database:
         with self.session() as session, session.begin():
             session.merge(PackageRow(digest=digest, data=data, created=time.time()))
 
+    def used_on_nodes(self) -> UsedOnNodes:
+        """Return what the stored versions, which can be started, use on nodes."""
+        with self.session() as session:
+            rows = session.execute(select(VersionRow.model, VersionRow.spec)).all()
+        return UsedOnNodes(
+            models=frozenset(model for model, _ in rows),
+            packages=frozenset(package for _, spec in rows if (package := _package_of(spec))),
+            requirements=frozenset(_requirements_of(spec) for _, spec in rows),
+        )
+
     def disconnect(self) -> None:
         """Close the connections. The next call opens new ones, and updates the tables again."""
         with self._migration:
@@ -263,6 +274,13 @@ def _cold_start(text: str) -> ColdStart | None:
     except ValueError as error:
         log.warning("skipping a stored cold start: %s", error)
         return None
+
+
+def _requirements_of(spec: str) -> tuple[str, ...]:
+    try:
+        return tuple(map(str, json.loads(spec)["requirements"]))
+    except (KeyError, TypeError, ValueError):  # a version that cannot be read cannot be started
+        return ()
 
 
 def _delete_old_versions(session: Session, model: str) -> None:

@@ -5,7 +5,7 @@ Nothing is stored: after a crash of control, the next reports restore it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 
 from llmrun_runtime.wire.reports import LEASE_S, PRIORITIES, LocalUsage, ReplicaReport, Subject, Traffic
@@ -81,6 +81,10 @@ class Registry:
         if not of_model:
             del self._of_model[report.model]
         return True
+
+    def keep_models(self, models: Collection[str]) -> None:
+        """Forget when other models were last used: the replicas of a deleted model still report."""
+        self.last_used = {model: when for model, when in self.last_used.items() if model in models}
 
     def expire(self, now: float) -> list[ReplicaReport]:
         """Remove replicas and ingresses without a report for LEASE_S. Return the replicas."""

@@ -52,7 +52,8 @@ class Limiter:
     def usage(self, now: float) -> dict[Subject, LocalUsage]:
         """Return the usage of subjects with limits at this ingress, for control."""
         self._requests = {subject: window for subject, window in self._requests.items() if window.total(now)}
-        subjects = self._requests.keys() | (+self._in_flight).keys()
+        self._in_flight = +self._in_flight  # without the subjects at zero
+        subjects = self._requests.keys() | self._in_flight.keys()
         return {s: LocalUsage(self._local_requests(s, now), self._in_flight[s]) for s in subjects}
 
     @contextlib.contextmanager

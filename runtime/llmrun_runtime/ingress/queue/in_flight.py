@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Hashable
+from typing import TypeVar
 
 from llmrun_runtime.ingress.queue.claim import Claim
 
+T = TypeVar("T", bound=Hashable)
+
 
 class InFlight:
-    """The counters. Probes are not counted by model; entries at zero are removed, except by model."""
+    """The counters. Probes are not counted by model; entries at zero are removed."""
 
     def __init__(self) -> None:
         self.by_model: Counter[str] = Counter()
@@ -22,13 +26,14 @@ class InFlight:
         """Count the claim (`change` is 1), or no longer (-1)."""
         replica, key = claim.replica.id, (claim.model, claim.caller.key)
         adapter = (claim.model, claim.caller.adapter_label)
-        self.by_model[claim.model] += 0 if claim.caller.probe else change
-        self.by_replica[replica] += change
-        self.by_key[key] += change
-        self.by_adapter[adapter] += change
-        if not self.by_replica[replica]:
-            del self.by_replica[replica]
-        if not self.by_key[key]:
-            del self.by_key[key]
-        if not self.by_adapter[adapter]:
-            del self.by_adapter[adapter]
+        if not claim.caller.probe:
+            _add(self.by_model, claim.model, change)
+        _add(self.by_replica, replica, change)
+        _add(self.by_key, key, change)
+        _add(self.by_adapter, adapter, change)
+
+
+def _add(counter: Counter[T], entry: T, change: int) -> None:
+    counter[entry] += change
+    if not counter[entry]:
+        del counter[entry]

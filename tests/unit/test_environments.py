@@ -1,0 +1,131 @@
+"""Code packages and requirements on a node: installed once, held by replicas, removed when no version uses them."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import io
+import json
+import os
+import sys
+import time
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llmrun.errors import EngineError
+from llmrun_runtime.control.state.database import Database
+from llmrun_runtime.logs import KEEP_DELETED_S, model_logs
+from llmrun_runtime.node.agent import NodeAgent
+from llmrun_runtime.node.environments import KEEP_UNUSED_S, Environments
+from llmrun_runtime.wire.reports import UsedOnNodes
+from tests.support import factories
+
+
+def package() -> bytes:
+    """Return the zip of a package with one file."""
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as file:
+        file.writestr("app.py", "X = 1\n")
+    return data.getvalue()
+
+
+DATA = package()
+DIGEST = hashlib.sha256(DATA).hexdigest()
+
+
+async def fetch(digest: str) -> bytes:
+    """Return the package."""
+    return DATA
+
+
+def later() -> float:
+    """Return the time at which what is not used now may be removed."""
+    return time.time() + KEEP_UNUSED_S + 1
+
+
+async def test_code_that_no_version_uses_is_removed_after_a_day(tmp_path: Path) -> None:
+    environments = Environments(tmp_path, fetch, hold=False)
+    folder = await environments.install_code(DIGEST)
+    remains = tmp_path / "environments" / ".new-interrupted"
+    remains.mkdir(parents=True)
+    assert await environments.remove_unused([], [], time.time()) == []
+    assert await environments.remove_unused([DIGEST], [], later()) == [remains]
+    assert (folder / "app.py").exists()
+    os.utime(folder, (1, 1))
+    assert await environments.install_code(DIGEST) == folder
+    assert await environments.remove_unused([], [], time.time()) == [], "it was used now"
+    assert await environments.remove_unused([], [], later()) == [folder]
+    assert list((tmp_path / "packages").iterdir()) == []
+    assert (await environments.install_code(DIGEST) / "app.py").exists()
+
+
+async def test_requirements_of_a_version_are_kept(tmp_path: Path) -> None:
+    environments = Environments(tmp_path, fetch, hold=False)
+    folder = await environments.install_requirements(["pydantic"])  # installed, so nothing is downloaded
+    assert await environments.remove_unused([], [["pydantic"]], later()) == []
+    assert await environments.remove_unused([], [], later()) == [folder]
+
+
+async def test_code_that_a_running_replica_uses_is_kept(tmp_path: Path) -> None:
+    environments = Environments(tmp_path, fetch, hold=False)
+    folder = await environments.install_code(DIGEST)
+    script = (
+        "import asyncio, sys, pathlib\n"
+        "from llmrun_runtime.node.environments import Environments\n"
+        f"asyncio.run(Environments(pathlib.Path({str(tmp_path)!r}), None).install_code({DIGEST!r}))\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    replica = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", script, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    assert replica.stdin and replica.stdout
+    try:
+        assert await replica.stdout.readline() == b"ready\n"
+        assert await environments.remove_unused([], [], later()) == []
+    finally:
+        replica.stdin.close()
+        await asyncio.wait_for(replica.wait(), 10)
+    assert await environments.remove_unused([], [], later()) == [folder]
+
+
+async def test_a_damaged_package_is_not_installed(tmp_path: Path) -> None:
+    environments = Environments(tmp_path, fetch)
+    with pytest.raises(EngineError, match="code package 000000000000 is damaged"):
+        await environments.install_code("0" * 64)
+    assert list((tmp_path / "packages").iterdir()) == []
+
+
+async def test_a_node_asks_control_what_is_used(tmp_path: Path) -> None:
+    class UsedOnNodesCall:
+        async def remote(self) -> UsedOnNodes:
+            return UsedOnNodes(frozenset({"one"}), frozenset({DIGEST}), frozenset())
+
+    environments = Environments(tmp_path, fetch, hold=False)
+    folder = await environments.install_code(DIGEST)
+    unused = await environments.install_requirements(["pydantic"])
+    logs = [model_logs(tmp_path) / model / "v1-a.log" for model in ("one", "gone")]
+    for log in logs:
+        log.parent.mkdir(parents=True)
+        log.touch()
+    control = SimpleNamespace(used_on_nodes=UsedOnNodesCall())
+    node: Any = SimpleNamespace(_root=tmp_path, _control=control, _environments=environments)
+    await NodeAgent.remove_unused(node, later() + KEEP_DELETED_S)
+    assert [path.exists() for path in (folder, unused, *logs)] == [True, False, True, False]
+
+
+def test_control_knows_what_stored_versions_use(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'test.db'}")
+    spec = factories.spec("one", requirements=["pydantic"])
+    code = {"package": DIGEST, "file": "app.py", "cls": "A"}
+    spec = type(spec).model_validate(json.loads(spec.model_dump_json()) | {"code": code})
+    database.put_version(factories.deployed(spec), active=False)
+    used = database.used_on_nodes()
+    assert used == UsedOnNodes(frozenset({"one"}), frozenset({DIGEST}), frozenset({("pydantic",)}))
+    database.remove(["one"])
+    assert not database.used_on_nodes().packages
+    database.close()
