@@ -11,8 +11,10 @@ import pytest
 from llmrun.wire import KeyInfo
 from llmrun_runtime.asgi import Scope
 from llmrun_runtime.ingress.admission.admit import Admission, admit
+from llmrun_runtime.ingress.admission.auth import ADMIN
 from llmrun_runtime.ingress.admission.request import PREFIX_BYTES, parse_request
 from llmrun_runtime.ingress.errors import HTTPError
+from llmrun_runtime.wire.reports import PRIORITIES
 from llmrun_runtime.wire.routing_table import Table, by_names
 from tests.support.ingress import CHAT, route
 
@@ -54,6 +56,7 @@ def admit_body(table: Table, key: KeyInfo | None, request_scope: Scope, content:
         (None, scope(), b'{"model": "one", "model": "cold"}', 400, "duplicate_key"),
         (None, scope(content_type="multipart/form-data"), b"--", 400, "invalid_form"),
         (None, scope(x_llmrun_max_wait="soon"), body(), 400, "invalid_header"),
+        (None, scope(x_llmrun_priority="urgent"), body(), 400, "invalid_header"),
         (None, scope(), body("none"), 404, "model_not_found"),
         (None, scope(), body("one:sql"), 404, "model_not_found"),
         (None, scope(), body("tuned:none"), 404, "model_not_found"),
@@ -105,3 +108,21 @@ def test_models_that_the_key_cannot_see_are_not_named() -> None:
     with pytest.raises(HTTPError) as error:
         admit_body(table, ONE_ONLY, scope(), body("ona"))
     assert error.value.message == "model 'ona' not found. Did you mean 'one'? Available: one, org/one"
+
+
+@pytest.mark.parametrize(
+    ("key", "asked", "priority"),
+    [
+        (None, None, "normal"),
+        (None, "high", "high"),
+        (ADMIN, "high", "high"),
+        (KeyInfo(name="usual"), "high", "normal"),
+        (KeyInfo(name="usual"), "batch", "batch"),
+        (KeyInfo(name="site", priority="high"), "high", "high"),
+        (KeyInfo(name="site", priority="high"), None, "normal"),
+        (KeyInfo(name="nightly", priority="batch"), None, "batch"),
+    ],
+)
+def test_the_key_limits_the_priority(key: KeyInfo | None, asked: str | None, priority: str) -> None:
+    headers = {"x_llmrun_priority": asked} if asked else {}
+    assert PRIORITIES[admit_body(TABLE, key, scope(**headers), body()).priority] == priority

@@ -101,9 +101,9 @@ async def test_a_damaged_package_is_not_installed(tmp_path: Path) -> None:
 
 
 async def test_a_node_asks_control_what_is_used(tmp_path: Path) -> None:
-    class UsedOnNodesCall:
-        async def remote(self) -> UsedOnNodes:
-            return UsedOnNodes(frozenset({"one"}), frozenset({DIGEST}), frozenset())
+    async def call(method: str, *, timeout: float) -> UsedOnNodes:
+        assert method == "used_on_nodes" and timeout
+        return UsedOnNodes(frozenset({"one"}), frozenset({DIGEST}), frozenset())
 
     environments = Environments(tmp_path, fetch, hold=False)
     folder = await environments.install_code(DIGEST)
@@ -112,7 +112,7 @@ async def test_a_node_asks_control_what_is_used(tmp_path: Path) -> None:
     for log in logs:
         log.parent.mkdir(parents=True)
         log.touch()
-    control = SimpleNamespace(used_on_nodes=UsedOnNodesCall())
+    control = SimpleNamespace(call=call)
     node: Any = SimpleNamespace(_root=tmp_path, _control=control, _environments=environments)
     await NodeAgent.remove_unused(node, later() + KEEP_DELETED_S)
     assert [path.exists() for path in (folder, unused, *logs)] == [True, False, True, False]

@@ -36,6 +36,7 @@ from llmrun_runtime.ingress.admission.rate_limits import Limiter, limits_for
 from llmrun_runtime.ingress.engine_deaths import EngineDeaths, request_digest
 from llmrun_runtime.ingress.queue.claim import Caller, WaitLimit
 from llmrun_runtime.ingress.queue.request_queue import RequestQueue
+from llmrun_runtime.placement import Node
 from llmrun_runtime.weights.adapters import Adapter
 from llmrun_runtime.weights.pin import Pin
 from llmrun_runtime.wire.reports import LocalUsage, Traffic, model_subject
@@ -81,6 +82,8 @@ class Year:
             registry=self.registry,
             cold_starts=self.cold_starts,
             keys=self.keys,
+            nodes=lambda: [Node("n", "n", {"CPU": 1}, {"CPU": 1})],
+            head=lambda: "n",
             control=("h", 1),
         )
         self.metrics = ControlMetrics(CollectorRegistry(), self.autoscaler, self.registry, self.cold_starts)
@@ -131,7 +134,7 @@ class Year:
         self.registry.report(factories.report(model=name, replica=f"r{number}", version=1), self.monotonic)
         self.registry.report_traffic("i", {name: Traffic(0, 1)}, self.monotonic)
         self.wait(10)
-        await self.autoscaler.tick()
+        await self.autoscaler.tick(self.monotonic)
         self.usage.forget(f"r{number}")
         list(self.adapters._due())
         self.usage.forget_unused(self.monotonic)

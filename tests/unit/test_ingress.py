@@ -292,6 +292,15 @@ async def test_a_client_that_does_not_wait_gets_retry_after(bench: Bench) -> Non
         assert status == 400 and f"{invalid!r} must be a number of seconds" in answer["error"]["message"]
 
 
+async def test_a_priority_is_for_the_ingress_only(bench: Bench, engine: Engine) -> None:
+    bench.table(route(engine.port))
+    assert (await bench.post(headers={"X-LLMRun-Priority": "high"}))[0] == 200
+    assert "x-llmrun-priority" not in engine.requests[0].headers
+    status, _, answer = await bench.post(headers={"X-LLMRun-Priority": "urgent"})
+    assert status == 400 and answer["error"]["code"] == "invalid_header"
+    assert answer["error"]["message"].endswith("'urgent' must be high, normal or batch")
+
+
 async def test_a_full_queue_rejects_requests(bench: Bench, engine: Engine) -> None:
     bench.table(route(state="waking", max_queued=2))
     first = [asyncio.create_task(bench.post()) for _ in range(2)]

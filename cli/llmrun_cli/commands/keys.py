@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from llmrun.errors import Refused
 from llmrun.settings import Settings
-from llmrun.wire import KeyInfo, UsageLine
+from llmrun.wire import KeyInfo, Priority, UsageLine
 from llmrun_cli import local_cluster
 from llmrun_cli.client import Client
 from llmrun_cli.progress import starting_cluster
@@ -53,6 +53,9 @@ def create(
         bool,
         typer.Option(help="Let requests wake cold models and keep models hot."),
     ] = True,
+    priority: Annotated[
+        Priority, typer.Option(help="Highest priority (X-LLMRun-Priority) that its requests may have.")
+    ] = "normal",
     expires: Annotated[
         str, typer.Option(metavar="WHEN", help="Lifetime (30d, 12h) or date (2027-01-31). Defaults to never.")
     ] = "",
@@ -69,6 +72,7 @@ def create(
             tpm=tpm,
             max_in_flight=max_in_flight,
             wake=wake,
+            priority=priority,
             expires=_parse_time(expires).timestamp() if expires else 0,
         )
     except ValidationError:
@@ -93,13 +97,14 @@ def list_(as_json: AsJson = False) -> None:
     if not rows:
         out.print("No keys; requests need no authentication. Create one with `llmrun key create NAME`.")
         return
-    table = make_table("NAME", "MODELS", "RPM", "TPM", "MAX IN FLIGHT", "WAKE", "EXPIRES", "CREATED")
+    table = make_table("NAME", "MODELS", "RPM", "TPM", "MAX IN FLIGHT", "WAKE", "PRIORITY", "EXPIRES", "CREATED")
     for row in rows:
         limits = [str(limit or "-") for limit in (row.rpm, row.tpm, row.max_in_flight)]
         expires = format_time(row.expires) if row.expires else "never"
         expires += " (expired)" if 0 < row.expires <= time.time() else ""
         models = ", ".join(row.models) or "all"
-        table.add_row(row.name, models, *limits, "yes" if row.wake else "no", expires, format_time(row.created))
+        wake = "yes" if row.wake else "no"
+        table.add_row(row.name, models, *limits, wake, row.priority, expires, format_time(row.created))
     print_table(table)
 
 

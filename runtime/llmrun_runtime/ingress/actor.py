@@ -45,6 +45,8 @@ from llmrun_runtime.wire.routing_table import share_of
 log = logging.getLogger("llmrun.ingress")
 POLL_S = 10.0
 REPORT_S = 0.5
+# Between two reports: each queued, answered and finished request is a change.
+MIN_REPORT_S = 0.05
 CALL_TIMEOUT_S = 5.0
 RESOLVE_TIMEOUT_S = 30.0
 RETRY_S = 0.2
@@ -248,11 +250,14 @@ class IngressActor:
             self._first_table.set()
 
     async def _report(self) -> None:
-        """Report demand to control: at once when it changes, otherwise every REPORT_S. Never returns."""
+        """Report demand to control: when it changes, otherwise every REPORT_S. Never returns."""
+        last = 0.0
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REPORT_S):
                     await self._dirty.wait()
+            await asyncio.sleep(last + MIN_REPORT_S - time.monotonic())  # at most 0: no pause
+            last = time.monotonic()
             self._dirty.clear()
             try:
                 queue, usage = self._queue, self._limiter.usage(time.monotonic())

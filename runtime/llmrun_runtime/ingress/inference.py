@@ -19,7 +19,7 @@ from llmrun_runtime.ingress.admission.admit import Admission, admit
 from llmrun_runtime.ingress.admission.body import read_body
 from llmrun_runtime.ingress.admission.held_bytes import HeldBody, HeldBytes
 from llmrun_runtime.ingress.admission.rate_limits import Limiter
-from llmrun_runtime.ingress.admission.request import LARGE_BYTES, ParsedRequest, parse_request
+from llmrun_runtime.ingress.admission.request import LARGE_BYTES, PRIORITY_HEADER, ParsedRequest, parse_request
 from llmrun_runtime.ingress.admission.revision import Resolver, resolve_pin
 from llmrun_runtime.ingress.admission.target import Target, check_path
 from llmrun_runtime.ingress.disconnect import cancel_on_disconnect
@@ -36,10 +36,10 @@ from llmrun_runtime.link.client import Links
 from llmrun_runtime.wire.headers import ADAPTER_HEADER, KEY_HEADER, PROBE_HEADER, TOKEN_HEADER
 
 log = logging.getLogger("llmrun.ingress")
-# Headers that are never forwarded from clients: their credentials, and those that the ingress sets.
+# Headers that are never forwarded from clients: their credentials, and those that the ingress sets or acts on.
 PRIVATE = frozenset(
     {b"authorization", b"x-api-key", b"x-request-id", b"content-length"}
-    | {name.encode() for name in (TOKEN_HEADER, KEY_HEADER, PROBE_HEADER, ADAPTER_HEADER)}
+    | {name.encode() for name in (TOKEN_HEADER, KEY_HEADER, PROBE_HEADER, ADAPTER_HEADER, PRIORITY_HEADER.lower())}
 )
 
 
@@ -144,7 +144,7 @@ class Inference:
         """Wait for a replica and relay; use another replica if the request has not reached an engine."""
         target = await resolve_pin(admission.target, self._resolver)
         parsed = admission.request
-        caller = Caller(record.key, admission.probe, parsed.prefix, target.pin, record.adapter)
+        caller = Caller(record.key, admission.probe, parsed.prefix, target.pin, record.adapter, admission.priority)
         wait = CallerWait(self._queue, target.name, admission.max_wait, stream if parsed.stream else None, caller)
         request = UpstreamRequest(
             method=scope["method"],

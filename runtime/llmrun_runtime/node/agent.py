@@ -37,6 +37,7 @@ from llmrun_runtime.wire.replica_config import ReplicaConfig
 
 log = logging.getLogger("llmrun")
 REMOVE_UNUSED_S = 3600.0
+CONTROL_TIMEOUT_S = 30.0
 
 
 class NodeAgent:
@@ -62,15 +63,15 @@ class NodeAgent:
             await asyncio.sleep(REMOVE_UNUSED_S)
             try:
                 await self.remove_unused(time.time())
-            except (ray.exceptions.RayError, OSError) as error:
+            except (ray.exceptions.RayError, OSError, TimeoutError) as error:
                 log.warning("cannot remove unused code from node %s, retrying: %s", self._host, error)
 
     async def remove_unused(self, now: float) -> None:
         """Remove code and requirements that no stored version uses, and logs of deleted models. `now` is Unix time.
 
-        Raises RayError if control is not reachable, and OSError.
+        Raises RayError or TimeoutError if control is not reachable, and OSError.
         """
-        used = await self._control.used_on_nodes.remote()
+        used = await self._control.call("used_on_nodes", timeout=CONTROL_TIMEOUT_S)
         for folder in await self._environments.remove_unused(used.packages, used.requirements, now):
             log.info("removed %s: no version uses it", folder)
         await asyncio.to_thread(remove_logs, self._root, used.models, now)

@@ -9,8 +9,9 @@ from llmrun.wire import KeyInfo
 from llmrun_runtime.asgi import Scope
 from llmrun_runtime.ingress.admission.auth import can_access, check_access, check_may_wake
 from llmrun_runtime.ingress.admission.rate_limits import Limit, limits_for
-from llmrun_runtime.ingress.admission.request import ParsedRequest, parse_max_wait
+from llmrun_runtime.ingress.admission.request import ParsedRequest, parse_max_wait, parse_priority
 from llmrun_runtime.ingress.admission.target import Target, check_path, find_target
+from llmrun_runtime.wire.reports import PRIORITIES
 from llmrun_runtime.wire.routing_table import Table
 
 
@@ -24,6 +25,8 @@ class Admission:
     max_wait: float | None
     """Seconds to wait for a replica, as the client set it; None if it did not."""
     limits: list[Limit]
+    priority: int
+    """In the queue: its index in PRIORITIES."""
 
     @property
     def probe(self) -> bool:
@@ -42,6 +45,9 @@ def admit(table: Table, key: KeyInfo | None, scope: Scope, request: ParsedReques
     """
     # 1.
     max_wait = parse_max_wait(scope)
+    priority = parse_priority(scope)
+    if key:
+        priority = min(priority, PRIORITIES.index(key.priority))
     # 2.
     target = find_target(table, request.model, partial(can_access, key))
     # 3.
@@ -50,4 +56,4 @@ def admit(table: Table, key: KeyInfo | None, scope: Scope, request: ParsedReques
     check_path(target.model, scope["path"])
     # 5.
     check_may_wake(key, target.model)
-    return Admission(key, request, target, max_wait, limits_for(key, target.model))
+    return Admission(key, request, target, max_wait, limits_for(key, target.model), priority)

@@ -9,7 +9,7 @@ from llmrun_runtime.ingress.errors import NOT_READY, HTTPError
 from llmrun_runtime.wire.routing_table import ModelRoute, Table, digest_of
 
 BEARER = "bearer "
-ADMIN = KeyInfo(name="admin")
+ADMIN = KeyInfo(name="admin", priority="high")
 
 
 def authenticate(table: Table, scope: Scope, now: float, *, required: bool) -> KeyInfo | None:

@@ -15,9 +15,12 @@ import python_multipart
 from llmrun_runtime.asgi import Scope
 from llmrun_runtime.ingress.admission.compat import normalize
 from llmrun_runtime.ingress.errors import HTTPError
+from llmrun_runtime.wire.reports import PRIORITIES
 
 MAX_WAIT_HEADER = "X-LLMRun-Max-Wait"
 _MAX_WAIT = MAX_WAIT_HEADER.lower().encode()
+PRIORITY_HEADER = "X-LLMRun-Priority"
+_PRIORITY = PRIORITY_HEADER.lower().encode()
 PROMPT_KEYS = (b'"messages"', b'"prompt"', b'"input"')
 # Routing by prefix pays off only for prompts of this length.
 PREFIX_BYTES = 1024
@@ -129,6 +132,16 @@ def parse_max_wait(scope: Scope) -> float | None:
         message = f"invalid value for {MAX_WAIT_HEADER}: {value.decode('latin-1')!r} must be a number of seconds >= 0"
         raise HTTPError(400, message, "invalid_header")
     return seconds
+
+
+def parse_priority(scope: Scope) -> int:
+    """Return the index in PRIORITIES of `X-LLMRun-Priority`; that of `normal` without it. Raises HTTPError (400)."""
+    value = dict(scope["headers"]).get(_PRIORITY, b"normal").decode("latin-1")
+    for index, priority in enumerate(PRIORITIES):
+        if value == priority:
+            return index
+    message = f"invalid value for {PRIORITY_HEADER}: {value!r} must be high, normal or batch"
+    raise HTTPError(400, message, "invalid_header")
 
 
 def check_method(method: str, path: str, *allowed: str) -> None:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from llmrun_runtime.wire.reports import PRIORITIES
 from llmrun_runtime.wire.routing_table import ReplicaRoute
 
 
@@ -23,6 +24,8 @@ class Caller:
     """The pin of its adapter."""
     adapter_label: str = ""
     """The adapter's label in metrics."""
+    priority: int = PRIORITIES.index("normal")
+    """Its index in PRIORITIES."""
 
 
 ANONYMOUS = Caller()
@@ -52,8 +55,16 @@ class Claim:
 
 @dataclass(eq=False)
 class Waiter:
-    """A queued request. `turn` resolves to a claim, or to None when the routing table has changed."""
+    """A queued request. It leaves the queue when `turn` resolves.
 
+    `turn`: its claim, None when `name` has become the name of another model, or the HTTPError to fail with.
+    """
+
+    name: str
     caller: Caller
     avoid: Collection[str]
+    failures: int
+    """The model's failed starts that are not this request's: it fails after one more."""
+    number: int
+    """In the order of arrival."""
     turn: asyncio.Future[Claim | None]

@@ -6,16 +6,18 @@ from collections import Counter
 from collections.abc import Hashable
 from typing import TypeVar
 
-from llmrun_runtime.ingress.queue.claim import Claim
+from llmrun_runtime.ingress.queue.claim import ANONYMOUS, Claim
 
 T = TypeVar("T", bound=Hashable)
 
 
 class InFlight:
-    """The counters. Probes are not counted by model; entries at zero are removed."""
+    """The counters. Probes are not counted by model and priority; entries at zero are removed."""
 
     def __init__(self) -> None:
         self.by_model: Counter[str] = Counter()
+        self.by_priority: Counter[tuple[str, int]] = Counter()
+        """By model and priority."""
         self.by_replica: Counter[str] = Counter()
         self.by_key: Counter[tuple[str, str]] = Counter()
         """By model and key."""
@@ -28,9 +30,15 @@ class InFlight:
         adapter = (claim.model, claim.caller.adapter_label)
         if not claim.caller.probe:
             _add(self.by_model, claim.model, change)
+            _add(self.by_priority, (claim.model, claim.caller.priority), change)
         _add(self.by_replica, replica, change)
         _add(self.by_key, key, change)
         _add(self.by_adapter, adapter, change)
+
+    def priority(self, model: str) -> int:
+        """Return the highest priority of the model's requests, without probes."""
+        priorities = [priority for name, priority in self.by_priority if name == model]
+        return max(priorities, default=ANONYMOUS.priority)
 
 
 def _add(counter: Counter[T], entry: T, change: int) -> None:

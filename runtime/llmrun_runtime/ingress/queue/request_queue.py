@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import math
 import time
 from collections import Counter, deque
@@ -42,35 +43,45 @@ class RequestQueue:
         self.draining = False
         """Whether requests without a replica are refused, because this ingress stops."""
         self._on_change = on_change
-        self._queues: dict[str, dict[str, deque[Waiter]]] = {}
-        """By model and key."""
+        self._queues: dict[str, dict[tuple[int, str], deque[Waiter]]] = {}
+        """By model, then by priority and key; without empty ones."""
+        self._numbers = itertools.count()
         self._waiting_since: dict[str, float] = {}
         self._held_wakes: dict[str, asyncio.Task[None]] = {}
         self._first_tokens: dict[str, float] = {}
 
     def update(self, table: Table) -> None:
-        """Replace the routing table."""
-        self.table = table
-        self._wake_waiters()
+        """Replace the routing table, and wake the waiters that can be served now, or that must fail."""
+        before, self.table = self.table, table
+        for model in [model for model in self._queues if table.models.get(model) != before.models.get(model)]:
+            self._check_waiters(model)
 
     def drain(self) -> None:
         """Refuse waiting and new requests; those in flight continue."""
         self.draining = True
-        self._wake_waiters()
+        for model in list(self._queues):
+            self._check_waiters(model)
 
-    def _wake_waiters(self) -> None:
-        """Let all waiters check the table and `draining`."""
-        for model, queue in self._queues.items():
-            self._serve(model)
-            for waiter in (waiter for waiters in queue.values() for waiter in waiters):
-                if not waiter.turn.done():
-                    waiter.turn.set_result(None)
+    def _check_waiters(self, model: str) -> None:
+        self._serve(model)
+        for waiters in list(self._queues.get(model, {}).values()):
+            for waiter in list(waiters):
+                self._check(model, waiter)
 
     def traffic(self) -> dict[str, Traffic]:
         """Return the waiting and in-flight requests by model, without probes in flight."""
         in_flight = self.in_flight.by_model
         models = {*self._queues, *(+in_flight)}
-        return {m: Traffic(self._waiting(m), in_flight[m], self._waiting_since.get(m, 0)) for m in models}
+        return {
+            model: Traffic(
+                waiting=self._waiting(model),
+                in_flight=in_flight[model],
+                since=self._waiting_since.get(model, 0),
+                priority=self._top(model),
+                in_flight_priority=self.in_flight.priority(model),
+            )
+            for model in models
+        }
 
     def by_adapter(self) -> tuple[Counter[tuple[str, str]], Counter[tuple[str, str]]]:
         """Return the waiting and in-flight requests, with probes, by model and the adapter's label in metrics."""
@@ -109,6 +120,10 @@ class RequestQueue:
     def _waiting(self, model: str) -> int:
         return sum(map(len, self._queues.get(model, {}).values()))
 
+    def _top(self, model: str) -> int:
+        """Return the highest priority of the model's waiting requests."""
+        return max((priority for priority, _ in self._queues.get(model, ())), default=ANONYMOUS.priority)
+
     def _take(self, model: ModelRoute, avoid: Collection[str], caller: Caller, *, waited: bool) -> Claim | None:
         """Claim a slot if one is free, and count it in the same step so that no other request gets it."""
         replica = choose(model, self.in_flight.by_replica, avoid, caller.prefix, caller.adapter)
@@ -119,29 +134,63 @@ class RequestQueue:
         return claim
 
     def _serve(self, name: str) -> None:
-        """Give free slots to waiters: first to the key with the fewest requests in flight, oldest request first.
+        """Give free slots to waiters.
 
-        So a key that floods a model does not delay the requests of others.
+        1. The highest priority first.
+        2. Then the key with the fewest requests in flight, so that a key that floods a model does not delay others.
+        3. Then the oldest request.
         """
         model = self.table.models.get(name)
-        queue = self._queues.get(name, {})
-        waiting = {key: deque(w for w in waiters if not w.turn.done()) for key, waiters in queue.items()}
-        while model and (keys := [key for key, waiters in waiting.items() if waiters]):
-            key = min(keys, key=lambda key: self.in_flight.by_key[name, key])
-            waiter = waiting[key].popleft()
-            claim = self._take(model, waiter.avoid, waiter.caller, waited=True)
-            if claim:
+        waiting = {group: iter(tuple(waiters)) for group, waiters in self._queues.get(name, {}).items()}
+        while model and waiting and choose(model, self.in_flight.by_replica):
+            group = min(waiting, key=lambda group: (-group[0], self.in_flight.by_key[name, group[1]]))
+            waiter = next(waiting[group], None)
+            if not waiter:
+                del waiting[group]
+            elif claim := self._take(model, waiter.avoid, waiter.caller, waited=True):
+                self._leave(name, waiter)
                 waiter.turn.set_result(claim)
-            elif not waiter.avoid:
-                return
 
-    def _full(self, model: ModelRoute, caller: Caller) -> int:
-        """Return the queue's length if the caller cannot join it, else 0. Each key has its share of `max_queued`."""
-        lengths = {key: len(waiters) for key, waiters in self._queues.get(model.name, {}).items()}
-        lengths.pop(PLACEHOLDER.key, None)
-        waiting = sum(lengths.values())
-        share = max(1, model.max_queued // len(lengths.keys() | {caller.key}))
-        return waiting if waiting >= model.max_queued and lengths.get(caller.key, 0) >= share else 0
+    def _check(self, queued_for: str, waiter: Waiter) -> None:
+        """Resolve the waiter's turn if its model is gone or failed to start, or if the ingress is draining."""
+        try:
+            if self.draining:
+                raise shutting_down()
+            model = find_model(self.table, waiter.name)
+            if not model.replicas and (model.paused or model.failures > waiter.failures):
+                raise start_failed(model)
+        except HTTPError as error:
+            self._leave(queued_for, waiter)
+            waiter.turn.set_exception(error)
+            return
+        waiter.failures = min(waiter.failures, model.failures)
+        if model.name != queued_for:
+            self._leave(queued_for, waiter)
+            waiter.turn.set_result(None)
+
+    def _make_place(self, model: ModelRoute, caller: Caller) -> None:
+        """Make place for the caller in a full queue. Raises HTTPError (429).
+
+        1. It displaces the newest request of the lowest priority, if that is lower than its own.
+        2. Otherwise it may exceed `max_queued` within its key's share, so that no key keeps the others out.
+        """
+        queue = self._queues.get(model.name, {})
+        lengths: Counter[str] = Counter()
+        for (_, key), waiters in queue.items():
+            lengths[key] += len(waiters)
+        del lengths[PLACEHOLDER.key]
+        waiting = lengths.total()
+        if waiting < model.max_queued:
+            return
+        # 1.
+        newest = [waiters[-1] for (_, key), waiters in queue.items() if key != PLACEHOLDER.key]
+        displaced = min(newest, key=lambda waiter: (waiter.caller.priority, -waiter.number), default=None)
+        if displaced and displaced.caller.priority < caller.priority:
+            self._leave(model.name, displaced)
+            displaced.turn.set_exception(queue_full(model, waiting))
+        # 2.
+        elif lengths[caller.key] >= max(1, model.max_queued // len(lengths.keys() | {caller.key})):
+            raise queue_full(model, waiting)
 
     async def claim(
         self, name: str, limit: WaitLimit, avoid: Collection[str] = (), caller: Caller = ANONYMOUS
@@ -157,9 +206,8 @@ class RequestQueue:
         model = find_model(self.table, name)
         if not self._queues.get(model.name) and (claim := self._take(model, avoid, caller, waited=False)):
             return claim
-        waiting = self._full(model, caller)
-        if waiting and not avoid:  # a retry was admitted to the queue before
-            raise queue_full(model, waiting)
+        if not avoid:  # a retry was admitted to the queue before
+            self._make_place(model, caller)
         waited = await self._wait(model, name, limit, avoid, caller)
         return waited or await self.claim(name, limit, avoid, caller)
 
@@ -167,53 +215,53 @@ class RequestQueue:
         self, model: ModelRoute, name: str, limit: WaitLimit, avoid: Collection[str], caller: Caller
     ) -> Claim | None:
         """Wait in the model's queue. Returns None when `name` becomes the name of another model. Raises HTTPError."""
-        queued_for, failures = model.name, model.failures
         loop = asyncio.get_running_loop()
         avoid_until = loop.time() + AVOID_S
-        with self._queued(queued_for, Waiter(caller, avoid, loop.create_future())) as waiter:
-            while model.name == queued_for:
-                if self.draining:
-                    raise shutting_down()
+        waiter = Waiter(name, caller, avoid, model.failures, next(self._numbers), loop.create_future())
+        with self._queued(model.name, waiter):
+            self._check(model.name, waiter)
+            while not waiter.turn.done():
                 now = loop.time()
                 if now >= avoid_until:
                     waiter.avoid = ()
-                self._serve(queued_for)
-                if waiter.turn.done() and (claim := waiter.turn.result()):
-                    return claim
-                if not model.replicas and (model.paused or model.failures > failures):
-                    raise start_failed(model)
+                self._serve(model.name)
+                if waiter.turn.done():
+                    break
                 if now >= limit.deadline:
-                    raise wait_timed_out(model, limit.deadline - limit.started, limit.source)
+                    raise wait_timed_out(find_model(self.table, name), limit.deadline - limit.started, limit.source)
                 until = min(limit.deadline, avoid_until) if waiter.avoid else limit.deadline
                 await asyncio.wait({waiter.turn}, timeout=until - now if until < math.inf else None)
-                if waiter.turn.done() and not waiter.turn.result():
-                    waiter.turn = loop.create_future()
-                    model = find_model(self.table, name)
-                    failures = min(failures, model.failures)
-        return None
+            return waiter.turn.result()
 
     @contextlib.contextmanager
-    def _queued(self, model: str, waiter: Waiter) -> Iterator[Waiter]:
-        """Keep the waiter in the model's queue during the block."""
-        queue = self._queues.setdefault(model, {})
-        waiters = queue.setdefault(waiter.caller.key, deque())
-        waiters.append(waiter)
+    def _queued(self, model: str, waiter: Waiter) -> Iterator[None]:
+        """Keep the waiter in the model's queue during the block, unless it leaves before."""
+        group = (waiter.caller.priority, waiter.caller.key)
+        self._queues.setdefault(model, {}).setdefault(group, deque()).append(waiter)
         self._waiting_since.setdefault(model, time.time())
         self._on_change()
         try:
-            yield waiter
+            yield
         except BaseException:
-            if waiter.turn.done() and (claim := waiter.turn.result()):
+            turn = waiter.turn
+            if turn.done() and not turn.exception() and (claim := turn.result()):
                 self.in_flight.add(claim, -1)  # granted at the moment the request was cancelled
             raise
         finally:
-            waiters.remove(waiter)
-            if not waiters:
-                del queue[waiter.caller.key]
-            if not queue:
-                del self._queues[model], self._waiting_since[model]
+            if not waiter.turn.done():
+                self._leave(model, waiter)
             self._serve(model)
             self._on_change()
+
+    def _leave(self, model: str, waiter: Waiter) -> None:
+        """Remove the waiter from the model's queue."""
+        group = (waiter.caller.priority, waiter.caller.key)
+        queue = self._queues[model]
+        queue[group].remove(waiter)
+        if not queue[group]:
+            del queue[group]
+        if not queue:
+            del self._queues[model], self._waiting_since[model]
 
     def describe_wait(self, name: str, waited: float) -> str:
         """Return the progress of a wait of `waited` seconds, like `waking one, 14 s, loading weights`."""
