@@ -76,6 +76,7 @@ class Control:
         work: dict[str, Callable[[], Awaitable[None]]] = {
             "autoscaler": plane.autoscaler.run,
             "warm nodes": plane.warm_nodes.run,
+            "disk watch": plane.disk_watch.run,
             "usage": lambda: plane.usage.run(plane.live_replicas),
             "adapters": plane.adapters.run,
             "api": lambda: http.serve(make_api(plane), self._socket),

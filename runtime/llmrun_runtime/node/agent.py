@@ -24,7 +24,7 @@ from llmrun_runtime.engines.forkserver.supervisor import ForkServerSupervisor, f
 from llmrun_runtime.engines.process.temp_dir import sweep_temp_dirs
 from llmrun_runtime.engines.registry import get_engine
 from llmrun_runtime.logs import log_path, read_logs, trim_periodically
-from llmrun_runtime.node.disk_space import lack_of_space
+from llmrun_runtime.node.disk_space import Disk, lack_of_space, measure_disks
 from llmrun_runtime.node.environments import Environments, merged_env, worker_env
 from llmrun_runtime.node.launch import find_weights, make_launch
 from llmrun_runtime.node.spare_worker import keep_spare_worker
@@ -101,6 +101,10 @@ class NodeAgent:
             await self._environments.install_code(spec.code.package)
         if spec.requirements:
             await self._environments.install_requirements(spec.requirements)
+
+    async def disks(self) -> list[Disk]:
+        """See `measure_disks`."""
+        return await asyncio.to_thread(measure_disks, Settings())
 
     async def logs(self, model: str, offsets: dict[str, int], tail: int) -> dict[str, tuple[int, str]]:
         """See `read_logs`."""
