@@ -208,6 +208,8 @@ class Status(Answer):
 
     url: str
     models: tuple[ModelStatus, ...]
+    warnings: tuple[str, ...] = ()
+    """Disks that are almost full, one line each."""
 
 
 class KeyFacts(Answer):

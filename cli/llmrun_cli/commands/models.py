@@ -49,8 +49,10 @@ def status(
         return
     if not current.models:
         out.print(f"No models deployed at {current.url}. Deploy some with `llmrun deploy app.py`.")
-        return
-    _print_models(current)
+    else:
+        _print_models(current)
+    for warning in current.warnings:
+        note(warning, "yellow")
     if model:
         _print_details(current.models[0])
         _print_cold_starts(client.cold_starts(current.models[0].name))

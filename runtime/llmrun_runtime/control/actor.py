@@ -87,6 +87,7 @@ class Control:
             "nodes": plane.nodes.run,
             "autoscaler": plane.autoscaler.run,
             "warm nodes": plane.warm_nodes.run,
+            "disk watch": plane.disk_watch.run,
             "usage": lambda: plane.usage.run(plane.live_replicas),
             "adapters": plane.adapters.run,
             "ingresses": lambda: keep_ingresses(self._actors),

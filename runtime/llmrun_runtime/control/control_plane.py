@@ -19,6 +19,7 @@ from llmrun_runtime.control.catalog.adapters import AdaptersCatalog
 from llmrun_runtime.control.catalog.node_agents import call_each
 from llmrun_runtime.control.catalog.weights import WeightsCatalog
 from llmrun_runtime.control.database_check import check_database
+from llmrun_runtime.control.disk_watch import DiskWatch
 from llmrun_runtime.control.keys import Keys
 from llmrun_runtime.control.metrics import ControlMetrics
 from llmrun_runtime.control.operations.adapter_push import AdapterPushes
@@ -59,6 +60,8 @@ class ControlPlane:
             raise ClusterError(f"cannot open the database: {reason}. Check LLMRUN_DATABASE_URL") from error
         metrics = CollectorRegistry()
         self.cold_starts = ColdStarts(self.database, metrics)
+        self.disk_watch = DiskWatch()
+        metrics.register(self.disk_watch)
         self.keys = Keys(self.database)
         self.usage = Usage(self.database)
         self.registry = Registry()

@@ -26,6 +26,7 @@ from llmrun_runtime.engines.forkserver.supervisor import ForkServerSupervisor, f
 from llmrun_runtime.engines.process.temp_dir import sweep_temp_dirs
 from llmrun_runtime.engines.registry import get_engine
 from llmrun_runtime.logs import log_path, read_logs, remove_logs, trim_periodically
+from llmrun_runtime.node.disk_space import Disk, lack_of_space, measure_disks
 from llmrun_runtime.node.environments import Environments, merged_env, worker_env
 from llmrun_runtime.node.launch import find_weights, make_launch
 from llmrun_runtime.node.spare_worker import keep_spare_worker
@@ -119,11 +120,17 @@ class NodeAgent:
         self._prestarts.start(replica.key, engine, launch)
 
     async def install(self, spec: ModelSpec) -> None:
-        """Install the model's code and requirements. Raises EngineError."""
+        """Install the model's code and requirements. Raises EngineError, also if the node's disk is full."""
+        if lack := await asyncio.to_thread(lack_of_space, Settings()):
+            raise EngineError(lack)
         if spec.code:
             await self._environments.install_code(spec.code.package)
         if spec.requirements:
             await self._environments.install_requirements(spec.requirements)
+
+    async def disks(self) -> list[Disk]:
+        """See `measure_disks`."""
+        return await asyncio.to_thread(measure_disks, Settings())
 
     async def logs(self, model: str, offsets: dict[str, int], tail: int) -> dict[str, tuple[int, str]]:
         """See `read_logs`."""

@@ -6,6 +6,7 @@ The node agent fetches the weights.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import socket
 import time
@@ -24,6 +25,7 @@ from llmrun_runtime.engines.process.unix_sockets import is_listening
 from llmrun_runtime.engines.registry import get_engine
 from llmrun_runtime.logs import log_path
 from llmrun_runtime.node.agent import agent_on
+from llmrun_runtime.node.disk_space import lack_of_space
 from llmrun_runtime.node.environments import Environments
 from llmrun_runtime.node.launch import cached_weights, local_weights, make_launch
 from llmrun_runtime.weights.adapters import Adapter
@@ -51,7 +53,8 @@ class Provisioner:
         self.host = ray.util.get_node_ip_address()
         self.devices = tuple(context.get_accelerator_ids().get("GPU", ()))
         self.log = log_path(Settings().root, config.spec.name, config.version, self.actor)
-        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):  # `launch` reports a full disk; here, Serve would retry without a cause
+            self.log.parent.mkdir(parents=True, exist_ok=True)
         self.weights_were_cached = False
         """Whether `launch` found the pin on this node."""
 
@@ -61,6 +64,9 @@ class Provisioner:
 
     async def launch(self, members: tuple[Member, ...], member_rank: int = 0, port: int = 0) -> Launch:
         """Install everything that member `member_rank` needs; return its launch. Raises LLMRunError."""
+        if lack := await asyncio.to_thread(lack_of_space, Settings()):
+            raise EngineError(f"{self.where()}: {lack}")
+        await asyncio.to_thread(self.log.parent.mkdir, parents=True, exist_ok=True)
         spec = self._config.spec
         environments = Environments(Settings().root, self._fetch_package)
         site = await environments.install_requirements(spec.requirements) if spec.requirements else None

@@ -15,7 +15,7 @@ router = APIRouter()
 @router.get("/status")
 async def status(plane: Plane) -> Status:
     """Return the status of all models."""
-    return Status(url=plane.url, models=plane.autoscaler.statuses())
+    return Status(url=plane.url, models=plane.autoscaler.statuses(), warnings=plane.disk_watch.warnings())
 
 
 @router.get("/specs")
