@@ -93,7 +93,7 @@ async def test_reported_priority_is_that_of_the_waiting_requests(callers: Caller
 async def test_a_full_queue_gives_a_place_of_the_lowest_priority_to_a_higher_one(callers: Callers) -> None:
     await callers.ask("first", "batch")
     await callers.ask("usual", "normal")
-    await callers.ask("last", "batch")
+    await callers.ask("last", "batch", key="a")
     await callers.ask("urgent", "high")
     error = await callers.error("last")
     assert (error.status, error.code) == (429, "queue_full")
