@@ -12,6 +12,7 @@ import uvicorn
 
 from llmrun.errors import ClusterError
 from llmrun_runtime.asgi import App
+from llmrun_runtime.http_protocol import HeaderDeadlineProtocol
 
 # Longer than the ingress keeps an idle connection to control open.
 KEEP_ALIVE_S = 75
@@ -62,7 +63,7 @@ class HTTPServer:
     def __init__(self, app: App) -> None:
         self._config = uvicorn.Config(
             app,
-            http="httptools",
+            http=HeaderDeadlineProtocol,
             ws="none",
             lifespan="off",
             access_log=False,
