@@ -218,7 +218,10 @@ class Client:
 
 
 def unreachable(url: str, error: Exception) -> Unreachable:
-    """Return the error for a cluster that cannot be reached."""
+    """Return the error for a cluster that cannot be reached, with the reason if this home's cluster has stopped."""
+    settings = Settings()
+    if url == settings.resolved_url() and (reason := settings.stop_reason()):
+        return Unreachable(f"{reason} Start it again with `llmrun up`")
     return Unreachable(
         f"cannot reach llmrun at {url} ({error}): start a cluster with `llmrun up`, or set LLMRUN_URL to a running one"
     )

@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import time
 from pathlib import Path
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-# In the home: when (Unix time) and why the cluster stopped by itself, as JSON.
-STOPPED_FILE = "stopped.json"
 
 
 class Settings(BaseSettings):
@@ -126,6 +125,20 @@ class Settings(BaseSettings):
     def cluster_file(self) -> Path:
         """The file with the addresses of the cluster that runs from this home."""
         return self.root / "cluster.json"
+
+    @property
+    def stopped_file(self) -> Path:
+        """The file that says when (Unix time) and why the cluster of this home stopped by itself, as JSON."""
+        return self.root / "stopped.json"
+
+    def stop_reason(self) -> str:
+        """Return when and why the cluster of this home stopped by itself, "" if it did not."""
+        try:
+            stopped = json.loads(self.stopped_file.read_text())
+            at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(stopped["at"]))
+            return f"the cluster stopped at {at}: {stopped['cause']}. See {self.root / 'logs' / 'cluster.log'}."
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
 
     def resolved_url(self) -> str:
         """Return the ingress's URL: the setting, else that of the running local cluster, else the default."""

@@ -54,7 +54,8 @@ def create(
         typer.Option(help="Let requests wake cold models and keep models hot."),
     ] = True,
     priority: Annotated[
-        Priority, typer.Option(help="Highest priority (X-LLMRun-Priority) that its requests may have.")
+        Priority,
+        typer.Option(metavar="PRIORITY", help="Highest X-LLMRun-Priority of its requests: batch, normal or high."),
     ] = "normal",
     expires: Annotated[
         str, typer.Option(metavar="WHEN", help="Lifetime (30d, 12h) or date (2027-01-31). Defaults to never.")

@@ -28,7 +28,7 @@ from typing import IO, Any, NoReturn
 import psutil
 
 from llmrun.errors import ClusterError
-from llmrun.settings import STOPPED_FILE, Settings, read_or_create_secret
+from llmrun.settings import Settings, read_or_create_secret
 from llmrun_runtime import http
 from llmrun_runtime.cluster.bootstrap_process import (
     BootstrapProcess,
@@ -47,7 +47,7 @@ STOP_TIMEOUT_S = 120
 # The drain's own timeout comes first.
 DRAIN_MARGIN_S = 10
 POLL_S = 0.1
-ANSI_CODES = re.compile(r"\x1b\[[0-9;]*m")
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # Only code packages (at most 100 MiB) pass through Ray's object store.
 OBJECT_STORE_BYTES = 256 * 2**20
 # Nothing listens on this port.
@@ -76,7 +76,7 @@ class LocalCluster:
         """Start Ray, then control and the ingress. Raises ClusterError; call `end` also then."""
         if self._settings.cluster_file.exists():  # the parent was killed, and its children may still run
             down(self._settings)
-        stopped_file(self._settings).unlink(missing_ok=True)
+        self._settings.stopped_file.unlink(missing_ok=True)
         # The same ports after a restart, so that other nodes find the cluster at its address.
         self._ports = _free_ports(self._node_ip, 3)
         self._start()
@@ -148,7 +148,7 @@ class LocalCluster:
     def _give_up(self, cause: str) -> NoReturn:
         """Leave the cause for `llmrun status`. Raises ClusterError."""
         _log(f"the cluster stopped: {cause}. It has stopped too often to start it again")
-        stopped_file(self._settings).write_text(json.dumps({"at": time.time(), "cause": cause}))
+        self._settings.stopped_file.write_text(json.dumps({"at": time.time(), "cause": cause}))
         raise ClusterError(f"the cluster stopped: {cause}. See {_logs(self._settings) / 'ray.log'}")
 
     def end(self) -> None:
@@ -289,20 +289,14 @@ def waiting_file(settings: Settings) -> Path:
     return settings.root / "stopping"
 
 
-def stopped_file(settings: Settings) -> Path:
-    """The file that says when and why the cluster stopped by itself."""
-    return settings.root / STOPPED_FILE
-
-
 def ray_failure(log: Path) -> str:
     """Why Ray exited, from the output of `ray start --block`, like `raylet [exit code=-9]`."""
     try:
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+        text = COLOUR.sub("", log.read_text(errors="replace"))
     except OSError:
-        lines = []
-    plain = [ANSI_CODES.sub("", line).rpartition(" -- ")[2] for line in lines]
-    processes = [line for line in plain if "[exit code" in line]
-    return f"Ray's process {', '.join(processes)} exited" if processes else f"Ray exited: see {log}"
+        text = ""
+    processes = re.findall(r"\S+ \[exit code=-?\d+\]", text)
+    return f"a process of Ray exited: {', '.join(processes)}" if processes else f"Ray exited: see {log}"
 
 
 def _log(text: str) -> None:

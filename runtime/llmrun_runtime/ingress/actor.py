@@ -61,7 +61,7 @@ class IngressActor:
         self._actors, self._name = actors, name
         self._settings = Settings.model_validate(actors.settings)
         with contextlib.suppress(OSError):  # a full disk
-            log_to_file(self._settings.root, name)
+            log_to_file(self._settings.root, name.partition("-r")[0])  # one log for all generations
         # Each stream needs two files.
         _, maximum = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (maximum, maximum))
