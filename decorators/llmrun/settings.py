@@ -65,7 +65,9 @@ class Settings(BaseSettings):
         description="Longest wait of a deploy for Ray to place the first replica when there is enough capacity.",
     )
     drain_timeout: float = Field(
-        default=600, gt=0, description="Longest wait of a stopping replica for its requests in flight."
+        default=600,
+        gt=0,
+        description="Longest wait for requests in flight, of a replica that stops, `llmrun down` and `llmrun restart`.",
     )
     hook_timeout: float = Field(default=30, gt=0, description="Longest time of a user's hook for one request.")
     max_body_bytes: int = Field(
