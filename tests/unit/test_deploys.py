@@ -244,8 +244,8 @@ async def test_a_second_deploy_of_an_app_waits_for_the_first(cluster: Cluster) -
     second.cancel("ann@laptop")
     assert [event.text async for event in second.events()][-2:] == ["cancelled by ann@laptop", ""]
     assert first.state == "running" and third.state == "running"
+    await until(lambda: cluster.registry.replicas_of("one"))
     cluster.held.clear()
-    await until(lambda: "one" in cluster.models.candidates)
     await cluster.set_target(cluster.models.candidates["one"].row, 0)
     await cluster.set_target(cluster.models.candidates["one"].row, 1)
     assert [event.kind async for event in first.events()][-2:] == ["ready", "end"]
