@@ -366,9 +366,11 @@ def test_the_commands_and_their_errors(home: Home, full: Settings, tmp_path: Pat
     assert "it already exists. Choose another name, or use --force" in home.fails("backup", path, **env)
     home.ok("backup", path, "--force", **env)
     assert "is a directory. Name a file in it" in home.fails("backup", tmp_path, "--force", **env)
-    assert "No such file or directory" in home.fails("backup", tmp_path / "missing" / "backup.zip", **env)
-    assert "Permission denied" in home.fails("backup", "/sys/backup.zip", **env)  # also for root
-    assert "cannot use control's database" in home.fails("backup", path, "--force", LLMRUN_DATABASE_URL="nonsense")
+    missing = tmp_path / "missing" / "backup.zip"
+    assert f"cannot write {missing}: No such file or directory" in home.fails("backup", missing, **env)
+    assert "cannot write /sys/backup.zip: " in home.fails("backup", "/sys/backup.zip", **env)  # also for root
+    no_url = home.fails("backup", path, "--force", LLMRUN_DATABASE_URL="nonsense")
+    assert "cannot back up: Could not parse SQLAlchemy URL" in no_url
     (tmp_path / "text").write_text("hello")
     (tmp_path / "half.zip").write_bytes(good[: len(good) // 2])
     (tmp_path / "nothing").touch()

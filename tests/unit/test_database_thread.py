@@ -111,8 +111,12 @@ async def test_work_is_done_in_order_and_a_hung_database_has_a_short_queue(
     monkeypatch.setattr(database_thread, "MAX_PENDING", 50)
     database, done = Database(f"sqlite:///{tmp_path / 'llmrun.db'}"), list[int]()
     started, hang = threading.Event(), threading.Event()
-    database.submit(started.set)
-    database.submit(hang.wait, 10)
+
+    def hang_on() -> None:
+        started.set()
+        hang.wait(10)
+
+    database.submit(hang_on)
     await asyncio.to_thread(started.wait, 10)
     for number in range(1000):
         database.submit(done.append, number)

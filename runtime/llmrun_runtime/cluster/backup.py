@@ -49,10 +49,7 @@ def _describe(error: Exception) -> str:
     if isinstance(error, OSError):
         what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error)
         return what + (". Free space, then repeat the command" if error.errno == errno.ENOSPC else "")
-    reason = str(error).partition("\n")[0]
-    if isinstance(error, SQLAlchemyError | ImportError):
-        return f"cannot use control's database: {reason}. Check LLMRUN_DATABASE_URL"
-    return reason
+    return str(error).partition("\n")[0] + ". Check LLMRUN_DATABASE_URL, and the disk's free space"
 
 
 def main() -> int:
@@ -65,8 +62,12 @@ def main() -> int:
     action = back_up if args.action == "backup" else restore
     try:
         manifest = action(Settings(), args.file, force=args.force)
-    except (LLMRunError, SQLAlchemyError, ImportError, OSError) as error:
-        print(json.dumps({"error": _describe(error)}))
+    except LLMRunError as error:
+        print(json.dumps({"error": str(error)}))
+        return 1
+    except (SQLAlchemyError, ImportError, OSError) as error:
+        what = "back up" if args.action == "backup" else "restore"
+        print(json.dumps({"error": f"cannot {what}: {_describe(error)}"}))
         return 1
     rows = manifest.rows
     print(json.dumps({"models": rows.get("models", 0), "keys": rows.get("keys", 0), "created": manifest.created}))

@@ -80,7 +80,7 @@ def write_backup(url: str, admin_key_file: Path, path: Path) -> Manifest:
             rows={},
             sha256={},
         )
-        with replacing(path) as draft, zipfile.ZipFile(draft, "w", zipfile.ZIP_DEFLATED) as archive:
+        with replacing(path) as draft, zipfile.ZipFile(draft, "w") as archive:
             for table, columns in tables.items():
                 _write_table(connection, table, columns, archive, manifest)
             if admin_key_file.exists():
@@ -203,7 +203,10 @@ def sqlite_file(url: str) -> Path | None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield an empty file (mode 0600) beside `path`, which replaces it after the block. Removed after an error."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise BackupError(f"cannot write {path}: {error.strerror}") from error
     os.close(descriptor)
     try:
         yield Path(name)
@@ -296,7 +299,8 @@ def _member(archive: zipfile.ZipFile, manifest: Manifest, name: str) -> Iterator
 
 def _info(name: str) -> zipfile.ZipInfo:
     info = zipfile.ZipInfo(name)
-    info.compress_type = zipfile.ZIP_DEFLATED
+    # Code packages are compressed already.
+    info.compress_type = zipfile.ZIP_DEFLATED if name.endswith((".jsonl", ".json")) else zipfile.ZIP_STORED
     info.external_attr = 0o600 << 16
     return info
 
