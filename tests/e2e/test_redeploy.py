@@ -209,7 +209,6 @@ def test_a_redeploy_of_two_replicas_loses_no_request_and_no_capacity(
 ) -> None:
     text = f"@llm({str(tiny_weights)!r}, cpus=0.2, min_replicas=2, max_replicas=2)\nclass Pair: ...\n"
     app = write_app(tmp_path / "pair" / "app.py", text)
-    cluster.unload()
     cluster.ok("deploy", app)
     until(lambda: cluster.status("pair")["replicas"] == 2, 60, "both replicas are ready")
     before, version = cluster.engines("pair"), cluster.status("pair")["version"]

@@ -336,3 +336,17 @@ async def test_a_stable_replica_clears_earlier_failures(cluster: Cluster, monkey
     start_and_die(cluster, 3)  # it ran for long: Serve replaces it at once
     await cluster.tick()
     assert cluster.autoscaler.table.models["one"].failures == 0 and cluster.serve.targets["one"] == 1
+
+
+async def test_a_new_version_is_in_the_routing_table_at_once(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autoscaler_module, "MIN_TICK_S", 30)
+    running = asyncio.create_task(cluster.autoscaler.run())
+    try:
+        for name in ("one", "two"):
+            cluster.deploy(name)
+            async with asyncio.timeout(5):
+                while name not in cluster.autoscaler.table.models:
+                    await asyncio.sleep(0.005)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)

@@ -82,11 +82,17 @@ class Autoscaler:
         )
         self._first_tick = 0.0
         self._kicked = asyncio.Event()
+        self._urgent = asyncio.Event()
         self._table_changed = asyncio.Condition()
 
     def kick(self) -> None:
-        """Run the next tick now."""
+        """Run the next tick soon, see MIN_TICK_S."""
         self._kicked.set()
+
+    def kick_now(self) -> None:
+        """Run the next tick now: a client may already send requests that need the new table."""
+        self._kicked.set()
+        self._urgent.set()
 
     def activate(self, row: Deployed) -> None:
         """Make a version the active one. A new engine version starts with a clean state, without earlier failures."""
@@ -96,7 +102,7 @@ class Autoscaler:
                 self._cold_starts.end(row.name, previous.engine_version, "withdrawn")
             self._states[row.name] = ModelState(low_since=time.monotonic())
         self._registry.mark_used(row.name, time.monotonic())
-        self.kick()
+        self.kick_now()
 
     def remove(self, model: str) -> None:
         """Remove a model's active version."""
@@ -104,14 +110,14 @@ class Autoscaler:
         self._states.pop(model, None)
         self._registry.last_used.pop(model, None)
         self._cold_starts.forget(model)
-        self.kick()
+        self.kick_now()
 
     def set_adapters(self, model: str, adapters: dict[str, str] | None, error: str = "") -> None:
         """Set a model's adapters: their pins by name; None if they could not be listed, because of `error`."""
         state = self._states.get(model)
         if state and (state.adapters, state.adapters_error) != (adapters, error):
             state.adapters, state.adapters_error = adapters, error
-            self.kick()
+            self.kick_now()
 
     def replica_failed(self, report: ReplicaReport, cause: str, first_seen: float) -> None:
         """Count a failed start of the active version: waiting requests fail with `cause`, the model backs off.
@@ -148,6 +154,7 @@ class Autoscaler:
             state.past_failure = state.failure or state.past_failure
             state.failure, state.death, state.evicted, state.warm_until = None, "", "", 0
             state.bad_nodes.ready(report.node)
+            self.kick_now()
 
     def engine_died(self, report: ReplicaReport, cause: str) -> None:
         """Record that a replica's engine died after it was ready.
@@ -220,12 +227,15 @@ class Autoscaler:
             return self.table
 
     async def run(self) -> None:
-        """Tick every TICK_S, and after `kick`, but not more often than every MIN_TICK_S. Never returns."""
+        """Tick every TICK_S, at once after `kick_now`, and after `kick`, but then MIN_TICK_S apart. Never returns."""
         last = 0.0
         while True:
-            await asyncio.sleep(last + MIN_TICK_S - time.monotonic())  # at most 0: no pause
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(asyncio.get_running_loop().time() + last + MIN_TICK_S - time.monotonic()):
+                    await self._urgent.wait()
             last = time.monotonic()
             self._kicked.clear()
+            self._urgent.clear()
             try:
                 await self.tick(last)
             except Exception:
