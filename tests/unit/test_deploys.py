@@ -23,6 +23,7 @@ from llmrun_runtime.control.operations import deploy as deploy_module
 from llmrun_runtime.control.operations import proof as proof_module
 from llmrun_runtime.control.operations import rollout as rollout_module
 from llmrun_runtime.control.operations.deploy import Deployer
+from llmrun_runtime.control.operations.rollout import Rollout
 from llmrun_runtime.control.state.database import Database
 from llmrun_runtime.control.state.models import Deployed, Models
 from llmrun_runtime.control.state.operation import Operation, Operations
@@ -52,13 +53,20 @@ class Cluster:
         adapters: Any = _Adapters(this)
         self.operations = Operations()
         self.tasks: list[asyncio.Future[None]] = []
-        self.deployer = Deployer(
+        self.rollout = Rollout(
             settings=Settings(home=folder, place_timeout=0.2),
             database=self.database,
             registry=self.registry,
             models=self.models,
             autoscaler=this,
             serve_apps=this,
+            weights=this,
+            adapters=adapters,
+        )
+        self.deployer = Deployer(
+            rollout=self.rollout,
+            database=self.database,
+            models=self.models,
             weights=this,
             adapters=adapters,
             operations=self.operations,
@@ -143,7 +151,7 @@ class Cluster:
         operation = Operation()
         try:
             request = DeployRequest(app="app", source="app.py", specs=(), force=force)
-            await self.deployer._rollout.prove_and_activate(row, request, operation, [])
+            await self.rollout.prove_and_activate(row, request, operation, [])
         finally:
             await operation.emit("end")
         return [event async for event in operation.events()]
@@ -355,7 +363,7 @@ async def test_force_puts_the_old_version_back_if_the_new_one_fails(
     async def no_room(*_: Any) -> str:
         return "not enough capacity"
 
-    monkeypatch.setattr(cluster.deployer._rollout.prover, "free_capacity", no_room)
+    monkeypatch.setattr(cluster.rollout.prover, "free_capacity", no_room)
     events = await cluster.deploy(2, force=True)
     assert "one: draining version 1 first (--force), requests are queued" in texts(events, "step")
     assert texts(events, "failed")[0].startswith("one: out of memory; version 1 stays active (details")
@@ -396,11 +404,11 @@ async def test_a_node_that_cannot_install_code_is_a_warning(cluster: Cluster, mo
 
     monkeypatch.setattr(rollout_module, "agent_on", Agent)
     row, operation = factories.deployed(factories.spec()), Operation()
-    assert await cluster.deployer._rollout._install(row, nodes, operation) == nodes[1:]
+    assert await cluster.rollout._install(row, nodes, operation) == nodes[1:]
     assert operation.last == "one: node a: cannot install code and requirements: no uv. Tried again when it wakes there"
     failing.add("b")
     with pytest.raises(EngineError, match="on enough nodes: node a: no uv; node b: no uv"):
-        await cluster.deployer._rollout._install(row, nodes, operation)
+        await cluster.rollout._install(row, nodes, operation)
 
 
 async def test_an_application_that_serve_does_not_delete_is_deleted_later(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrun.errors import ClusterError
+from llmrun_runtime.http import http_url
 
 TIMEOUT_S = 120
 POLL_S = 0.1
@@ -110,4 +111,4 @@ def ingress_args(host: str, port: int, insecure: bool) -> list[str]:
 def url_of(host: str, port: int) -> str:
     """The URL at which clients on this machine reach a server that listens on `host`."""
     host = "127.0.0.1" if host in ("0.0.0.0", "::", "localhost") else host
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    return http_url(host, port)

@@ -24,6 +24,7 @@ from llmrun_runtime.control.keys import Keys
 from llmrun_runtime.control.metrics import ControlMetrics
 from llmrun_runtime.control.operations.adapter_push import AdapterPushes
 from llmrun_runtime.control.operations.deploy import Deployer
+from llmrun_runtime.control.operations.rollout import Rollout
 from llmrun_runtime.control.operations.weights import WeightsOperations
 from llmrun_runtime.control.state.database import Database
 from llmrun_runtime.control.state.models import Deployed, Models
@@ -84,13 +85,20 @@ class ControlPlane:
         self.adapters = AdaptersCatalog(self.models, self.weights, self.database, self.autoscaler.set_adapters)
         self.weights_operations = WeightsOperations(self.weights, self.operations)
         self.adapter_pushes = AdapterPushes(settings.root / "pushes", self.models, self.adapters, self.operations)
-        self.deployer = Deployer(
+        self.rollout = Rollout(
             settings=settings,
             database=self.database,
             registry=self.registry,
             models=self.models,
             autoscaler=self.autoscaler,
             serve_apps=self.serve_apps,
+            weights=self.weights,
+            adapters=self.adapters,
+        )
+        self.deployer = Deployer(
+            rollout=self.rollout,
+            database=self.database,
+            models=self.models,
             weights=self.weights,
             adapters=self.adapters,
             operations=self.operations,
@@ -129,8 +137,7 @@ class ControlPlane:
             await check_database(self.database, running)
             await self.database.run(self.keys.load)
             await self.database.run(self.usage.load)
-            rows, sources = await self.database.run(self.database.load)
-            self.deployer.restore_sources(sources)
+            rows, self.rollout.sources = await self.database.run(self.database.load)
             self.autoscaler.unreadable = self.database.unreadable
             for row in rows.values():
                 self.autoscaler.activate(row)

@@ -6,11 +6,8 @@ import asyncio
 from pathlib import Path
 
 from llmrun.errors import Refused
-from llmrun.settings import Settings
 from llmrun.spec import ModelSpec
 from llmrun.wire import DeployRequest, Plan
-from llmrun_runtime.control.autoscaling.autoscaler import Autoscaler
-from llmrun_runtime.control.autoscaling.serve_apps import ServeApps
 from llmrun_runtime.control.catalog.adapters import AdaptersCatalog
 from llmrun_runtime.control.catalog.weights import WeightsCatalog
 from llmrun_runtime.control.operations.plan import Claim, check, check_claims, make_plan
@@ -18,7 +15,6 @@ from llmrun_runtime.control.operations.rollout import Rollout
 from llmrun_runtime.control.state.database import Database
 from llmrun_runtime.control.state.models import Deployed, Models
 from llmrun_runtime.control.state.operation import Operation, Operations
-from llmrun_runtime.control.state.registry import Registry
 from llmrun_runtime.engines.registry import get_engine
 from llmrun_runtime.placement import Node, resolve
 from llmrun_runtime.ray_nodes import cluster_nodes
@@ -33,37 +29,21 @@ class Deployer:
     def __init__(
         self,
         *,
-        settings: Settings,
+        rollout: Rollout,
         database: Database,
-        registry: Registry,
         models: Models,
-        autoscaler: Autoscaler,
-        serve_apps: ServeApps,
         weights: WeightsCatalog,
         adapters: AdaptersCatalog,
         operations: Operations,
     ) -> None:
+        self._rollout = rollout
         self._database = database
         self._models = models
         self._weights = weights
         self._adapters = adapters
         self._operations = operations
-        self._rollout = Rollout(
-            settings=settings,
-            database=database,
-            registry=registry,
-            models=models,
-            autoscaler=autoscaler,
-            serve_apps=serve_apps,
-            weights=weights,
-            adapters=adapters,
-        )
         self._claims: list[Claim] = []
         """Of the deploys that had not ended at the last look, the oldest first."""
-
-    def restore_sources(self, sources: dict[str, str]) -> None:
-        """Set where each app was deployed from, as in `DeployRequest.source`."""
-        self._rollout.sources = sources
 
     async def plan(self, request: DeployRequest, *, fresh: bool = True) -> tuple[Plan, dict[str, Deployed]]:
         """Return what a deploy of `request` would do now, and each model as it would become. Raises LLMRunError.
