@@ -108,7 +108,7 @@ class Prover:
         """
         proof = self._proofs[row.name, row.engine_version] = Proof(row.placement)
         try:
-            waits_for_node = _autoscaler_fits(row) and not has_capacity(row.placement, cluster_nodes())
+            waits_for_node = _waits_for_node(row)
             text = f"version {row.version}: placing a replica on {row.placement}"
             await operation.emit("step", row.name, text + (" that the autoscaler must add" if waits_for_node else ""))
             if in_place:
@@ -173,8 +173,7 @@ class Prover:
 
     def _placing_limit(self, row: Deployed) -> float:
         """How long placing a replica may take, in seconds: longer if the cluster's autoscaler must add a node."""
-        waits_for_node = _autoscaler_fits(row) and not has_capacity(row.placement, cluster_nodes())
-        return self._settings.start_timeout if waits_for_node else self._settings.place_timeout
+        return self._settings.start_timeout if _waits_for_node(row) else self._settings.place_timeout
 
     async def _not_placed(self, row: Deployed, limit_s: float) -> str:
         limit = f"no replica was placed within {limit_s:g} s"
@@ -214,6 +213,11 @@ def _without(placement: Placement, nodes: list[Node]) -> list[Node]:
 def _autoscaler_fits(row: Deployed) -> bool:
     """Whether the cluster's autoscaler can add a node that fits."""
     return any(not node.id and could_run(row.placement, node) for node in cluster_nodes())
+
+
+def _waits_for_node(row: Deployed) -> bool:
+    """Whether a replica fits only on a node that the cluster's autoscaler must add."""
+    return _autoscaler_fits(row) and not has_capacity(row.placement, cluster_nodes())
 
 
 async def _wait_until(condition: Callable[[], bool], timeout: float, poll_s: float = 0) -> bool:
