@@ -1,12 +1,15 @@
-"""uvicorn's HTTP protocol, with a deadline for request headers."""
+"""uvicorn's HTTP protocol, with a deadline for request headers and readable early refusals."""
 
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEADERS_TIMEOUT_S = 30.0
+# After a response that did not wait for the rest of its request.
+LINGER_S = 2.0
 
 
 class HeaderDeadlineProtocol(HttpToolsProtocol):
@@ -17,11 +20,13 @@ class HeaderDeadlineProtocol(HttpToolsProtocol):
     """
 
     headers_timeout = HEADERS_TIMEOUT_S
+    linger = LINGER_S
     _deadline: asyncio.TimerHandle | None = None
+    _lingering = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the deadline of the first request."""
-        super().connection_made(transport)
+        super().connection_made(_LingeringTransport(transport, self))  # type: ignore[arg-type]
         self._start_deadline()
 
     def data_received(self, data: bytes) -> None:
@@ -29,6 +34,8 @@ class HeaderDeadlineProtocol(HttpToolsProtocol):
 
         They can be the rest of a body after an early refusal, too: uvicorn stops its own timer at every byte.
         """
+        if self._lingering:
+            return
         super().data_received(data)
         if self.cycle and self.cycle.response_complete and not self._deadline:
             self._start_deadline()
@@ -43,6 +50,21 @@ class HeaderDeadlineProtocol(HttpToolsProtocol):
         self._end_deadline()
         super().connection_lost(exc)
 
+    def close(self, transport: asyncio.Transport) -> None:
+        """Close the connection; a client that is still sending its request's body gets time to read the response.
+
+        The kernel answers bytes that arrive after a close with a reset, and the client's kernel then discards the
+        response before the client has read it.
+        """
+        uploading = self.cycle and self.cycle.response_complete and self.cycle.more_body
+        if self._lingering or transport.is_closing() or not uploading or not transport.can_write_eof():
+            transport.close()
+            return
+        self._lingering = True
+        transport.resume_reading()  # uvicorn may have paused it
+        transport.write_eof()
+        self.loop.call_later(self.linger, transport.close)
+
     def _start_deadline(self) -> None:
         self._deadline = self.loop.call_later(self.headers_timeout, self.transport.close)
 
@@ -50,3 +72,17 @@ class HeaderDeadlineProtocol(HttpToolsProtocol):
         if self._deadline:
             self._deadline.cancel()
             self._deadline = None
+
+
+class _LingeringTransport:
+    """The connection's transport, whose `close` is the protocol's."""
+
+    def __init__(self, transport: asyncio.Transport, protocol: HeaderDeadlineProtocol) -> None:
+        self._transport = transport
+        self._protocol = protocol
+
+    def close(self) -> None:
+        self._protocol.close(self._transport)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)

@@ -54,8 +54,7 @@ def test_an_engine_whose_core_hangs_is_replaced(model: str, cluster: Home) -> No
         stopped = time.monotonic()
         rest = list(stream)
     ended = time.monotonic() - stopped
-    events = [json.loads(event.removeprefix("data: ")) for event in rest if event != "data: [DONE]"]  # vLLM ends so
-    assert "error" in events[-1], events[-1]
+    assert "error" in json.loads(rest[-1].removeprefix("data: ")), rest[-1]
     assert ended < 2 * STALL_S + 20
     cause = cluster.status(model)["cause"]
     assert "the engine hangs: no output for" in cause and "a probe got none in 4 s" in cause
@@ -84,3 +83,18 @@ def test_a_long_answer_is_not_taken_for_a_hang(model: str, cluster: Home) -> Non
         time.sleep(2 * STALL_S)  # this client does not read meanwhile
         assert next(events)
     assert family(cluster, model)[0] == server
+
+
+def test_a_core_that_is_killed_ends_no_stream_as_if_it_were_whole(model: str, cluster: Home) -> None:
+    """vLLM's API server, which lives for a moment longer, ends streams with `[DONE]` and answers 500."""
+    cluster.make_hot(model)
+    core = family(cluster, model)[1]
+    with streaming(cluster, model) as events:
+        core.kill()
+        answers = [cluster.ask(model) for _ in range(2)]
+        rest = list(events)
+    assert "stream interrupted" in rest[-1] and not any("[DONE]" in event for event in rest)
+    for answer in answers:  # the second one may wait for the new engine
+        assert answer.status_code in (200, 503), answer.text
+        assert answer.status_code == 200 or answer.headers["retry-after"]
+    until(lambda: cluster.ask(model).status_code == 200, 60, "it answers after the pause for repeated failures")

@@ -27,7 +27,7 @@ from llmrun_runtime.ingress.queue.keepalive import DEFAULT_TIMING, KeepaliveTimi
 from llmrun_runtime.ingress.queue.request_queue import RequestQueue
 from llmrun_runtime.ingress.readiness import Readiness
 from llmrun_runtime.link.server import Server
-from llmrun_runtime.wire.headers import GONE_HEADER
+from llmrun_runtime.wire.headers import DIED, GONE_HEADER
 from llmrun_runtime.wire.reports import AdapterRevision
 from llmrun_runtime.wire.routing_table import ModelRoute, ReplicaRoute, Table, by_names, digest_of
 
@@ -64,7 +64,7 @@ class Engine:
         await asyncio.gather(response, disconnect, return_exceptions=True)
 
     async def respond(self, request: Request, send: Send) -> None:
-        """Stream CHUNKS, unless the body has `refuse`, `hang`, `stall`, `die_early`, `die_late` or `fail`."""
+        """Stream CHUNKS, unless the body has `refuse`, `hang`, `stall`, `die_early`, `die_late`, `end` or `fail`."""
         if request.url.path == "/metrics":
             text = b'# TYPE vllm:tokens_total counter\nvllm:tokens_total{model_name="one"} 7.0\n'
             await asgi.send_bytes(send, 200, text, "text/plain")
@@ -79,6 +79,9 @@ class Engine:
             return
         if body.get("die_early"):
             self.die()
+        if body.get("end"):
+            await asgi.send_json(send, 503, {}, [(GONE_HEADER.encode(), DIED.encode())])
+            return
         await asyncio.sleep(body.get("stall", 0))
         headers = [(b"content-type", b"text/event-stream"), (b"x-engine", b"yes")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})

@@ -90,6 +90,10 @@ class Stub:
         """Support no adapters."""
         raise EngineError("no adapters")
 
+    def has_ended(self, app: Any) -> bool:
+        """Never: its server is the engine."""
+        return False
+
     def root_cause(self, log: str) -> str:
         """Return the last line, if it is an exception."""
         lines = log.strip().splitlines()

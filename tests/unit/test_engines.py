@@ -327,6 +327,9 @@ class Script:
     def loader(self, app: Any, max_lora_rank: int) -> Loader:
         raise EngineError("no adapters")
 
+    def has_ended(self, app: Any) -> bool:
+        return False
+
     def root_cause(self, log: str) -> str:
         return VLLM.root_cause(log)
 

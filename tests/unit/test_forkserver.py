@@ -96,6 +96,9 @@ class ThingEngine:
     def loader(self, app: Any, max_lora_rank: int) -> Loader:
         raise EngineError("no adapters")
 
+    def has_ended(self, app: Any) -> bool:
+        return False
+
     def root_cause(self, log: str) -> str:
         return next((line for line in log.splitlines() if line.startswith("ValueError")), "")
 

@@ -18,7 +18,7 @@ UPLOAD = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n"
 
 
 class Short(HeaderDeadlineProtocol):
-    headers_timeout = TIMEOUT_S
+    headers_timeout = linger = TIMEOUT_S
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -76,3 +76,28 @@ async def test_slow_answers_and_idle_connections_are_kept(port: int) -> None:
         assert await asyncio.wait_for(reader.readuntil(b"{}"), 5)
         await asyncio.sleep(2 * TIMEOUT_S)
     writer.close()
+
+
+@pytest.mark.parametrize("close", [b"connection: close\r\n", b""])
+async def test_a_client_that_uploads_can_read_an_early_refusal(port: int, close: bytes) -> None:
+    """Bytes that arrive after a close make the kernel reset the connection, and discard the response."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(UPLOAD.replace(b"host: x\r\n", b"host: x\r\n" + close))
+    await asyncio.sleep(TIMEOUT_S / 3)
+    for _ in range(3):
+        writer.write(b"a" * 1000)
+        await asyncio.sleep(TIMEOUT_S / 6)
+    assert (await asyncio.wait_for(reader.readuntil(b"{}"), 1)).startswith(b"HTTP/1.1 200")
+    writer.close()
+
+
+async def test_a_client_that_never_stops_uploading_is_cut_off(port: int) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(UPLOAD.replace(b"host: x\r\n", b"host: x\r\nconnection: close\r\n"))
+    assert await reader.read()
+    async with asyncio.timeout(5 * TIMEOUT_S):
+        with pytest.raises(ConnectionError):
+            while True:
+                writer.write(b"a")
+                await writer.drain()
+                await asyncio.sleep(0.02)

@@ -44,8 +44,8 @@ class ShimConfig:
     hook_timeout: float = 30
     host: str = "127.0.0.1"
     """The address on which it listens for ingresses."""
-    engine: str = ""
-    """The engine's name, if it has adapters."""
+    engine: str = "vllm"
+    """The engine's name."""
     max_loaded: int = 0
     """The number of adapter slots; 0: no adapters."""
     max_lora_rank: int = 0
@@ -176,6 +176,13 @@ class Engine(Protocol):
         """Return the loader of adapters for the server's `app`; called in the server's process.
 
         Raises EngineError if the engine has no adapters.
+        """
+        ...
+
+    def has_ended(self, app: Any) -> bool:
+        """Whether what the server's `app` serves has ended; called in the server's process for each message it sends.
+
+        What the server still sends then is not taken for the engine's answer.
         """
         ...
 

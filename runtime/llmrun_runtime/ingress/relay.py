@@ -11,7 +11,7 @@ from llmrun_runtime.asgi import Scope, Send, error_body
 from llmrun_runtime.ingress.admission.held_bytes import HeldBody
 from llmrun_runtime.ingress.errors import HTTPError
 from llmrun_runtime.link.client import Exchange, LinkLostError, Links
-from llmrun_runtime.wire.headers import GONE_HEADER, TOKEN_HEADER
+from llmrun_runtime.wire.headers import DIED, GONE_HEADER, TOKEN_HEADER
 from llmrun_runtime.wire.routing_table import ReplicaRoute
 
 EVENT_STREAM = b"text/event-stream"
@@ -98,13 +98,19 @@ async def relay(
             raise HTTPError(504, message, "engine_timeout", "service_unavailable") from None
         except LinkLostError as error:
             raise UpstreamUnavailable(str(error), reached=True) from error
-        if exchange.status == 503 and any(key.lower() == GONE_HEADER.encode() for key, _ in exchange.headers):
-            raise UpstreamUnavailable("it is shutting down", reached=False)
+        if gone := exchange.status == 503 and _gone(exchange.headers):
+            died = gone == DIED.encode()
+            raise UpstreamUnavailable("its engine died" if died else "it is shutting down", reached=died)
         kept = [(key.lower(), value) for key, value in exchange.headers if key.lower() not in DROPPED_FROM_RESPONSE]
         is_event_stream = dict(kept).get(b"content-type", b"").startswith(EVENT_STREAM)
         response_headers = [*kept, *request.response_headers]
         await send({"type": "http.response.start", "status": exchange.status, "headers": response_headers})
         await _stream(exchange, send, on_first_byte, request.deadlines.idle_stream, is_event_stream=is_event_stream)
+
+
+def _gone(headers: list[tuple[bytes, bytes]]) -> bytes:
+    """Return the value of GONE_HEADER; b"" if the replica did not send it."""
+    return next((value for key, value in headers if key.lower() == GONE_HEADER.encode()), b"")
 
 
 async def _stream(

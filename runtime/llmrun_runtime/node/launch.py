@@ -67,12 +67,12 @@ def make_launch(
     Reads and writes the node's home. Raises EngineError for a missing secret.
     """
     spec = config.spec
-    shim = ShimConfig(model=spec.name, hook_timeout=config.hook_timeout, host=members[0].host)
+    shim = ShimConfig(model=spec.name, engine=spec.engine, hook_timeout=config.hook_timeout, host=members[0].host)
     cache = engine_cache(Settings().root, spec.name, config.version)
     if lora := spec.lora:
         lora_rank = lora.max_rank or DEFAULT_LORA_RANK
         canary = str(cache / "canary") if lora.canary else ""
-        shim = replace(shim, engine=spec.engine, max_loaded=lora.max_loaded, max_lora_rank=lora_rank, canary=canary)
+        shim = replace(shim, max_loaded=lora.max_loaded, max_lora_rank=lora_rank, canary=canary)
     if spec.code and code:
         shim = replace(shim, file=str(code / spec.code.file), cls=spec.code.cls, hooks=spec.code.hooks)
     return Launch(

@@ -15,6 +15,8 @@ SINCE = "since"
 # engine then rejects all requests with 503 and GONE_HEADER, which tells the ingress to try another replica.
 LEAVE_PATH = "/_llmrun/leave"
 GONE_HEADER = "x-llmrun-gone"
+# GONE_HEADER's value if the engine died while it ran the request, which must not reach another one.
+DIED = "died"
 # Before the path of a request with which the replica checks that the engine still produces output: without hooks, and
 # counted nowhere. The ingress forwards only an engine's own paths, so no client can use it.
 PROBE_PREFIX = "/_llmrun/probe"

@@ -21,6 +21,7 @@ from llmrun_runtime.engines.registry import get_engine
 from llmrun_runtime.engines.shim import lease, usage_meter
 from llmrun_runtime.engines.shim.adapter_slots import AdapterError, AdapterSlots
 from llmrun_runtime.engines.shim.canary import Canary
+from llmrun_runtime.engines.shim.engine_guard import guarded
 from llmrun_runtime.engines.shim.hooks import Hooks
 from llmrun_runtime.link.server import listen
 from llmrun_runtime.wire.headers import (
@@ -50,6 +51,7 @@ class Shim:
         config = ShimConfig.from_json(os.environ[SHIM_ENV])
         self._hooks = Hooks(config) if config.hooks else None
         self._config = config
+        self._engine_has_ended = get_engine(config.engine).has_ended
         self._adapters: AdapterSlots | None = None
         self._links: asyncio.Server | None = None
         self._in_flight = 0
@@ -82,7 +84,7 @@ class Shim:
         if scope["path"] in UNCOUNTED:
             await self._app(scope, receive, send)
             return
-        if self._leaving:
+        if self._leaving or self._engine_has_ended(scope.get("app")):
             gone = [(GONE_HEADER.encode(), b"1")]
             text = "this replica is shutting down: retry through the ingress"
             await send_error(send, 503, text, "service_unavailable", "replica_gone", headers=gone)
@@ -103,7 +105,7 @@ class Shim:
                 if adapter := headers.get(ADAPTER_HEADER.encode()):
                     await self._serve_with_adapter(adapter.decode("latin-1"), scope, receive, send)
                 else:
-                    await self._app(scope, receive, send)
+                    await self._serve(scope, receive, send)
         finally:
             self._in_flight -= 1
             self._probes_in_flight -= probe
@@ -150,6 +152,9 @@ class Shim:
             **usage_meter.snapshot(_since(scope)),
         }
 
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await guarded(self._app, self._engine_has_ended, scope, receive, send)
+
     async def _serve_with_adapter(self, adapter: str, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request with an adapter. `adapter`: its name and its pin, from the ingress."""
         name, _, pin = adapter.partition(" ")
@@ -157,7 +162,7 @@ class Shim:
             if not self._adapters:
                 raise AdapterError("this engine was started without adapters", 404)
             async with self._adapters.using(name, pin):
-                await self._app(scope, receive, send)
+                await self._serve(scope, receive, send)
         except AdapterError as error:
             kind, code = (
                 ("invalid_request_error", "adapter_invalid")

@@ -113,6 +113,10 @@ class SidecarEngine:
         """See Engine."""
         raise EngineError(f"engine={self.name!r} does not support adapters here")
 
+    def has_ended(self, app: Any) -> bool:
+        """Never: the sidecar exits with its server."""
+        return False
+
     def root_cause(self, log: str) -> str:
         """Return the last exception."""
         matches = (EXCEPTION.match(line.strip()) for line in reversed(log.splitlines()))

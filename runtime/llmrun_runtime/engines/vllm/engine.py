@@ -200,6 +200,11 @@ class VLLM:
 
         return VLLMAdapters(app, max_lora_rank)
 
+    def has_ended(self, app: Any) -> bool:
+        """Whether the engine core has died: the server ends itself within seconds."""
+        client = getattr(getattr(app, "state", None), "engine_client", None)
+        return client is not None and client.errored
+
     def root_cause(self, log: str) -> str:
         """Return the last exception that is not a consequence of another, or argparse's error."""
         cause = last = ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 
+from llmrun_runtime.engines.registry import get_engine
 from llmrun_runtime.engines.shim import lease
 
 PACKAGE = "vllm"
@@ -70,6 +71,7 @@ def preload() -> None:
     from llmrun_runtime.engines.vllm import startup  # noqa: PLC0415
 
     startup.prepare(from_forkserver=True)
+    get_engine("vllm")  # the shim asks for it: reading all entry points takes time
 
 
 def fork_problem() -> str:
