@@ -175,6 +175,47 @@ def test_two_models_on_one_gpu_evict_each_other(cluster: Home, tiny: str, tmp_pa
         until(lambda: not cluster.engines("left") + cluster.engines("right"), 30, "the engines exit")
 
 
+def test_a_model_that_is_always_asked_makes_room_for_others(cluster: Home, tiny: str, tmp_path: Path) -> None:
+    """Turns come after `max_wait_for_room`; batch requests give way at once."""
+    options = "engine='stub', accelerator='A10G', idle_timeout=300, min_uptime=1, max_wait_for_room=3"
+    text = f"@llm({tiny}, {options})\nclass Busy: ...\n\n\n@llm({tiny}, {options})\nclass Rare: ...\n"
+    app = write_app(tmp_path / "turns" / "app.py", text)
+    stop = threading.Event()
+
+    def ask_always(**headers: str) -> list[int]:
+        codes = []
+        while not stop.is_set():
+            codes.append(cluster.ask("busy", headers=headers).status_code)
+        return codes
+
+    def ask_rare(priority: str) -> float:
+        """Ask while others ask the busy model all the time; return the seconds until the answer."""
+        assert cluster.ask("busy").status_code == 200
+        time.sleep(1.5)  # longer than min_uptime
+        stop.clear()
+        with ThreadPoolExecutor(3) as pool:
+            work = [pool.submit(ask_always, **{"X-LLMRun-Priority": priority}) for _ in range(3)]
+            try:
+                time.sleep(0.5)
+                asked = time.monotonic()
+                assert cluster.ask("rare", timeout=60).status_code == 200
+                waited = time.monotonic() - asked
+                cluster.wait_for("busy", "hot", 30)  # its turn comes again: others still ask for it
+            finally:
+                stop.set()
+        assert {code for one in work for code in one.result()} == {200}
+        return waited
+
+    with second_node(cluster, tmp_path / "second"):
+        until(lambda: cluster.run("deploy", app, "--lazy").returncode == 0, 60, "the node joins the cluster")
+        batch, normal = ask_rare("batch"), ask_rare("normal")
+        print(f"waited for room: {batch:.1f} s among batch requests, {normal:.1f} s among normal ones")
+        assert 3 <= normal < 20
+        assert batch < normal
+        cluster.ok("delete", "--app", "turns", "--yes")
+        until(lambda: not cluster.engines("busy") + cluster.engines("rare"), 30, "the engines exit")
+
+
 Victims = Callable[[Home], list[psutil.Process]]
 
 

@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.support.cluster import ENGINE_START_S, SMOLLM2, Home, alive, until, write_app
+from tests.support.cluster import ENGINE_START_S, SMOLLM2, Home, alive, titled, until, write_app
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 STALL_S = 4
@@ -73,6 +73,26 @@ def test_an_api_server_that_hangs_is_replaced(model: str, cluster: Home) -> None
     until(lambda: not alive(server) and not alive(core), 30, "the engine's processes have ended")
     assert cluster.ask(model).status_code == 200
     print(f"API server: found after {found:.1f} s, answer after {time.monotonic() - stopped:.1f} s")
+
+
+def test_a_replica_that_hangs_delays_no_request_and_is_replaced(model: str, cluster: Home) -> None:
+    """Requests go to its engine without it. Ray replaces it when it does not answer health checks."""
+    cluster.make_hot(model)
+    (replica,) = titled(cluster, f"ray::ServeReplica:llmrun-{model}")
+    replica.suspend()
+    stopped, slowest = time.monotonic(), 0.0
+    while alive(replica):
+        asked = time.monotonic()
+        answer = cluster.ask(model)
+        assert answer.status_code == 200, answer.text
+        slowest = max(slowest, time.monotonic() - asked)
+        assert time.monotonic() - stopped < 280, "the replica still lives"
+        time.sleep(0.2)
+    replaced = time.monotonic() - stopped
+    cluster.wait_for(model, "hot", 60)
+    assert len(cluster.engines(model)) == 1
+    assert cluster.ask(model).status_code == 200
+    print(f"replica: ended after {replaced:.1f} s, slowest answer meanwhile {slowest:.1f} s")
 
 
 def test_a_long_answer_is_not_taken_for_a_hang(model: str, cluster: Home) -> None:

@@ -1,4 +1,4 @@
-"""Watches the private memory and the open files of each long-lived process of a cluster."""
+"""Watches the memory and the open files of each long-lived process of a cluster."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import psutil
 
 # A process has its caches, and a fork server its compiled code, after this many seconds.
 SETTLED_S = 60.0
-# Private memory, because shared pages are counted differently whenever a process that shares them starts or ends.
+# Anonymous memory, whether or not forked processes share it: private memory (USS) and proportional memory (PSS) of a
+# fork server rise by hundreds of MiB when its engines end, and those of engines when the fork server does.
 GROWTH_MIB, GROWTH_FILES = 60.0, 60
 TITLES = re.compile(r"ray::[A-Za-z]+|llmrun: [a-z ]+|VLLM::\w+|raylet|gcs_server|llmrun_runtime\.cluster\.\w+")
 
@@ -47,7 +48,8 @@ class Watch:
                 title = TITLES.search(" ".join(process.cmdline()))
                 if not title:
                     continue
-                size = process.memory_full_info().uss / 2**20, process.num_fds()
+                memory = process.memory_info()
+                size = (memory.rss - memory.shared) / 2**20, process.num_fds()
                 usage = self.usage.setdefault((process.pid, process.create_time()), Usage(title[0].strip(), now))
             except psutil.Error:
                 continue
@@ -58,7 +60,7 @@ class Watch:
     def shortcomings(self) -> list[str]:
         """Return the processes that grew too much, a line each."""
         return [
-            f"{usage.title} grew by {mib:.0f} MiB of private memory and {files} open files"
+            f"{usage.title} grew by {mib:.0f} MiB and {files} open files"
             for usage in self.usage.values()
             for mib, files in [usage.growth]
             if mib > GROWTH_MIB or files > GROWTH_FILES

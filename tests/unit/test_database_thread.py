@@ -22,8 +22,9 @@ from llmrun_runtime.control.autoscaling.serve_apps import ServeApps
 from llmrun_runtime.control.control_plane import ControlPlane
 from llmrun_runtime.control.database_check import check_database, find_mismatch
 from llmrun_runtime.control.state import database_thread
+from llmrun_runtime.control.state.connection import describe_error
 from llmrun_runtime.control.state.database import Database
-from llmrun_runtime.control.state.database_thread import DatabaseTimeout
+from llmrun_runtime.control.state.database_thread import DatabaseThread, DatabaseTimeout
 from tests.support import factories
 
 
@@ -193,3 +194,30 @@ async def test_a_database_error_is_raised_to_the_caller(tmp_path: Path) -> None:
     with pytest.raises(OperationalError, match="unable to open"):
         await database.run(database.load)
     database.close()
+
+
+async def test_a_timeout_says_why_the_call_before_it_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread: work behind a statement that waits for a lock never gets to its own error."""
+    monkeypatch.setattr(database_thread, "CALL_TIMEOUT_S", 0.3)
+    thread, release = DatabaseThread(), threading.Event()
+
+    def wait_for_lock() -> None:
+        time.sleep(0.1)
+        raise OperationalError("INSERT", {}, Exception("database is locked"))
+
+    try:
+        thread.submit(wait_for_lock)
+        thread.submit(release.wait)
+        with pytest.raises(DatabaseTimeout) as raised:
+            await thread.run(lambda: None)
+        assert "another process has locked it" in describe_error(raised.value)
+        release.set()
+        assert await thread.run(lambda: 1) == 1
+        release.clear()
+        thread.submit(release.wait)
+        with pytest.raises(DatabaseTimeout) as raised:
+            await thread.run(lambda: None)
+        assert "locked" not in describe_error(raised.value)
+    finally:
+        release.set()
+        thread.close()

@@ -241,7 +241,9 @@ class IngressActor:
                     await asyncio.to_thread(self._actors.create_control)
                 continue
             except (ray.exceptions.RayError, TimeoutError) as error:
-                log.warning("control is not reachable, serving from the last routing table: %s", type(error).__name__)
+                self._readiness.control_cause = _own_words(error)
+                cause = self._readiness.control_cause or type(error).__name__
+                log.warning("control is not reachable, serving from the last routing table: %s", cause)
                 await asyncio.sleep(RETRY_S)
                 continue
             if (table.epoch, table.number) != (current.epoch, current.number):
@@ -266,3 +268,9 @@ class IngressActor:
                 )
             except (ray.exceptions.RayError, TimeoutError):
                 await asyncio.sleep(RETRY_S)
+
+
+def _own_words(error: Exception) -> str:
+    """Return the error that control raised, in one line; "" if it did not respond."""
+    cause = error.cause if isinstance(error, ray.exceptions.RayTaskError) else None
+    return str(cause) if isinstance(cause, ClusterError) else ""

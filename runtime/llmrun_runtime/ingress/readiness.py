@@ -14,10 +14,13 @@ class Readiness:
     def __init__(self) -> None:
         self._heard: float | None = None
         self.draining = False
+        self.control_cause = ""
+        """Why control cannot work, in its own words; "" if it can, or does not respond at all."""
 
     def heard(self, now: float) -> None:
         """Record that control has sent the routing table, or that it is unchanged."""
         self._heard = now
+        self.control_cause = ""
 
     def report(self, now: float) -> tuple[int, dict[str, Any]]:
         """Return the HTTP status and the response body."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy import URL, Engine, create_engine, event, make_url
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 BUSY_TIMEOUT_S = 12
 """How long a statement waits for another writer (SQLite), or runs (PostgreSQL)."""
@@ -35,10 +35,20 @@ def make_engine(url: str) -> Engine:
 
 def describe_error(error: SQLAlchemyError) -> str:
     """Return a database error's cause and what to do, in one line. SQLAlchemy's own text has the SQL and its values."""
-    reason = str(error).partition("\n")[0]
+    reason = first_line(error)
     if "disk is full" in reason or "No space left" in reason:
         return f"control cannot write its database: the disk is full ({reason}). Free space, then repeat the command"
+    if "is locked" in reason:
+        return (
+            f"control cannot use its database: another process has locked it ({reason}). End that process, then retry"
+        )
     return f"control cannot use its database: {reason}. Check LLMRUN_DATABASE_URL, and control.log for details"
+
+
+def first_line(error: SQLAlchemyError) -> str:
+    """Return the error's cause without the SQL and its values, and without what SQLAlchemy was doing."""
+    cause = error.orig if isinstance(error, DBAPIError) else None
+    return str(cause or error).partition("\n")[0]
 
 
 def engine_options(url: URL) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from typing import ParamSpec, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from llmrun_runtime.control.state.connection import first_line
+
 log = logging.getLogger("llmrun.control")
 # Longer than a statement may take (`connection.BUSY_TIMEOUT_S`), so that its own error arrives first.
 CALL_TIMEOUT_S = 15.0
@@ -31,6 +33,8 @@ class DatabaseThread:
         self._lock = threading.Lock()
         self._pending = 0
         self._current = threading.local()
+        self._last_error = ""
+        """What the last work failed with; "" if it succeeded. It explains why the work behind it waits."""
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run `work` and return its result.
@@ -44,20 +48,18 @@ class DatabaseThread:
         if not done:
             given_up.set()
             result.cancel()
-            raise DatabaseTimeout(f"no response within {CALL_TIMEOUT_S:g} s")
+            raise DatabaseTimeout(f"no response within {CALL_TIMEOUT_S:g} s{self._last_error}")
         return result.result()
 
     def submit(self, work: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
         """Start `work` and do not wait for it. Logs an error."""
 
-        def logged() -> None:
-            try:
-                work(*args, **kwargs)
-            except Exception:
-                log.exception("database error in %s", getattr(work, "__qualname__", work))
+        def log_error(future: Future[object]) -> None:
+            if error := future.exception():
+                log.error("database error in %s", getattr(work, "__qualname__", work), exc_info=error)
 
         try:
-            self._start(threading.Event(), logged)
+            self._start(threading.Event(), lambda: work(*args, **kwargs)).add_done_callback(log_error)
         except DatabaseTimeout as error:
             log.error("database error: %s", error)  # noqa: TRY400 # its traceback says nothing
 
@@ -80,7 +82,15 @@ class DatabaseThread:
         self._current.given_up = given_up
         try:
             self.check_not_given_up()
-            return work()
+            result = work()
+        except DatabaseTimeout:
+            raise
+        except SQLAlchemyError as error:
+            self._last_error = f" (before that: {first_line(error)})"
+            raise
+        else:
+            self._last_error = ""
+            return result
         finally:
             self._current.given_up = None
 
