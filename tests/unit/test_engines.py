@@ -442,8 +442,8 @@ async def test_the_start_of_an_unresponsive_engine_times_out(tmp_path: Path) -> 
     assert time.monotonic() - started < 5
 
 
-@pytest.mark.parametrize("token", ["guess", "gu\u00e9ss"])
-async def test_messages_without_the_token_are_ignored(tmp_path: Path, token: str) -> None:
+@pytest.mark.parametrize("hello", [{"token": "guess"}, {"token": "gu\u00e9ss"}, {"token": "\ud800"}, {}, ["guess"]])
+async def test_messages_without_the_token_are_ignored(tmp_path: Path, hello: Any) -> None:
     errors: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
     engine = EngineProcess(Script("import time; time.sleep(600)"), launch(log=tmp_path / "log"))
@@ -451,7 +451,7 @@ async def test_messages_without_the_token_are_ignored(tmp_path: Path, token: str
     assert engine._lease
     host, port = engine._lease.sockets[0].getsockname()[:2]
     reader, writer = await asyncio.open_connection(host, port)
-    writer.write(json.dumps({"token": token}).encode() + b"\n" + json.dumps({"port": 1}).encode() + b"\n")
+    writer.write(json.dumps(hello).encode() + b"\n" + json.dumps({"port": 1}).encode() + b"\n")
     assert await asyncio.wait_for(reader.read(), 5) == b""
     writer.close()
     assert engine.port == 0
