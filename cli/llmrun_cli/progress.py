@@ -22,7 +22,7 @@ from rich.spinner import Spinner
 from rich.text import Text
 
 from llmrun.wire import Event
-from llmrun_cli.terminal import err, note, warn
+from llmrun_cli.terminal import err, note, printable, warn
 
 LINE_EVERY_S = 5.0
 
@@ -83,7 +83,7 @@ class _Bars:
 
     def step(self, line: str) -> None:
         """Show the current step; remove the bars of the previous one."""
-        self._spinner.update(text=Text(line))
+        self._spinner.update(text=Text(printable(line)))
         for task in self._tasks.values():
             self._bars.remove_task(task)
         self._tasks.clear()
@@ -92,7 +92,7 @@ class _Bars:
         """Show one transfer's progress."""
         key = (event.model, event.text)
         if key not in self._tasks:
-            self._tasks[key] = self._bars.add_task(event.text, total=event.total)
+            self._tasks[key] = self._bars.add_task(printable(event.text), total=event.total)
         self._bars.update(self._tasks[key], completed=event.here, total=event.total)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,15 +12,59 @@ from typing import Annotated, Any
 
 import typer
 from pydantic import BaseModel
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook, RenderResult
 from rich.measure import Measurement
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
-
 INTERRUPTED = 130  # as shells report Ctrl-C
+# ECMA-48's sequences: strings (titles, links, the clipboard), CSI (colors, the cursor) and other escapes. The text
+# after a string without an end is kept.
+_STRING = r"(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f])[^\x00-\x1f\x7f-\x9f]*(?:\x07|\x1b\\|\x9c)"
+_CSI = r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
+_ESCAPE = r"\x1b[ -/]*[0-Z\\^-~]"
+_CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+_SEQUENCE = re.compile(f"{_STRING}|{_CSI}|{_ESCAPE}|{_CONTROL}")
+
+
+def printable(text: str) -> str:
+    """Return the text without control sequences and characters, except line feeds and tabs.
+
+    Terminals act on them, and the text can be a model's, an engine's or a server's.
+    """
+    return _SEQUENCE.sub("", re.sub(r"\r(?!\n)", "\n", text))  # \r: the steps of a progress bar
+
+
+class _Printable:
+    """A renderable whose text has no control sequences."""
+
+    def __init__(self, inner: ConsoleRenderable) -> None:
+        self._inner = inner
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Render the inner one. Styles become sequences later; rich's own ones are marked."""
+        for text, style, control in console.render(self._inner, options):
+            yield Segment(text if control else printable(text), style, control)
+
+
+class _PrintableOnTerminals(RenderHook):
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        """See RenderHook."""
+        return [_Printable(each) for each in renderables] if self._console.is_terminal else renderables
+
+
+def _console(**options: Any) -> Console:
+    console = Console(highlight=False, **options)
+    console.push_render_hook(_PrintableOnTerminals(console))
+    return console
+
+
+out = _console(soft_wrap=True)
+err = _console(stderr=True, soft_wrap=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Skip confirmation.")]
@@ -36,7 +81,13 @@ def make_table(*columns: str, right: Collection[str] = ()) -> Table:
 def print_table(table: Table) -> None:
     """Print a table to standard output, each row on one line even if it is wider than the terminal."""
     needed = Measurement.get(out, out.options.update(max_width=10_000), table).maximum
-    Console(highlight=False, width=max(needed, out.width)).print(table, crop=False)
+    _console(width=max(needed, out.width)).print(table, crop=False)
+
+
+def write(text: str) -> None:
+    """Write a part of a model's or an engine's output to standard output, unchanged unless that is a terminal."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
 
 
 def print_json(rows: BaseModel | Iterable[BaseModel]) -> None:

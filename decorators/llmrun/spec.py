@@ -149,6 +149,17 @@ class ModelSpec(BaseModel):
             raise ValueError(f"aliases={list(aliases)!r}: duplicate alias")
         return aliases
 
+    @field_validator("requirements")
+    @classmethod
+    def _are_packages(cls, requirements: tuple[str, ...]) -> tuple[str, ...]:
+        for requirement in requirements:
+            if requirement.lstrip().startswith("-"):
+                raise ValueError(
+                    f"requirements={requirement!r}: must be a package, like 'numpy>=2', not an option. Set options on "
+                    f"the nodes, as UV_INDEX for another index"
+                )
+        return requirements
+
     @field_validator("engine_args", mode="before")
     @classmethod
     def _parse_engine_args(cls, value: Any) -> Any:

@@ -12,7 +12,7 @@ from llmrun.wire import KeyInfo
 from llmrun_runtime.asgi import Scope
 from llmrun_runtime.ingress.admission.admit import Admission, admit
 from llmrun_runtime.ingress.admission.auth import ADMIN
-from llmrun_runtime.ingress.admission.request import PREFIX_BYTES, parse_request
+from llmrun_runtime.ingress.admission.request import PREFIX_BYTES, SINGLE_HEADERS, check_headers, parse_request
 from llmrun_runtime.ingress.errors import HTTPError
 from llmrun_runtime.wire.reports import PRIORITIES
 from llmrun_runtime.wire.routing_table import Table, by_names
@@ -126,3 +126,13 @@ def test_models_that_the_key_cannot_see_are_not_named() -> None:
 def test_the_key_limits_the_priority(key: KeyInfo | None, asked: str | None, priority: str) -> None:
     headers = {"x_llmrun_priority": asked} if asked else {}
     assert PRIORITIES[admit_body(TABLE, key, scope(**headers), body()).priority] == priority
+
+
+def test_headers_that_are_read_twice_are_sent_once() -> None:
+    once = [(name, b"1") for name in (*SINGLE_HEADERS, b"accept", b"accept")]
+    check_headers({"headers": once})
+    assert {b"content-type", b"content-length", b"authorization", b"x-api-key"} == set(SINGLE_HEADERS)
+    for name in SINGLE_HEADERS:
+        with pytest.raises(HTTPError, match=f"header {name.decode()} must not be repeated") as error:
+            check_headers({"headers": [*once, (name, b"1")]})
+        assert (error.value.status, error.value.code) == (400, "invalid_header")

@@ -10,6 +10,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from multidict import CIMultiDict
 from prometheus_client.parser import text_string_to_metric_families
 
 from llmrun.wire import KeyInfo
@@ -95,6 +96,23 @@ async def test_a_key_is_checked_before_the_body_is_read(bench: Bench, engine: En
     large = b"x" * 2 * 2**20
     assert [(await bench.post(large, **bearer(key)))[0] for key in ("bad", "good")] == [401, 413]
     assert not engine.requests
+
+
+@pytest.mark.parametrize("name", ["content-type", "authorization", "x-api-key"])
+async def test_a_repeated_header_is_refused(keyed: Bench, engine: Engine, name: str) -> None:
+    keyed.table(
+        route(engine.port), keys=keys(KeyInfo(name="good")), admin=digest_of("root"), control=engine.serve_http()
+    )
+    headers = CIMultiDict({"authorization": "Bearer good", "content-type": "application/json", "x-api-key": "good"})
+    assert (await keyed.post(headers=headers))[0] == 200
+    headers.add(name, "text/plain")
+    for path in (CHAT, "/llmrun/v1/plan"):
+        status, _, answer = await keyed.post(path=path, headers=headers)
+        assert (status, answer["error"]["code"]) == (400, "invalid_header")
+        assert f"header {name} must not be repeated" in answer["error"]["message"]
+    async with keyed.session.get(keyed.url + "/v1/models", headers=headers) as response:
+        assert response.status == 400
+    assert len(engine.requests) == 1
 
 
 async def test_beyond_loopback_a_key_is_always_required(engine: Engine) -> None:

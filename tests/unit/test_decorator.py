@@ -153,6 +153,8 @@ def test_help_loads_neither_ray_nor_engines() -> None:
         ({"env": {"A B": "x"}}, ["env='A B'"]),
         ({"env": {"LLMRUN_HOME": "x"}}, ["env='LLMRUN_HOME'", "reserved by llmrun"]),
         ({"requirements": "numpy"}, ["requirements='numpy'", "must be a list"]),
+        ({"requirements": ["numpy", "--index-url=http://a"]}, ["requirements='--index-url=http://a'", "not an option"]),
+        ({"requirements": [" -r x.txt"]}, ["requirements=' -r x.txt'", "must be a package", "UV_INDEX"]),
     ],
 )
 def test_an_invalid_argument_is_refused_with_a_fix(arguments: dict[str, Any], words: list[str]) -> None:

@@ -23,6 +23,7 @@ from llmrun_runtime.engines.process.engine_process import EngineProcess, ForkFai
 from llmrun_runtime.engines.registry import get_engine
 from llmrun_runtime.engines.shim.hooks import Hooks
 from llmrun_runtime.engines.sidecar import engine as sidecar
+from llmrun_runtime.engines.sidecar.server import Sidecar
 from llmrun_runtime.engines.vllm import engine as vllm
 from llmrun_runtime.engines.vllm.engine import cpu_defaults
 from llmrun_runtime.logs import KEEP_FILES, log_path
@@ -171,6 +172,15 @@ def test_the_last_exception_of_a_sidecars_server_is_its_root_cause() -> None:
     log = "Traceback (most recent call last):\nRuntimeError: first\nINFO: x\nValueError: no such dtype\nINFO: y\n"
     assert server.root_cause(log) == "ValueError: no such dtype"
     assert server.root_cause("INFO: all is well\n") == ""
+
+
+def test_a_sidecar_names_the_servers_model_in_json_and_leaves_forms() -> None:
+    """A caller that calls JSON text must not choose which model the server loads."""
+    config = sidecar.SidecarConfig("127.0.0.1", "one", "/weights", "/health", (), ())
+    app = Sidecar(config, "http://127.0.0.1:1")
+    assert json.loads(app._with_server_name(b'{"model": "other/model"}')) == {"model": "/weights"}
+    for body in (b"", b"[1]", b"--x\r\n\xff", b"text"):
+        assert app._with_server_name(body) == body
 
 
 def test_packages_add_engines_by_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,8 +445,8 @@ async def test_the_start_of_an_unresponsive_engine_times_out(tmp_path: Path) -> 
     assert time.monotonic() - started < 5
 
 
-@pytest.mark.parametrize("token", ["guess", "gu\u00e9ss"])
-async def test_messages_without_the_token_are_ignored(tmp_path: Path, token: str) -> None:
+@pytest.mark.parametrize("hello", [{"token": "guess"}, {"token": "gu\u00e9ss"}, {"token": "\ud800"}, {}, ["guess"]])
+async def test_messages_without_the_token_are_ignored(tmp_path: Path, hello: Any) -> None:
     errors: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))
     engine = EngineProcess(Script("import time; time.sleep(600)"), launch(log=tmp_path / "log"))
@@ -444,7 +454,7 @@ async def test_messages_without_the_token_are_ignored(tmp_path: Path, token: str
     assert engine._lease
     host, port = engine._lease.sockets[0].getsockname()[:2]
     reader, writer = await asyncio.open_connection(host, port)
-    writer.write(json.dumps({"token": token}).encode() + b"\n" + json.dumps({"port": 1}).encode() + b"\n")
+    writer.write(json.dumps(hello).encode() + b"\n" + json.dumps({"port": 1}).encode() + b"\n")
     assert await asyncio.wait_for(reader.read(), 5) == b""
     writer.close()
     assert engine.port == 0

@@ -20,7 +20,7 @@ from llmrun.errors import EngineError
 from llmrun_runtime.control.state.database import Database
 from llmrun_runtime.logs import KEEP_DELETED_S, model_logs
 from llmrun_runtime.node.agent import NodeAgent
-from llmrun_runtime.node.environments import KEEP_UNUSED_S, Environments
+from llmrun_runtime.node.environments import KEEP_UNUSED_S, Environments, merged_env, worker_env
 from llmrun_runtime.wire.reports import UsedOnNodes
 from tests.support import factories
 
@@ -68,6 +68,53 @@ async def test_requirements_of_a_version_are_kept(tmp_path: Path) -> None:
     folder = await environments.install_requirements(["pydantic"])  # installed, so nothing is downloaded
     assert await environments.remove_unused([], [["pydantic"]], later()) == []
     assert await environments.remove_unused([], [], later()) == [folder]
+
+
+@pytest.fixture
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file with a line per call of a program in uv's place: its arguments and environment."""
+    program, log = tmp_path / "uv", tmp_path / "calls"
+    program.write_text(
+        f"#!{sys.executable}\n"
+        "import json, os, sys\n"
+        f"with open({str(log)!r}, 'a') as log:\n"
+        "    print(json.dumps([sys.argv[1:], dict(os.environ)]), file=log)\n"
+        "print(' + thing==1.0' if '--dry-run' in sys.argv else '')\n"
+    )
+    program.chmod(0o700)
+    monkeypatch.setattr("uv.find_uv_bin", lambda: str(program))
+    return log
+
+
+SECRETS = ("LLMRUN_ADMIN_KEY", "LLMRUN_DATABASE_URL", "LLMRUN_API_KEY", "RAY_AUTH_TOKEN", "llmrun_admin_key")
+
+
+@pytest.fixture
+def secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Secrets of llmrun and Ray in the environment, and variables that are none."""
+    for name in SECRETS:
+        monkeypatch.setenv(name, "secret")
+    for name in ("UV_INDEX", "LLMRUN_WEIGHTS_DIR"):
+        monkeypatch.setenv(name, "/plain")
+
+
+@pytest.mark.usefixtures("secrets")
+async def test_installations_get_no_secrets_and_no_options(tmp_path: Path, calls: Path) -> None:
+    option = "--index-url=http://127.0.0.1:9"
+    await Environments(tmp_path, fetch, hold=False).install_requirements([option])
+    lines = [json.loads(line) for line in calls.read_text().splitlines()]
+    assert [arguments[arguments.index("--") :] for arguments, _ in lines] == [["--", option], ["--", "thing==1.0"]]
+    for _, env in lines:
+        assert not [key for key in env if key.upper().startswith(("LLMRUN_", "RAY_"))]
+        assert env["UV_INDEX"] == "/plain" and env["PATH"] == os.environ["PATH"]
+
+
+@pytest.mark.usefixtures("secrets")
+def test_engines_and_weights_workers_get_no_secrets() -> None:
+    for env in (merged_env({}, "a node"), worker_env({}, "a node")):
+        assert not set(SECRETS) & set(env) and "secret" not in env.values()
+    assert "LLMRUN_WEIGHTS_DIR" not in merged_env({}, "a node")
+    assert worker_env({"A": "b"}, "a node").items() >= {"LLMRUN_WEIGHTS_DIR": "/plain", "A": "b"}.items()
 
 
 async def test_code_that_a_running_replica_uses_is_kept(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import typer
 from llmrun.errors import ControlError
 from llmrun.settings import Settings
 from llmrun_cli.client import CONNECT_TIMEOUT_S, to_error, unreachable
-from llmrun_cli.terminal import exit_on_interrupt, note
+from llmrun_cli.terminal import exit_on_interrupt, note, write
 
 
 def chat(
@@ -81,7 +81,7 @@ def _reply(http: httpx.Client, body: dict[str, Any]) -> str:
                     for choice in event["choices"]:
                         piece = choice["delta"].get("content") or ""
                         reply += piece
-                        print(piece, end="", flush=True)
+                        write(piece)
     except httpx.RemoteProtocolError as error:
         raise ControlError(f"the reply was cut off ({error}): see `llmrun logs {body['model']}`") from error
     except httpx.HTTPError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from datetime import datetime
 from typing import Annotated
@@ -24,6 +23,7 @@ from llmrun_cli.terminal import (
     out,
     print_json,
     print_table,
+    write,
 )
 
 POLL_S = 0.2
@@ -185,5 +185,4 @@ def logs(
             if chunk["source"] != source:
                 source = chunk["source"]
                 note(f"==> {model} {source} <==", "bold")
-            sys.stdout.write(chunk["text"])
-            sys.stdout.flush()
+            write(chunk["text"])

@@ -19,7 +19,7 @@ from llmrun_runtime.asgi import Receive, Scope, Send, send_bytes, send_error, se
 from llmrun_runtime.engines.registry import get_engine
 from llmrun_runtime.ingress.admission.auth import authenticate, can_access, check_access
 from llmrun_runtime.ingress.admission.rate_limits import Limiter
-from llmrun_runtime.ingress.admission.request import check_method
+from llmrun_runtime.ingress.admission.request import check_headers, check_method
 from llmrun_runtime.ingress.admission.revision import Resolver, resolve_pin
 from llmrun_runtime.ingress.admission.target import find_target
 from llmrun_runtime.ingress.disconnect import cancel_on_disconnect
@@ -135,6 +135,7 @@ class Ingress:
             self.answering -= 1
 
     def _authenticate(self, scope: Scope) -> KeyInfo | None:
+        check_headers(scope)
         return authenticate(self._queue.table, scope, time.time(), required=self._keys_only)
 
     async def _models(self, scope: Scope, path: str, send: Send) -> None:
@@ -150,6 +151,7 @@ class Ingress:
             await send_json(send, 200, describe(target.model, name))
 
     async def _control(self, scope: Scope, receive: Receive, send: Send) -> None:
+        check_headers(scope)
         host, port = self._queue.table.control
         try:
             work = forward(self._http(), scope, receive, send, f"http://{host}:{port}{scope['path']}")

@@ -27,6 +27,8 @@ from llmrun.errors import EngineError
 from llmrun.spec import Secret
 
 INSTALL_TIMEOUT_S = 1800
+# Weights workers run the stores' packages, which need no secret of llmrun.
+WORKER_SETTINGS = ("LLMRUN_HOME", "LLMRUN_WEIGHTS_DIR", "LLMRUN_WEIGHTS_MAX_BYTES")
 KEEP_UNUSED_S = 86400.0  # longer than an installation, and than a replica drains
 
 
@@ -71,7 +73,8 @@ class Environments:
         folder = Path(await asyncio.to_thread(_temp_folder, target))
         try:
             if missing:
-                await _uv("install", "--python", sys.executable, "--no-deps", "--target", str(folder), *missing)
+                target_options = ("--no-deps", "--target", str(folder))
+                await _uv("install", "--python", sys.executable, *target_options, "--", *missing)
             _publish(folder, target)
         finally:
             await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
@@ -96,7 +99,7 @@ class Environments:
 
     async def _missing(self, requirements: Sequence[str]) -> list[str]:
         """`name==version` of each package to install in addition to the engine's environment."""
-        out = await _uv("install", "--dry-run", "--python", sys.executable, *requirements)
+        out = await _uv("install", "--dry-run", "--python", sys.executable, "--", *requirements)
         replaced = [line[3:] for line in out.splitlines() if line.startswith(" - ")]
         if replaced:
             raise EngineError(
@@ -108,10 +111,7 @@ class Environments:
 
 def merged_env(spec_env: Mapping[str, Secret | str], where: str) -> dict[str, str]:
     """The node's own variables, updated with a spec's. Raises EngineError for a secret that the node does not have."""
-    # Engines and hooks must not see Ray's and llmrun's variables (one may be the admin key). Ray sets OMP_NUM_THREADS
-    # to the CPUs that an actor reserves; an engine counts its cores itself.
-    private = ("RAY_", "LLMRUN_")
-    env = {k: v for k, v in os.environ.items() if not k.startswith(private) and k != "OMP_NUM_THREADS"}
+    env = _public_env()
     for key, value in spec_env.items():
         if isinstance(value, Secret):
             if value.secret not in os.environ:
@@ -126,8 +126,17 @@ def merged_env(spec_env: Mapping[str, Secret | str], where: str) -> dict[str, st
 
 
 def worker_env(spec_env: Mapping[str, Secret | str], where: str) -> dict[str, str]:
-    """Return `merged_env` with llmrun's settings, for a process of llmrun. Raises EngineError."""
-    return merged_env(spec_env, where) | {key: value for key, value in os.environ.items() if key.startswith("LLMRUN_")}
+    """Return `merged_env` with the settings of weights, for a worker. Raises EngineError."""
+    settings = {key: value for key, value in os.environ.items() if key.upper() in WORKER_SETTINGS}
+    return merged_env(spec_env, where) | settings
+
+
+def _public_env() -> dict[str, str]:
+    """Return the node's variables for processes that run other people's code: engines, hooks, installations."""
+    # They must not see Ray's and llmrun's variables (one may be the admin key), which settings read in any case. Ray
+    # sets OMP_NUM_THREADS to the CPUs that an actor reserves; an engine counts its cores itself.
+    private = ("RAY_", "LLMRUN_")
+    return {k: v for k, v in os.environ.items() if not k.upper().startswith(private) and k != "OMP_NUM_THREADS"}
 
 
 def _requirement(line: str) -> str:
@@ -140,7 +149,12 @@ async def _uv(*args: str) -> str:
     from uv import find_uv_bin  # noqa: PLC0415 - only models with requirements need it
 
     process = await asyncio.create_subprocess_exec(
-        find_uv_bin(), "pip", *args, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        find_uv_bin(),
+        "pip",
+        *args,
+        env=_public_env(),  # it runs the build scripts of packages
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
     )
     try:
         out, _ = await asyncio.wait_for(process.communicate(), INSTALL_TIMEOUT_S)

@@ -51,6 +51,7 @@ class PeerLocator:
     """Locates a pin's files on a peer. See ranges.Locator."""
 
     def __init__(self, peer: Peer, pin: Pin) -> None:
+        self._pin_id = pin.id
         self.name = f"node {urllib3.util.parse_url(peer.url).host}"
         self._base = f"{peer.url}/{quote(pin.id)}"
         self._headers = {"Authorization": f"Bearer {peer.token}"}
@@ -64,12 +65,13 @@ class PeerLocator:
         return f"{self.name} does not serve {file.name} (HTTP status {status})"
 
     def manifest(self) -> Manifest | None:
-        """Return the peer's manifest; None if the peer does not respond with one."""
+        """Return the peer's manifest of the pin; None if the peer does not respond with one."""
         try:
             response = urllib3.request("GET", self._base, headers=self._headers, timeout=PEER_TIMEOUT_S, retries=False)
-            return Manifest.model_validate_json(response.data) if response.status == 200 else None
+            manifest = Manifest.model_validate_json(response.data) if response.status == 200 else None
         except (urllib3.exceptions.HTTPError, ValueError):
             return None
+        return manifest if manifest and manifest.pin.id == self._pin_id else None
 
 
 class Fetcher:
@@ -153,8 +155,9 @@ class Fetcher:
             locator = PeerLocator(peer, self._pin)
             manifest = locator.manifest()
             if manifest:
-                readers.append(HttpReader(locator, CONNECTIONS, proxies={}))
-                digests = {name: entry.digests for name, entry in manifest.entries.items()}
+                readers.append(HttpReader(locator, CONNECTIONS, proxies={}, is_store=False))
+                # The first peer's digests, since its bytes arrive first.
+                digests = {name: entry.digests for name, entry in manifest.entries.items()} | digests
         if not self._pin.imported:
             readers.append(self._open_store().reader)
         if not readers:
@@ -174,8 +177,6 @@ class Fetcher:
             with contextlib.ExitStack() as locks:
                 downloads = []
                 for file in missing:
-                    # The peer checked its copy when it arrived, and may have more digests than the store.
-                    digests = {**file.digests, **peer_digests.get(file.name, {})}
                     data = self._cache.partial / self._partial_name(file)
                     if file.size > PART_BYTES and not locks.enter_context(locked(data.with_suffix(".lock"), 0)):
                         elsewhere.append(file)
@@ -184,8 +185,7 @@ class Fetcher:
                         rechecked.add(file.name)  # another process finished after this one looked
                         elsewhere.append(file)
                         continue
-                    checked = file.model_copy(update={"digests": digests})
-                    downloads.append(FileDownload(checked, data, list(readers)))
+                    downloads.append(FileDownload(file, data, list(readers), peer_digests.get(file.name, {})))
                 self._evict_for(downloads, {*in_use, *(entry.place for entry in entries.values())})
 
                 def adopt(download: FileDownload, digests: dict[str, str]) -> None:

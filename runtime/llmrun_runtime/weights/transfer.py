@@ -56,6 +56,8 @@ class FileDownload:
     file: File
     data: Path
     readers: list[Reader]
+    peer_digests: dict[str, str] = field(default_factory=dict)
+    """Another node's digests, for the bytes that other nodes send."""
     parts: int = 0
     data_fd: int = -1
     have: set[int] = field(default_factory=set)
@@ -67,6 +69,11 @@ class FileDownload:
     def journal_path(self) -> Path:
         """The file that lists the received parts: the boot id on a line, then part numbers of four bytes each."""
         return self.data.with_suffix(".parts")
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The digests to check: the pin's; another node's only where the pin has none."""
+        return self.file.digests or self.peer_digests
 
     def span(self, part: int) -> tuple[int, int]:
         """The part's first byte, and the byte after its last."""
@@ -193,7 +200,7 @@ class Transfer:
     def _fetch_part(self, download: FileDownload, part: int) -> None:
         """Fetch one part; a file of one part is hashed as it arrives."""
         if download.parts <= 1:
-            digester = Digester(download.file.digests, download.file.size)
+            digester = Digester(download.digests, download.file.size)
             if not download.parts or self._receive(download, 0, digester):
                 self._finish(download, digester.digests())
         elif part >= 0 and self._receive(download, part, None):
@@ -252,7 +259,7 @@ class Transfer:
 
     def _hash(self, download: FileDownload) -> None:
         """Hash a large file's parts in order as they arrive, from the page cache; then check the digests."""
-        digester = Digester(download.file.digests, download.file.size)
+        digester = Digester(download.digests, download.file.size)
         buffer = memoryview(bytearray(CHUNK_BYTES))
         for part in range(download.parts):
             with self._lock:
@@ -271,7 +278,7 @@ class Transfer:
             if self._error:
                 return
             not_md5 = any(download.file.name in reader.not_md5 for reader in download.readers)
-            expected = {k: v for k, v in download.file.digests.items() if not (not_md5 and k == "md5")}
+            expected = {k: v for k, v in download.digests.items() if not (not_md5 and k == "md5")}
             difference = mismatch(digests, expected)
             if not difference:
                 self._close(download)
@@ -295,5 +302,7 @@ class Transfer:
                 del download.readers[0]
             else:
                 download.attempt += 1
+            if len(download.readers) == 1:  # from here on, every byte is the last reader's
+                download.peer_digests = {}
             self._queue.extend((download, part) for part in (range(download.parts) or [-1]))
             self._lock.notify_all()

@@ -256,7 +256,8 @@ class EngineProcess:
         """Keep one process's connection open until it or this replica ends, and handle its messages."""
         try:
             hello = json.loads(await asyncio.wait_for(reader.readline(), 10) or b"{}")
-            if not hmac.compare_digest(str(hello.get("token", "")).encode(), self.token.encode()):
+            token = hello.get("token") if isinstance(hello, dict) else None
+            if not hmac.compare_digest(str(token).encode(), self.token.encode()):
                 return
             self._lease_connections.add(writer)
             while line := await reader.readline():

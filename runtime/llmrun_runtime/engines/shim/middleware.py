@@ -95,7 +95,7 @@ class Shim:
         self._in_flight += 1
         self._probes_in_flight += probe
         try:
-            if self._hooks and scope.get("method") == "POST" and b"json" in headers.get(b"content-type", b"").lower():
+            if self._hooks and scope.get("method") == "POST":
                 try:
                     receive = await self._apply_hooks(self._hooks, scope, receive)
                 except HookError as error:
@@ -174,14 +174,20 @@ class Shim:
             await send_error(send, error.status, text, kind, code, "model", headers)
 
     async def _apply_hooks(self, hooks: Hooks, scope: Scope, receive: Receive) -> Receive:
-        """Read the body and apply the hooks; return a `receive` that yields the changed body."""
-        body, more = b"", True
+        """Read the body and apply the hooks if it is a JSON object; return a `receive` that yields the changed body.
+
+        The client writes the content type, so it must not decide whether hooks run.
+        """
+        content, more = bytearray(), True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return _replay(message, receive)
-            body += message.get("body", b"")
+            content += message.get("body", b"")
             more = message.get("more_body", False)
+            if content.startswith(b"--"):  # a form's boundary, with which no JSON starts: files are not held here
+                return _replay({"type": "http.request", "body": bytes(content), "more_body": more}, receive)
+        body = bytes(content)
         try:
             request = json.loads(body)
         except ValueError:

@@ -94,7 +94,7 @@ class Sidecar:
             return Response(status_code=499)
         headers = {"content-type": content_type} if content_type else {}
         url = self._url + request.url.path
-        body = self._with_server_name(body, content_type)
+        body = self._with_server_name(body)
         call = asyncio.ensure_future(self._session.post(url, data=body, headers=headers))
         disconnected = asyncio.ensure_future(_until_disconnected(request))
         await asyncio.wait({call, disconnected}, return_when=asyncio.FIRST_COMPLETED)
@@ -121,14 +121,12 @@ class Sidecar:
             return Response(data, answer.status, media_type=content_type)
         return self._json_response(data, answer.status, metered)
 
-    def _with_server_name(self, body: bytes, content_type: str) -> bytes:
-        """Return the request body with the model's name for the server."""
-        if "json" not in content_type.lower():
-            return body
+    def _with_server_name(self, body: bytes) -> bytes:
+        """Return the request body with the model's name for the server, whatever content type the client sent."""
         try:
             payload = json.loads(body)
         except ValueError:
-            return body  # the server rejects it
+            return body  # a form, or the server rejects it
         return json.dumps(payload | {"model": self._config.model}).encode() if isinstance(payload, dict) else body
 
     def _json_response(self, data: bytes, status: int, metered: usage_meter.MeteredRequest | None) -> Response:

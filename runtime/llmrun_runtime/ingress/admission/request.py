@@ -25,6 +25,8 @@ PROMPT_KEYS = (b'"messages"', b'"prompt"', b'"input"')
 # Routing by prefix pays off only for prompts of this length.
 PREFIX_BYTES = 1024
 ROUTING_KEYS = ("model", "stream")
+# Whoever reads a header that is sent twice takes the first or the last value: two readers would see two requests.
+SINGLE_HEADERS = (b"content-type", b"content-length", b"authorization", b"x-api-key")
 # Parsing more bytes than this takes so long that it would delay other requests.
 LARGE_BYTES = 256 * 2**10
 
@@ -142,6 +144,14 @@ def parse_priority(scope: Scope) -> int:
             return index
     message = f"invalid value for {PRIORITY_HEADER}: {value!r} must be high, normal or batch"
     raise HTTPError(400, message, "invalid_header")
+
+
+def check_headers(scope: Scope) -> None:
+    """Raise HTTPError (400) if the request repeats one of SINGLE_HEADERS."""
+    names = [name for name, _ in scope["headers"]]
+    for name in SINGLE_HEADERS:
+        if names.count(name) > 1:
+            raise HTTPError(400, f"header {name.decode()} must not be repeated: send it once", "invalid_header")
 
 
 def check_method(method: str, path: str, *allowed: str) -> None:

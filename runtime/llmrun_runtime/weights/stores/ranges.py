@@ -65,8 +65,16 @@ class Locator(Protocol):
 class HttpReader:
     """Reads by ranged GETs. Safe to share between threads."""
 
-    def __init__(self, locator: Locator, connections: int, proxies: Mapping[str, str] | None = None) -> None:
-        """`proxies`: by scheme; by default those of the environment."""
+    def __init__(
+        self,
+        locator: Locator,
+        connections: int,
+        proxies: Mapping[str, str] | None = None,
+        *,
+        is_store: bool = True,
+    ) -> None:
+        """`proxies`: by scheme; by default those of the environment. `is_store`: False for another node."""
+        self._is_store = is_store
         self.name = locator.name
         self.not_md5: set[str] = set()
         self._locator = locator
@@ -142,7 +150,8 @@ class HttpReader:
             raise self._changed(file)
         # https://docs.aws.amazon.com/AmazonS3/latest/API/API_Object.html: ETag
         encrypted = response.headers.get("x-amz-server-side-encryption", "").startswith("aws:kms")
-        if encrypted or "x-amz-server-side-encryption-customer-algorithm" in response.headers:
+        encrypted = encrypted or "x-amz-server-side-encryption-customer-algorithm" in response.headers
+        if encrypted and self._is_store:  # no other node can switch off a check
             self.not_md5.add(file.name)
         # S3 sends its ETag, GCS its generation; the ETags of other servers are not in a pin.
         version = response.headers.get("x-goog-generation") or response.headers.get("ETag", "").strip('"')
