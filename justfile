@@ -111,7 +111,7 @@ smoke: setup _smollm2
 
 # run the tests that need a cluster and real engines (18 minutes)
 e2e *args: setup _smollm2 _prometheus
-    pytest tests/e2e {{args}}
+    pytest tests/e2e --durations=30 {{args}}
 
 # measure what the unit tests cover
 coverage: setup _smollm2 _postgres

@@ -95,6 +95,22 @@ def serve_details() -> dict[str, Any]:
     return details
 
 
+def kill_serve_replica(actor_id: str) -> bool:
+    """Kill the replica that is this actor; return whether Serve runs it. Blocks.
+
+    Needed because Ray finds a handle for an actor only by its name, and Serve stops a replica only in its own order.
+    """
+    import ray
+
+    for app in serve_details()["applications"].values():
+        for deployment in app["deployments"].values():
+            for replica in deployment["replicas"]:
+                if replica["actor_id"] == actor_id:
+                    ray.kill(ray.get_actor(replica["actor_name"], namespace=serve_namespace()), no_restart=True)
+                    return True
+    return False
+
+
 def update_replicas(app: str, deployment: str, replicas: int) -> Any:
     """Set a deployment's target number of replicas; return the call's object reference.
 

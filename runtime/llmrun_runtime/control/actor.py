@@ -88,6 +88,7 @@ class Control:
             "autoscaler": plane.autoscaler.run,
             "warm nodes": plane.warm_nodes.run,
             "disk watch": plane.disk_watch.run,
+            "hung replicas": plane.hung_replicas.run,
             "usage": lambda: plane.usage.run(plane.live_replicas),
             "adapters": plane.adapters.run,
             "ingresses": lambda: keep_ingresses(self._actors),

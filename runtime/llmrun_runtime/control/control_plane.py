@@ -20,6 +20,7 @@ from llmrun_runtime.control.catalog.node_agents import call_each
 from llmrun_runtime.control.catalog.weights import WeightsCatalog
 from llmrun_runtime.control.database_check import check_database
 from llmrun_runtime.control.disk_watch import DiskWatch
+from llmrun_runtime.control.hung_replicas import HungReplicas
 from llmrun_runtime.control.keys import Keys
 from llmrun_runtime.control.metrics import ControlMetrics
 from llmrun_runtime.control.operations.adapter_push import AdapterPushes
@@ -80,6 +81,7 @@ class ControlPlane:
             control=address,
             admin=digest_of(self.admin_key),
         )
+        self.hung_replicas = HungReplicas(self.registry, self.autoscaler.replica_hung)
         self.operations = Operations()
         self.weights = WeightsCatalog(self.models)
         self.adapters = AdaptersCatalog(self.models, self.weights, self.database, self.autoscaler.set_adapters)

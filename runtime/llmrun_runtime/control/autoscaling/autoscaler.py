@@ -176,6 +176,12 @@ class Autoscaler:
             age = now - ready_since
             log.warning("%s v%d died %.0f s after it was ready (%d in a row)", row.name, row.version, age, count)
 
+    def replica_hung(self, report: ReplicaReport, cause: str) -> None:
+        """Record why a replica was ended. Serve starts another one."""
+        row = self._models.get(report.model)
+        if row and row.engine_version == report.version:
+            self._states[row.name].death = cause
+
     def replica_stopped(self, report: ReplicaReport) -> None:
         """Forget the failures before a replica that has served requests until it was stopped."""
         row = self._models.get(report.model)

@@ -29,6 +29,8 @@ class Registry:
     """By replica, the time of its first report."""
     served: set[str] = field(default_factory=set)
     """The replicas that have served a request."""
+    silent: dict[str, tuple[ReplicaReport, float]] = field(default_factory=dict)
+    """By replica, the last report of those that expired and did not stop, and when they expired."""
     _of_model: dict[str, dict[str, ReplicaReport]] = field(default_factory=dict, repr=False)
     """By model and replica: the autoscaler reads one model's reports several times per tick."""
 
@@ -37,6 +39,7 @@ class Registry:
         previous, _ = self.replicas.get(report.id, (None, 0))
         if previous and previous.state == "draining":
             report = replace(report, state="draining")
+        self.silent.pop(report.id, None)
         self.replicas[report.id] = (report, now)
         self._of_model.setdefault(report.model, {})[report.id] = report
         if report.in_flight or report.usage:
@@ -70,6 +73,7 @@ class Registry:
 
     def remove(self, replica: str) -> bool:
         """Remove a replica. Return whether it was registered."""
+        self.silent.pop(replica, None)
         self.ready_since.pop(replica, None)
         self.first_seen.pop(replica, None)
         self.served.discard(replica)
@@ -91,6 +95,7 @@ class Registry:
         expired = [report for report, seen in self.replicas.values() if now - seen > LEASE_S]
         for report in expired:
             self.remove(report.id)
+            self.silent[report.id] = (report, now)
         self.ingresses = {key: row for key, row in self.ingresses.items() if now - row[1] <= LEASE_S}
         self.local_usage = {key: row for key, row in self.local_usage.items() if key in self.ingresses}
         return expired
