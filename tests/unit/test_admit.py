@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -136,3 +137,19 @@ def test_headers_that_are_read_twice_are_sent_once() -> None:
         with pytest.raises(HTTPError, match=f"header {name.decode()} must not be repeated") as error:
             check_headers({"headers": [*once, (name, b"1")]})
         assert (error.value.status, error.value.code) == (400, "invalid_header")
+
+
+@pytest.mark.parametrize("value", [b"[]", b"{}", b"1", b'"ab"'])
+def test_a_body_of_very_many_values_is_not_parsed(value: bytes) -> None:
+    """32 MiB of empty lists would hold the interpreter for seconds, and take a GiB."""
+    body = b'{"model": "m", "prompt": [' + b",".join([value] * (31 * 2**20 // (len(value) + 1))) + b"]}"
+    started = time.process_time()
+    with pytest.raises(HTTPError, match="250,000 objects and arrays") as error:
+        parse_request(body)
+    assert (error.value.status, error.value.code) == (400, "too_many_values")
+    assert time.process_time() - started < 0.3
+
+
+def test_a_large_text_is_parsed() -> None:
+    body = json.dumps({"model": "m", "prompt": "so, and so, " * 2**18}).encode()
+    assert parse_request(body).model == "m"

@@ -169,7 +169,7 @@ async def test_limits_of_a_key_and_of_a_model(bench: Bench, engine: Engine) -> N
 
 def test_usage_at_other_ingresses_counts() -> None:
     limiter, limit = Limiter(), Limit("key:a", "key a", rpm=5, tpm=100, max_in_flight=2)
-    limiter.remote = {"key:a": RemoteUsage(requests=3)}
+    limiter.set_remote({"key:a": RemoteUsage(requests=3)}, 1000.0)
     for now in (1000.0, 1010.0):
         with limiter.acquire([limit], now):
             pass
@@ -179,10 +179,10 @@ def test_usage_at_other_ingresses_counts() -> None:
     ):
         pass
     assert error.value.retry_after == 40  # when the first one is a minute old
-    limiter.remote = {"key:a": RemoteUsage(in_flight=2)}
+    limiter.set_remote({"key:a": RemoteUsage(in_flight=2)}, 1100.0)
     with pytest.raises(HTTPError, match="limited to 2 concurrent requests"), limiter.acquire([limit], 1100.0):
         pass
-    limiter.remote = {"key:a": RemoteUsage(tokens=120, tokens_wait=7.2)}
+    limiter.set_remote({"key:a": RemoteUsage(tokens=120, tokens_wait=7.2)}, 1100.0)
     with (
         pytest.raises(HTTPError, match=r"limited to 100 tokens per minute \(tpm\), 120 used") as error,
         limiter.acquire([limit], 1100.0),
@@ -190,7 +190,9 @@ def test_usage_at_other_ingresses_counts() -> None:
         pass
     assert error.value.retry_after == 8
     assert dict(limiter.headers([limit], 1100.0))[b"x-ratelimit-reset-tokens"] == b"7.2s"
-    assert limiter.usage(1100.0) == {}
+    with limiter.acquire([limit], 1160.0):  # control has been away for a minute: all of it is over
+        assert dict(limiter.headers([limit], 1160.0))[b"x-ratelimit-remaining-tokens"] == b"100"
+    assert limiter.usage(1300.0) == {}
 
 
 def test_a_rate_window_drops_amounts_after_a_minute() -> None:

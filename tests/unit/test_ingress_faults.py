@@ -15,6 +15,7 @@ from llmrun.wire import KeyInfo
 from llmrun_runtime import http
 from llmrun_runtime.asgi import Message, Send
 from llmrun_runtime.ingress.engine_deaths import FORGET_S, MAX_REQUESTS, EngineDeaths
+from llmrun_runtime.ingress.errors import HTTPError
 from llmrun_runtime.ingress.queue import keepalive
 from llmrun_runtime.ingress.queue.keepalive import DEFAULT_TIMING, KeepaliveStream
 from llmrun_runtime.rate_window import RateWindow
@@ -155,3 +156,32 @@ def test_accepted_connections_detect_dead_and_stuck_clients() -> None:
         with accepted:
             assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == http.UNREAD_TIMEOUT_MS
+
+
+@pytest.mark.parametrize(
+    ("chunks", "end"), [((b"data: 1\n\n",), b"data: {"), ((b"data: 1\n\n", b"data: 2"), b"\n\ndata: {")]
+)
+async def test_an_error_ends_the_event_that_it_interrupts(chunks: tuple[bytes, ...], end: bytes) -> None:
+    sent: list[bytes] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message.get("body", b""))
+
+    stream = KeepaliveStream(send, [], DEFAULT_TIMING)
+    await stream.comment("waking")
+    for chunk in chunks:
+        await stream({"type": "http.response.body", "body": chunk, "more_body": True})
+    await stream.fail(HTTPError(504, "timed out", "request_timeout"))
+    assert sent[-1].startswith(end)
+
+
+async def test_a_replica_that_cannot_be_reached_does_not_get_every_request_first(
+    bench: Bench, engine: Engine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It has the fewest requests in flight, so it is the first choice until control removes it."""
+    bench.table(route(1, engine.port))  # nothing listens on port 1
+    statuses = [(await bench.post({"model": "one", "prompt": str(number)}))[0] for number in range(5)]
+    assert statuses == [200] * 5
+    assert sum("is unavailable" in record.getMessage() for record in caplog.records) == 1
+    bench.table(route(1))
+    assert (await bench.post({"model": "one"}, headers={"X-LLMRun-Max-Wait": "0.1"}))[0] == 503

@@ -263,9 +263,10 @@ class IngressActor:
             self._dirty.clear()
             try:
                 queue, usage = self._queue, self._limiter.usage(time.monotonic())
-                self._limiter.remote = await self._control.call(
+                remote = await self._control.call(
                     "demand", self._id, queue.traffic(), queue.first_tokens(), usage, timeout=CALL_TIMEOUT_S
                 )
+                self._limiter.set_remote(remote, time.monotonic())
             except (ray.exceptions.RayError, TimeoutError):
                 await asyncio.sleep(RETRY_S)
 

@@ -176,6 +176,8 @@ class Inference:
                 except UpstreamUnavailable as error:
                     log.warning("request %s: replica %s is unavailable: %s", record.id, claim.replica.id[:12], error)
                     failed.append(claim.replica.id)
+                    if not error.reached:
+                        self._queue.on_unreachable(claim)
                     # A replica that has left the routing table was shut down in order. The request of one that was
                     # not may be what ended its engine, so only the client may retry it.
                     if error.reached and self._is_routed(claim):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from llmrun.wire import KeyInfo
 from llmrun_runtime.ingress.errors import HTTPError
-from llmrun_runtime.rate_window import RateWindow
+from llmrun_runtime.rate_window import WINDOW_S, RateWindow
 from llmrun_runtime.wire.reports import LocalUsage, RemoteUsage, Subject, key_subject, model_subject
 from llmrun_runtime.wire.routing_table import ModelRoute
 
@@ -39,15 +39,17 @@ def limits_for(key: KeyInfo | None, model: ModelRoute) -> list[Limit]:
 
 
 class Limiter:
-    """Counts the requests of each subject at this ingress and enforces limits.
-
-    `remote`: usage at other ingresses and of tokens, as control reports it.
-    """
+    """Counts the requests of each subject at this ingress and enforces limits."""
 
     def __init__(self) -> None:
-        self.remote: Mapping[Subject, RemoteUsage] = {}
+        self._remote: Mapping[Subject, RemoteUsage] = {}
+        self._remote_since = 0.0
         self._requests: dict[Subject, RateWindow] = {}
         self._in_flight: Counter[Subject] = Counter()
+
+    def set_remote(self, usage: Mapping[Subject, RemoteUsage], now: float) -> None:
+        """Store the usage at other ingresses and of tokens, as control reports it."""
+        self._remote, self._remote_since = usage, now
 
     def usage(self, now: float) -> dict[Subject, LocalUsage]:
         """Return the usage of subjects with limits at this ingress, for control."""
@@ -65,7 +67,7 @@ class Limiter:
         3. Tokens of earlier requests in the last minute: those of this one are not known yet.
         """
         for limit in limits:
-            remote = self.remote.get(limit.subject, _NO_USAGE)
+            remote = self._usage_elsewhere(limit.subject, now)
             # 1.
             if limit.max_in_flight and self._in_flight[limit.subject] + remote.in_flight >= limit.max_in_flight:
                 concurrent = _count(limit.max_in_flight, "concurrent request")
@@ -91,7 +93,7 @@ class Limiter:
     def headers(self, limits: Sequence[Limit], now: float) -> list[tuple[bytes, bytes]]:
         """Return OpenAI's `x-ratelimit-*` headers, each kind for the limit with the least remaining."""
         requests = [self._remaining_requests(limit.subject, limit.rpm, now) for limit in limits if limit.rpm]
-        tokens = [self._remaining_tokens(limit.subject, limit.tpm) for limit in limits if limit.tpm]
+        tokens = [self._remaining_tokens(limit.subject, limit.tpm, now) for limit in limits if limit.tpm]
         headers: list[tuple[bytes, bytes]] = []
         for kind, rows in (("requests", requests), ("tokens", tokens)):
             if rows:
@@ -104,14 +106,18 @@ class Limiter:
         window = self._requests.get(subject)
         return window.total(now) if window else 0
 
+    def _usage_elsewhere(self, subject: Subject, now: float) -> RemoteUsage:
+        """Return what control reported last, unless control has been away for longer than it counts."""
+        return self._remote.get(subject, _NO_USAGE) if now - self._remote_since < WINDOW_S else _NO_USAGE
+
     def _remaining_requests(self, subject: Subject, limit: int, now: float) -> tuple[int, int, float]:
         """Return the remaining requests, the limit, and the seconds until all of it is available again."""
-        used = self._local_requests(subject, now) + self.remote.get(subject, _NO_USAGE).requests
+        used = self._local_requests(subject, now) + self._usage_elsewhere(subject, now).requests
         window = self._requests.get(subject)
         return max(0, limit - used), limit, window.wait(now, 1) if window else 0
 
-    def _remaining_tokens(self, subject: Subject, limit: int) -> tuple[int, int, float]:
-        remote = self.remote.get(subject, _NO_USAGE)
+    def _remaining_tokens(self, subject: Subject, limit: int, now: float) -> tuple[int, int, float]:
+        remote = self._usage_elsewhere(subject, now)
         return max(0, limit - remote.tokens), limit, remote.tokens_wait
 
 

@@ -29,6 +29,10 @@ ROUTING_KEYS = ("model", "stream")
 SINGLE_HEADERS = (b"content-type", b"content-length", b"authorization", b"x-api-key")
 # Parsing more bytes than this takes so long that it would delay other requests.
 LARGE_BYTES = 256 * 2**10
+# Python's parser holds the interpreter, and with it all streams. For as many values as 32 MiB can have, that would be
+# seconds and a GiB of memory; with these limits, it is a fraction of a second. Commas in texts count, too.
+MAX_CONTAINERS = 250_000
+MAX_COMMAS = 2_000_000
 
 
 def _spelling(key: str) -> re.Pattern[bytes]:
@@ -56,6 +60,7 @@ def parse_request(body: bytes, content_type: bytes = b"application/json") -> Par
     """Parse a JSON body or a multipart form. Raises HTTPError (400)."""
     if content_type.lower().startswith(b"multipart/form-data"):
         return _parse_form(body, content_type)
+    _check_size(body)
     try:
         parsed = json.loads(body)
         duplicate = _duplicate_key(body) if isinstance(parsed, dict) else None
@@ -69,6 +74,15 @@ def parse_request(body: bytes, content_type: bytes = b"application/json") -> Par
     normalized = normalize(parsed)
     encoded = json.dumps(normalized, ensure_ascii=False).encode() if normalized else b""
     return ParsedRequest(_model_of(parsed), parsed.get("stream") is True, _prefix(body), encoded)
+
+
+def _check_size(body: bytes) -> None:
+    """Raise HTTPError (400) for a body with so many values that parsing it would delay other requests."""
+    if len(body) <= LARGE_BYTES:
+        return
+    if body.count(b"[") + body.count(b"{") > MAX_CONTAINERS or body.count(b",") > MAX_COMMAS:
+        message = f"request body has over {MAX_CONTAINERS:,} objects and arrays or {MAX_COMMAS:,} values. Split it"
+        raise HTTPError(400, message, "too_many_values")
 
 
 def _prefix(body: bytes) -> bytes:

@@ -43,6 +43,8 @@ class KeepaliveStream:
         self._headers += headers
         self._comment_sent = False
         self._error_body: bytearray | None = None
+        self._in_event = False
+        """Whether the last event is incomplete."""
 
     @property
     def streams_answer(self) -> bool:
@@ -79,6 +81,8 @@ class KeepaliveStream:
                 await self._end(_one_line(bytes(self._error_body)))
 
     async def _send(self, message: Message) -> None:
+        if body := message.get("body"):
+            self._in_event = not body.endswith(b"\n\n")
         try:
             async with asyncio.timeout(WRITE_TIMEOUT_S):
                 await self._client_send(message)
@@ -86,7 +90,8 @@ class KeepaliveStream:
             raise ConnectionAbortedError(f"the client read too little for {WRITE_TIMEOUT_S:g} s") from None
 
     async def _end(self, data: bytes) -> None:
-        await self._send({"type": "http.response.body", "body": b"data: " + data + b"\n\n"})
+        event = b"data: " + data + b"\n\n"
+        await self._send({"type": "http.response.body", "body": b"\n\n" + event if self._in_event else event})
 
 
 def _one_line(body: bytes) -> bytes:

@@ -28,6 +28,9 @@ from llmrun_runtime.wire.routing_table import ModelRoute, Table
 # A wake continues for this multiple of the usual start time after a client gave up, because the client will retry.
 HOLD_FACTOR = 2
 AVOID_S = 1.0
+# How long a replica that could not be reached gets requests only if no other one is free. It has the fewest in flight,
+# so it would get all new ones until control removes it.
+UNREACHABLE_S = 5.0
 
 
 class RequestQueue:
@@ -49,6 +52,8 @@ class RequestQueue:
         self._waiting_since: dict[str, float] = {}
         self._held_wakes: dict[str, asyncio.Task[None]] = {}
         self._first_tokens: dict[str, float] = {}
+        self._unreachable: dict[str, float] = {}
+        """By replica, until when (monotonic)."""
 
     def update(self, table: Table) -> None:
         """Replace the routing table, and wake the waiters that can be served now, or that must fail."""
@@ -104,6 +109,12 @@ class RequestQueue:
             self._first_tokens[claim.replica.id] = time.time()
             self._on_change()
 
+    def on_unreachable(self, claim: Claim) -> None:
+        """Record that a request could not reach its replica."""
+        now = time.monotonic()
+        self._unreachable = {replica: until for replica, until in self._unreachable.items() if until > now}
+        self._unreachable[claim.replica.id] = now + UNREACHABLE_S
+
     @contextlib.contextmanager
     def releasing(self, claim: Claim) -> Iterator[None]:
         """Release the claim at the end of the block."""
@@ -126,7 +137,12 @@ class RequestQueue:
 
     def _take(self, model: ModelRoute, avoid: Collection[str], caller: Caller, *, waited: bool) -> Claim | None:
         """Claim a slot if one is free, and count it in the same step so that no other request gets it."""
-        replica = choose(model, self.in_flight.by_replica, avoid, caller.prefix, caller.adapter)
+        in_flight, replica = self.in_flight.by_replica, None
+        if self._unreachable:
+            now = time.monotonic()
+            suspects = [replica for replica, until in self._unreachable.items() if until > now]
+            replica = choose(model, in_flight, [*avoid, *suspects], caller.prefix, caller.adapter)
+        replica = replica or choose(model, in_flight, avoid, caller.prefix, caller.adapter)
         if not replica:
             return None
         claim = Claim(model.name, replica, caller, waited)
