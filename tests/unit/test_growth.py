@@ -17,6 +17,7 @@ from llmrun.errors import NotFound
 from llmrun.settings import Settings
 from llmrun.spec import Code
 from llmrun.wire import ColdStart, KeyInfo
+from llmrun_runtime.control import hung_replicas
 from llmrun_runtime.control.autoscaling import serve_apps as serve_apps_module
 from llmrun_runtime.control.autoscaling.autoscaler import Autoscaler
 from llmrun_runtime.control.autoscaling.cold_starts import ColdStarts
@@ -24,6 +25,7 @@ from llmrun_runtime.control.autoscaling.serve_apps import ServeApps
 from llmrun_runtime.control.catalog.adapter_revisions import AdapterRevisions
 from llmrun_runtime.control.catalog.adapters import AdaptersCatalog
 from llmrun_runtime.control.catalog.weights import WeightsCatalog
+from llmrun_runtime.control.hung_replicas import HungReplicas
 from llmrun_runtime.control.keys import Keys
 from llmrun_runtime.control.metrics import ControlMetrics
 from llmrun_runtime.control.state.database import Database
@@ -71,6 +73,7 @@ class Year:
         monkeypatch.setattr(time, "monotonic", lambda: self.monotonic)
         monkeypatch.setattr(serve_apps_module, "_delete", lambda name: None)
         monkeypatch.setattr(ServeApps, "_run", lambda *args: None)
+        monkeypatch.setattr(hung_replicas, "kill_serve_replica", lambda actor: False)
         self.database = Database(f"sqlite:///{home / 'test.db'}")
         self.usage, self.keys = Usage(self.database), Keys(self.database)
         self.registry, self.models, self.operations = Registry(), Models(), Operations()
@@ -86,6 +89,7 @@ class Year:
             head=lambda: "n",
             control=("h", 1),
         )
+        self.hung = HungReplicas(self.registry, self.autoscaler.replica_hung)
         self.metrics = ControlMetrics(CollectorRegistry(), self.autoscaler, self.registry, self.cold_starts)
         self.adapters = AdaptersCatalog(
             self.models, WeightsCatalog(self.models), self.database, self.autoscaler.set_adapters
@@ -135,6 +139,7 @@ class Year:
         self.registry.report_traffic("i", {name: Traffic(0, 1)}, self.monotonic)
         self.wait(10)
         await self.autoscaler.tick(self.monotonic)
+        await self.hung.check(self.monotonic)
         self.usage.forget(f"r{number}")
         list(self.adapters._due())
         self.usage.forget_unused(self.monotonic)

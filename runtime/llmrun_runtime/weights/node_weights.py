@@ -19,6 +19,7 @@ from llmrun.errors import WeightsError
 from llmrun.settings import Settings
 from llmrun.weights import Weights
 from llmrun.wire import WeightsRow
+from llmrun_runtime import http
 from llmrun_runtime.weights.adapters import Adapter
 from llmrun_runtime.weights.cache.cache import Manifest, open_cache
 from llmrun_runtime.weights.fetch import Peer
@@ -216,9 +217,9 @@ class NodeWeights:
         app.router.add_get("/{pin}/{name:.+}", serve)
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
-        listener = socket.create_server((self._host, 0))
+        listener = http.bind(self._host, 0)
         await web.SockSite(self._runner, listener).start()
-        self._peer = Peer(url=f"http://{self._host}:{listener.getsockname()[1]}", token=token)
+        self._peer = Peer(url=http.http_url(self._host, listener.getsockname()[1]), token=token)
         return self._peer
 
     async def close(self) -> None:
