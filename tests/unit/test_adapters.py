@@ -29,7 +29,7 @@ from llmrun_runtime.ingress.admission.auth import can_access, check_access
 from llmrun_runtime.ingress.admission.target import find_target
 from llmrun_runtime.ingress.errors import HTTPError
 from llmrun_runtime.ingress.routing import AFFINITY_SLACK, choose
-from llmrun_runtime.weights.adapters import Adapter, find_adapters
+from llmrun_runtime.weights.adapters import Adapter, AdapterListing, find_adapters
 from llmrun_runtime.weights.pin import File, Pin
 from llmrun_runtime.weights.stores.objects import ObjectStore
 from llmrun_runtime.wire.headers import ADAPTER_HEADER
@@ -202,6 +202,8 @@ class Source:
 
     def __init__(self, *names: str) -> None:
         self.error = ""
+        self.unchanged = 0
+        """How many listings were known."""
         self.available = asyncio.Event()
         """Replies wait until it is set."""
         self.available.set()
@@ -213,12 +215,14 @@ class Source:
         listed = tuple(File(name=f"{name}/{file}", size=1, version="1") for name in names for file in files)
         self.adapters = list(find_adapters(Pin(weights=Weights("s3://acme/all"), files=listed)).values())
 
-    async def list_adapters(self, *_: Any, **__: Any) -> list[Adapter]:
-        """Return the adapters, or raise WeightsError."""
+    async def list_adapters(self, *args: Any, **__: Any) -> AdapterListing:
+        """Return the adapters, unless the caller knows them, or raise WeightsError."""
         await self.available.wait()
         if self.error:
             raise WeightsError(self.error)
-        return self.adapters
+        known, digest = args[4] if len(args) > 4 else "", str([adapter.pin.id for adapter in self.adapters])
+        self.unchanged += known == digest
+        return AdapterListing(digest=digest, adapters=None if known == digest else tuple(self.adapters))
 
 
 @contextlib.asynccontextmanager
@@ -277,6 +281,26 @@ async def test_a_failed_or_empty_listing_removes_nothing(tmp_path: Path) -> None
     database.close()
 
 
+async def test_a_listing_that_has_not_changed_is_not_sent(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path}/control.db")
+    source = Source("legal", "sql")
+    async with running_catalog(source, database) as (catalog, published):
+        await eventually(lambda: source.unchanged > 1)
+        assert published["one"][0].keys() == {"legal", "sql"}
+        source.set_adapters("legal", "law")
+        await eventually(lambda: published["one"][0].keys() == {"legal", "law"})
+        source.set_adapters()  # the last listing stays, and is not what the source has
+        before = catalog._listings["one"].listed_at
+        await eventually(lambda: catalog._listings["one"].listed_at > before)
+        assert catalog._listings["one"].digest == ""
+        source.set_adapters("new")
+        await eventually(lambda: published["one"][0].keys() == {"new"})
+        unchanged = source.unchanged
+        await eventually(lambda: source.unchanged > unchanged)
+        assert published["one"][0].keys() == {"new"}
+    database.close()
+
+
 async def test_a_redeploy_while_the_source_is_empty_removes_nothing(tmp_path: Path) -> None:
     database = Database(f"sqlite:///{tmp_path}/control.db")
     source = Source("legal", "sql")
@@ -297,12 +321,12 @@ async def test_an_unavailable_source_does_not_block_the_others(tmp_path: Path) -
             self.unavailable: set[str] = set()
             self.version = "1"
 
-        async def list_adapters(self, weights: Weights, *_: Any, **__: Any) -> list[Adapter]:
+        async def list_adapters(self, weights: Weights, *_: Any, **__: Any) -> AdapterListing:
             if weights.source in self.unavailable:
                 raise WeightsError(f"{weights.source} is unavailable")
             names = ("adapter_config.json", "adapter_model.safetensors")
             listed = tuple(File(name=name, size=1, version=self.version) for name in names)
-            return list(find_adapters(Pin(weights=weights, files=listed)).values())
+            return AdapterListing(digest="", adapters=tuple(find_adapters(Pin(weights=weights, files=listed)).values()))
 
     database, sources = Database(f"sqlite:///{tmp_path}/control.db"), Sources()
     named = LoRA(adapters={"a": "s3://acme/a", "b": "s3://acme/b"}, refresh=1)

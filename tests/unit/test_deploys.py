@@ -172,7 +172,8 @@ class _Adapters:
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     cluster = Cluster(tmp_path)
-    for module in (deploy_module, rollout_module, proof_module):
+    monkeypatch.setattr(rollout_module, "real_nodes", cluster.nodes)
+    for module in (deploy_module, proof_module):
         monkeypatch.setattr(module, "cluster_nodes", cluster.nodes)
     monkeypatch.setattr(proof_module, "SETTLE_S", 0.1)
     monkeypatch.setattr(proof_module, "POLL_S", 0.01)

@@ -16,7 +16,7 @@ import pytest
 from llmrun.errors import WeightsError
 from llmrun.settings import Settings
 from llmrun.weights import Weights
-from llmrun_runtime.weights.adapters import Adapter
+from llmrun_runtime.weights.adapters import Adapter, AdapterListing
 from llmrun_runtime.weights.node_weights import NodeWeights
 from llmrun_runtime.weights.pin import MIRROR_MANIFEST, File, Pin, select_files
 from llmrun_runtime.weights.stores.hub import HubStore
@@ -177,7 +177,7 @@ def test_a_fetch_from_the_hub(node: Node, hub: Hub, tmp_path: Path) -> None:
 def list_adapters(node: Node, weights: Weights, known_ranks: dict[str, int] | None = None) -> list[Adapter]:
     """List a source's adapters; reads all ranks but the known ones."""
     task = ListAdaptersTask(weights=weights, known_ranks=known_ranks or {})
-    return [Adapter.model_validate(item) for item in node.run(task)]
+    return list(AdapterListing.model_validate(node.run(task)).adapters or ())
 
 
 def test_adapters_are_listed_and_fetched_from_every_store(
@@ -215,6 +215,21 @@ def test_ranks_are_read_from_every_store_unless_they_are_known(node: Node, hub: 
     assert [[adapter.rank for adapter in adapters] for adapters in listed] == [[8, 8]] * 3 + [[8]]
     known = {adapter.config_id: 99 for adapter in listed[0]}
     assert [adapter.rank for adapter in list_adapters(node, bucket, known)] == [99, 99], "known ranks are not read"
+
+
+def test_a_listing_that_is_known_is_not_sent_again(node: Node, buckets: Path) -> None:
+    for seed, name in enumerate("ab"):
+        make_adapter(buckets / "acme" / "adapters" / name, seed=seed)
+    source = Weights(str(buckets / "acme" / "adapters"))
+
+    def listing(known: str) -> AdapterListing:
+        return AdapterListing.model_validate(node.run(ListAdaptersTask(weights=source, known_ranks=None, known=known)))
+
+    first = listing("")
+    assert first.adapters and listing(first.digest) == AdapterListing(digest=first.digest)
+    make_adapter(buckets / "acme" / "adapters" / "c", seed=2)
+    changed = listing(first.digest)
+    assert changed.adapters and len(changed.adapters) == 3 and changed.digest != first.digest
 
 
 def test_many_adapters_in_one_bucket_need_one_listing_and_each_rank_is_read_once(node: Node, buckets: Path) -> None:

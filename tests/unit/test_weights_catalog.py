@@ -24,6 +24,7 @@ from llmrun_runtime.control.state.models import Models
 from llmrun_runtime.control.state.operation import Operation
 from llmrun_runtime.node.agent import NoAgent, agent_of
 from llmrun_runtime.placement import Node, Placement
+from llmrun_runtime.weights.adapters import AdapterListing
 from llmrun_runtime.weights.fetch import Peer
 from llmrun_runtime.weights.pin import Pin
 from tests.support.factories import CPU, spec
@@ -33,6 +34,7 @@ PIN = Pin(weights=Weights("org/model"), revision="a" * 40, files=())
 ONE_GPU = Placement(1, 1)
 ROUND_S = 0.1
 PEER = Peer(url="http://b", token="t")
+LISTING = AdapterListing(digest="d", adapters=())
 
 
 class Method:
@@ -54,7 +56,7 @@ class Agent:
         self.has_pin = Method(has_pin, delay)
         self.serve_peers = Method(PEER, delay)
         self.list_weights = Method([], delay)
-        self.list_adapters = Method([], delay)
+        self.list_adapters = Method(LISTING, delay)
 
 
 @pytest.fixture
@@ -90,7 +92,7 @@ async def test_listings_start_no_agents(agents: dict[str, Agent]) -> None:
     agents["c"] = Agent()
     weights = WeightsCatalog(Models())
     assert await weights.rows() == []
-    assert await weights.list_adapters(Weights("org/adapters"), {}, CPU, None) == []
+    assert await weights.list_adapters(Weights("org/adapters"), {}, CPU, None) == LISTING
     assert await weights.elsewhere("pin", "a") == ([], [])
     assert [node.id for node in await reachable(NODES, start=False)] == ["c"]
     with pytest.raises(AssertionError, match="an agent was started"):

@@ -30,7 +30,7 @@ from llmrun_runtime.node.disk_space import Disk, lack_of_space, measure_disks
 from llmrun_runtime.node.environments import Environments, merged_env, worker_env
 from llmrun_runtime.node.launch import find_weights, make_launch
 from llmrun_runtime.node.spare_worker import keep_spare_worker
-from llmrun_runtime.weights.adapters import Adapter
+from llmrun_runtime.weights.adapters import AdapterListing
 from llmrun_runtime.weights.fetch import Peer
 from llmrun_runtime.weights.node_weights import CacheInfo, NodeWeights
 from llmrun_runtime.weights.pin import Pin
@@ -141,10 +141,10 @@ class NodeAgent:
         return await self._weights.pin(weights, self._worker_env(env))
 
     async def list_adapters(
-        self, weights: Weights, env: Mapping[str, Secret | str], ranks: dict[str, int] | None
-    ) -> list[Adapter]:
+        self, weights: Weights, env: Mapping[str, Secret | str], ranks: dict[str, int] | None, known: str = ""
+    ) -> AdapterListing:
         """See `NodeWeights.list_adapters`."""
-        return await self._weights.list_adapters(weights, self._worker_env(env), ranks)
+        return await self._weights.list_adapters(weights, self._worker_env(env), ranks, known)
 
     async def last_import(self, weights: Weights) -> tuple[float, Pin] | None:
         """See `NodeWeights.last_import`."""

@@ -40,6 +40,15 @@ class Adapter(BaseModel):
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
+class AdapterListing(BaseModel):
+    """The adapters at a source at one moment."""
+
+    digest: str
+    """Equal for equal listings."""
+    adapters: tuple[Adapter, ...] | None = None
+    """None: they are those of the listing that the caller knows. 10,000 adapters are 10 MB, and rarely change."""
+
+
 def find_adapters(listing: Pin) -> dict[str, Adapter]:
     """Return the adapters among all files of a source, by name: one per folder, or the source itself.
 

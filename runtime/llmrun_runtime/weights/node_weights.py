@@ -20,7 +20,7 @@ from llmrun.settings import Settings
 from llmrun.weights import Weights
 from llmrun.wire import WeightsRow
 from llmrun_runtime import http
-from llmrun_runtime.weights.adapters import Adapter
+from llmrun_runtime.weights.adapters import AdapterListing
 from llmrun_runtime.weights.cache.cache import Manifest, open_cache
 from llmrun_runtime.weights.fetch import Peer
 from llmrun_runtime.weights.pin import Pin
@@ -77,11 +77,14 @@ class NodeWeights:
         return Pin.model_validate(await self._list(PinTask(weights=weights), env))
 
     async def list_adapters(
-        self, weights: Weights, env: Mapping[str, str], known_ranks: dict[str, int] | None
-    ) -> list[Adapter]:
-        """Return the adapters at a source. `known_ranks`: see `list_adapters`. Raises WeightsError."""
-        adapters = await self._list(ListAdaptersTask(weights=weights, known_ranks=known_ranks), env)
-        return [Adapter.model_validate(item) for item in adapters]
+        self, weights: Weights, env: Mapping[str, str], known_ranks: dict[str, int] | None, known: str = ""
+    ) -> AdapterListing:
+        """Return the adapters at a source, unless their listing has the digest `known`. Raises WeightsError.
+
+        `known_ranks`: see `list_adapters`.
+        """
+        result = await self._list(ListAdaptersTask(weights=weights, known_ranks=known_ranks, known=known), env)
+        return await asyncio.to_thread(AdapterListing.model_validate, result)
 
     async def _list(self, task: PinTask | ListAdaptersTask, env: Mapping[str, str]) -> Any:
         try:

@@ -19,12 +19,14 @@ class PinTask(BaseModel):
 
 
 class ListAdaptersTask(BaseModel):
-    """List the adapters at a source. Result: a list of Adapters."""
+    """List the adapters at a source. Result: an AdapterListing."""
 
     kind: Literal["list_adapters"] = "list_adapters"
     weights: AnyWeights
     known_ranks: dict[str, int] | None
     """See `list_adapters`."""
+    known: str = ""
+    """The digest of the listing that the caller knows."""
 
 
 class FetchTask(BaseModel):

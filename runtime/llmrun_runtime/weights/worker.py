@@ -12,6 +12,7 @@ node agent.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import select
@@ -78,7 +79,9 @@ def _pin(task: PinTask) -> Outcome:
 
 def _list_adapters(task: ListAdaptersTask) -> Outcome:
     adapters = list_adapters(open_store(task.weights), task.known_ranks)
-    return Outcome([adapter.model_dump(mode="json") for adapter in adapters])
+    listed = [adapter.model_dump(mode="json") for adapter in adapters]
+    digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    return Outcome({"digest": digest} if digest == task.known else {"digest": digest, "adapters": listed})
 
 
 def _fetch(task: FetchTask, cache: Cache, progress: Progress) -> Outcome:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from llmrun.errors import LLMRunError, WeightsError
 from llmrun.lora import LoRA
@@ -30,6 +31,8 @@ class ModelAdapters:
     """The adapters before the last change, which requests in progress may use."""
     listed_at: float = 0
     """In seconds of the monotonic clock."""
+    digest: str = ""
+    """That of the listing of `lora.path`; "" if there is none, or `adapters` are not what is there."""
 
     def is_of(self, lora: LoRA | None) -> bool:
         """Whether `lora` has the same sources."""
@@ -49,16 +52,19 @@ async def list_sources(
     last: ModelAdapters | None,
     *,
     strict: bool = False,
-) -> dict[str, Adapter]:
-    """List all adapters at the sources of `lora`, by name. Raises LLMRunError.
+) -> ModelAdapters:
+    """List all adapters at the sources of `lora`. Raises LLMRunError.
 
     The ranks of configurations in `last` are not read again. If one of several sources cannot be listed, its adapter
     is taken from `last`; with `strict`, for a deploy, it is an error, and nodes without an agent are used too.
     """
     if lora.path:
-        ranks = last.ranks if last else {}
-        listed = await weights.list_adapters(lora.path, env, placement, ranks, start_agents=strict)
-        return {adapter.name: adapter for adapter in listed}
+        ranks, known = (last.ranks, last.digest if last.is_of(lora) else "") if last else ({}, "")
+        listed = await weights.list_adapters(lora.path, env, placement, ranks, known, start_agents=strict)
+        if listed.adapters is None and last:
+            return replace(last, listed_at=time.monotonic())
+        by_name = {adapter.name: adapter for adapter in listed.adapters or ()}
+        return ModelAdapters(lora, by_name, listed_at=time.monotonic(), digest=listed.digest)
     old = last.adapters if last else {}
     calls = [
         _list_one(weights, name, source, env, placement, old.get(name), start_agents=strict)
@@ -78,7 +84,7 @@ async def list_sources(
             adapters[name] = result
     if len(errors) == len(lora.adapters):
         raise errors[0]
-    return adapters
+    return ModelAdapters(lora, adapters, listed_at=time.monotonic())
 
 
 async def _list_one(
@@ -92,7 +98,7 @@ async def _list_one(
     start_agents: bool,
 ) -> Adapter:
     ranks = {last.config_id: last.rank} if last else {}
-    adapters = await weights.list_adapters(source, env, placement, ranks, start_agents=start_agents)
+    adapters = (await weights.list_adapters(source, env, placement, ranks, start_agents=start_agents)).adapters
     if not adapters:
         raise WeightsError(f"lora={name!r}: no adapter found in {source} (adapter_config.json and its weights)")
     if len(adapters) > 1:
@@ -100,11 +106,9 @@ async def _list_one(
     return adapters[0].model_copy(update={"name": name})
 
 
-def unless_empty(
-    model: str, lora: LoRA, adapters: dict[str, Adapter], last: ModelAdapters | None
-) -> dict[str, Adapter]:
-    """Return `adapters`; those of `last` if a source that had some is empty now."""
-    if adapters or not last or not last.adapters:
-        return adapters
-    log.warning("adapters of %s: %s is empty now; keeping the last listing", model, lora.location)
-    return last.adapters
+def unless_empty(model: str, listing: ModelAdapters, last: ModelAdapters | None) -> ModelAdapters:
+    """Return `listing`; with the adapters of `last` if a source that had some is empty now."""
+    if listing.adapters or not last or not last.adapters:
+        return listing
+    log.warning("adapters of %s: %s is empty now; keeping the last listing", model, listing.lora.location)
+    return replace(listing, adapters=last.adapters, digest="")

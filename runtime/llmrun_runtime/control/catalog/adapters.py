@@ -106,9 +106,8 @@ class AdaptersCatalog:
         candidates = (self._planned.get(name), self._listings.get(name))
         listing = next((candidate for candidate in candidates if candidate and candidate.is_of(lora)), None)
         if fresh or not listing:
-            adapters = await list_sources(self._weights, lora, spec.env, placement, listing, strict=True)
-            adapters = unless_empty(name, lora, adapters, listing)
-            listing = self._planned[name] = ModelAdapters(lora, adapters, listed_at=time.monotonic())
+            listed = await list_sources(self._weights, lora, spec.env, placement, listing, strict=True)
+            listing = self._planned[name] = unless_empty(name, listed, listing)
         active = self._models.deployed.get(name)
         lora = lora.with_max_rank(listing.ranks.values(), active.spec.lora if active else None)
         return spec.model_copy(update={"lora": lora})
@@ -139,7 +138,8 @@ class AdaptersCatalog:
             raise NotFound(f"lora= of {model} allows only revision {source.revision} of {source.repo}")
         source = source.model_copy(update={"source": f"{source.repo}@{revision}"})
         folder = listing.adapters[name].folder
-        for adapter in await self._weights.list_adapters(source, active.spec.env, active.placement, None):
+        listed = await self._weights.list_adapters(source, active.spec.env, active.placement, None)
+        for adapter in listed.adapters or ():
             if adapter.folder == folder:
                 return adapter.model_copy(update={"name": name})
         raise NotFound(f"adapter {name!r} not found in {source}")
@@ -229,7 +229,7 @@ class AdaptersCatalog:
         assert lora
         try:
             last = self._listings.get(row.name)
-            adapters = await list_sources(self._weights, lora, row.spec.env, row.placement, last)
+            listed = await list_sources(self._weights, lora, row.spec.env, row.placement, last)
         except LLMRunError as error:
             log.warning("adapters of %s: %s", row.name, error)
             if listing := self._listing_of(row.name, lora):
@@ -239,10 +239,10 @@ class AdaptersCatalog:
             self._retry_after[row.name] = time.monotonic() + lora.refresh / 4
             return False
         active = self._models.deployed.get(row.name)
-        if not active or not ModelAdapters(lora, adapters).is_of(active.spec.lora):
+        if not active or not listed.is_of(active.spec.lora):
             return False  # another deploy has changed the sources, and published its own listing
-        adapters = unless_empty(row.name, lora, adapters, self._listing_of(row.name, lora))
-        if self._update(row.name, lora, adapters):
+        listed = unless_empty(row.name, listed, self._listing_of(row.name, lora))
+        if self._update(row.name, lora, listed.adapters, listed.digest):
             await self._database.run(self._store, row.name, self._listings[row.name])
         if row.name in self._models.deployed:
             self._publish_pins(row.name)
@@ -253,16 +253,16 @@ class AdaptersCatalog:
         listing = self._listings.get(model)
         return listing if listing and listing.is_of(lora) else None
 
-    def _update(self, model: str, lora: LoRA, adapters: dict[str, Adapter]) -> bool:
+    def _update(self, model: str, lora: LoRA, adapters: dict[str, Adapter], digest: str = "") -> bool:
         """Replace the model's listing. Return whether it has changed."""
         listing = self._listings.get(model)
         if listing and listing.is_of(lora) and listing.adapters == adapters:
-            listing.listed_at = time.monotonic()  # keep these objects: their pins have cached their IDs
-            return False
+            listing.listed_at, listing.digest = time.monotonic(), digest
+            return False  # keep these objects: their pins have cached their IDs
         previous: dict[str, Adapter] = {}
         if listing:
             previous = listing.previous if _pins(listing.adapters) == _pins(adapters) else listing.adapters
-        self._listings[model] = ModelAdapters(lora, adapters, previous, time.monotonic())
+        self._listings[model] = ModelAdapters(lora, adapters, previous, time.monotonic(), digest)
         used = self._last_used.get(model, {})
         self._last_used[model] = {name: when for name, when in used.items() if name in adapters}
         return True
@@ -279,7 +279,7 @@ class AdaptersCatalog:
         if not listing:
             self._revisions.forget(model)
         if lora and planned and planned.is_of(lora) and (listing is None or planned.listed_at > listing.listed_at):
-            self._update(model, lora, planned.adapters)
+            self._update(model, lora, planned.adapters, planned.digest)
         if listing := self._listing_of(model, lora):
             self._database.submit(self._store, model, listing)
             self._publish_pins(model)

@@ -29,7 +29,7 @@ from llmrun_runtime.control.state.operation import Operation
 from llmrun_runtime.node.agent import agent_of, agent_on
 from llmrun_runtime.placement import Node, Placement, could_run
 from llmrun_runtime.ray_nodes import real_nodes
-from llmrun_runtime.weights.adapters import Adapter
+from llmrun_runtime.weights.adapters import AdapterListing
 from llmrun_runtime.weights.fetch import Peer
 from llmrun_runtime.weights.node_weights import PIN_TIMEOUT_S
 from llmrun_runtime.weights.pin import Pin
@@ -68,7 +68,7 @@ class WeightsCatalog:
         key = weights.model_dump_json() + spec.model_dump_json(include={"env"})
         if not fresh and key in self._pins:
             return self._pins[key]
-        nodes = await reachable(real_nodes())
+        nodes = await reachable(await asyncio.to_thread(real_nodes))
         pin = await self._imported(weights, nodes)
         if pin is None and old and old.pin and _same_commit(old.pin, weights):
             pin = old.pin
@@ -96,20 +96,24 @@ class WeightsCatalog:
         env: Mapping[str, Secret | str],
         placement: Placement,
         ranks: dict[str, int] | None,
+        known: str = "",
         *,
         start_agents: bool = False,
-    ) -> list[Adapter]:
+    ) -> AdapterListing:
         """List the adapters at a source now, from a node that could run the model. Raises LLMRunError.
 
-        `ranks`: see `NodeWeights.list_adapters`. Without `start_agents`, use a node that has an agent, or control's
-        own: an autoscaler keeps a node that has an agent.
+        `ranks`, `known`: see `NodeWeights.list_adapters`. Without `start_agents`, use a node that has an agent, or
+        control's own: an autoscaler keeps a node that has an agent.
         """
-        nodes = await reachable(real_nodes(), start=start_agents)
+        every = await asyncio.to_thread(real_nodes)
+        nodes = await reachable(every, start=start_agents)
         if not nodes and not start_agents:
             own = ray.get_runtime_context().get_node_id()
-            nodes = [node for node in real_nodes() if node.id == own]
+            nodes = [node for node in every if node.id == own]
         return await _first_reply(
-            weights, _able(placement, nodes), lambda node: agent_on(node.id).list_adapters.remote(weights, env, ranks)
+            weights,
+            _able(placement, nodes),
+            lambda node: agent_on(node.id).list_adapters.remote(weights, env, ranks, known),
         )
 
     @contextlib.contextmanager
@@ -152,7 +156,7 @@ class WeightsCatalog:
 
     async def _holders(self, pin_id: str, without: Collection[str]) -> tuple[list[Node], list[Node]]:
         """Return all nodes, and those that have a pin, except the nodes with the IDs `without`."""
-        nodes = real_nodes()
+        nodes = await asyncio.to_thread(real_nodes)
         others = [node for node in nodes if node.id not in without]
         complete = await call_each(
             others, lambda other: agent_of(other.id).has_pin.remote(pin_id), False, HOLDER_TIMEOUT_S
@@ -209,7 +213,8 @@ class WeightsCatalog:
     async def rows(self) -> list[WeightsRow]:
         """Return the weights on all nodes, each with the models that use it."""
         default: list[WeightsRow] = []
-        replies = await call_each(real_nodes(), lambda node: agent_of(node.id).list_weights.remote(), default)
+        nodes = await asyncio.to_thread(real_nodes)
+        replies = await call_each(nodes, lambda node: agent_of(node.id).list_weights.remote(), default)
         users = self.pinned()
         return [
             row.model_copy(update={"pinned_by": tuple(sorted(users.get(row.pin, ())))})

@@ -50,7 +50,7 @@ class Deployer:
 
         `fresh`: resolve weights and adapters at their sources now, instead of using the results of the last plan.
         """
-        nodes = cluster_nodes()
+        nodes = await asyncio.to_thread(cluster_nodes)
         for spec in request.specs:
             await self._check(spec, nodes)
         placements = {spec.name: resolve(spec, nodes) for spec in request.specs}

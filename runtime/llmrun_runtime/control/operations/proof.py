@@ -77,8 +77,8 @@ class Prover:
             return ""
         if await self._wait_for_capacity(row, SETTLE_S):
             return ""
-        if not old or not self.fits_without(row, [row.name]):
-            return self._autoscaler.shortage(row, self._nodes())
+        if not old or not await self.fits_without(row, [row.name]):
+            return self._autoscaler.shortage(row, await self._nodes())
         text = f"not enough capacity next to version {old.version}: draining it first, requests are queued"
         await operation.emit("step", row.name, text)
         self._models.lock(row.name)
@@ -89,13 +89,13 @@ class Prover:
         self._models.unlock(row.name)
         return self._autoscaler.shortage(row) or f"version {old.version} did not drain in time"
 
-    def fits_without(self, row: Deployed, models: Collection[str]) -> bool:
+    async def fits_without(self, row: Deployed, models: Collection[str]) -> bool:
         """Whether a replica of `row` fits once the replicas of these models have stopped; False if they have none."""
         freed: dict[str, list[Placement]] = {}
         for model in models:
             for report in self._registry.replicas_of(model):
                 freed.setdefault(report.node, []).append(self._models.deployed[model].placement)
-        return bool(freed) and has_capacity(row.placement, self._nodes(), freed)
+        return bool(freed) and has_capacity(row.placement, await self._nodes(), freed)
 
     async def wait_until_gone(self, models: Collection[str]) -> bool:
         """Wait until the replicas of models have drained. Return False if some have not in time."""
@@ -163,7 +163,8 @@ class Prover:
                 return True
             placed = self._registry.placed(row.name, row.engine_version)
             if len(placed) < wanted and now >= next_look:
-                fits, next_look = has_capacity(row.placement, cluster_nodes()), now + CAPACITY_POLL_S
+                nodes = await asyncio.to_thread(cluster_nodes)
+                fits, next_look = has_capacity(row.placement, nodes), now + CAPACITY_POLL_S
             unplaced_since = 0.0 if len(placed) >= wanted or fits else unplaced_since or now
             # Those that are placed still become ready: they carry what the old version's replicas carried.
             if unplaced_since and now - unplaced_since > settle_s and all(r.state == "ready" for r in placed):
@@ -185,11 +186,16 @@ class Prover:
         return f"{limit}: {error or 'Ray reports no reason'}"
 
     async def _wait_for_capacity(self, row: Deployed, timeout: float) -> bool:
-        return await _wait_until(lambda: has_capacity(row.placement, self._nodes()), timeout, CAPACITY_POLL_S)
+        deadline = time.monotonic() + timeout
+        while not has_capacity(row.placement, await self._nodes()):
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(CAPACITY_POLL_S)
+        return True
 
-    def _nodes(self) -> list[Node]:
+    async def _nodes(self) -> list[Node]:
         """Return the nodes, without the resources that the replicas of other proofs are about to take."""
-        nodes = cluster_nodes()
+        nodes = await asyncio.to_thread(cluster_nodes)
         for proof in self._proofs.values():
             if not proof.placed.is_set():
                 nodes = _without(proof.placement, nodes)
@@ -220,10 +226,10 @@ def _waits_for_node(row: Deployed) -> bool:
     return _autoscaler_fits(row) and not has_capacity(row.placement, cluster_nodes())
 
 
-async def _wait_until(condition: Callable[[], bool], timeout: float, poll_s: float = 0) -> bool:
+async def _wait_until(condition: Callable[[], bool], timeout: float) -> bool:
     deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
             return False
-        await asyncio.sleep(poll_s or POLL_S)
+        await asyncio.sleep(POLL_S)
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Collection
 from dataclasses import replace
@@ -25,7 +26,7 @@ from llmrun_runtime.control.state.operation import Operation
 from llmrun_runtime.control.state.registry import Registry
 from llmrun_runtime.node.agent import agent_on
 from llmrun_runtime.placement import Node, could_run
-from llmrun_runtime.ray_nodes import cluster_nodes
+from llmrun_runtime.ray_nodes import real_nodes
 
 log = logging.getLogger("llmrun.control")
 
@@ -62,7 +63,7 @@ class Rollout:
         active = self._models.deployed[row.name]
         counts = [(spec.weights_nodes, spec.max_replicas) for spec in (active.spec, row.spec)]
         if counts[0] != counts[1] and not request.lazy:
-            await self._distribute(replace(active, spec=row.spec), self._able_nodes(active), operation, needed=0)
+            await self._distribute(replace(active, spec=row.spec), await _able_nodes(active), operation, needed=0)
         number = await self._database.run(self._database.reserve_version, row.name)
         row = replace(active, version=number, spec=row.spec)
         await self._put_active(row, request.source)
@@ -101,14 +102,11 @@ class Rollout:
         A node that fails is a warning: it does the same when a replica starts there. Raises LLMRunError if fewer nodes
         are left than a replica needs.
         """
-        nodes = self._able_nodes(row)
+        nodes = await _able_nodes(row)
         if row.spec.code or row.spec.requirements:
             nodes = await self._install(row, nodes, operation)
         if not lazy:
             await self._distribute(row, nodes, operation, needed=min(row.placement.nodes, len(nodes)))
-
-    def _able_nodes(self, row: Deployed) -> list[Node]:
-        return [node for node in cluster_nodes() if node.id and could_run(row.placement, node)]
 
     async def _distribute(self, row: Deployed, nodes: list[Node], operation: Operation, *, needed: int) -> None:
         """Download the weights, if they are not used in place, to as many nodes as the model asks for."""
@@ -187,7 +185,7 @@ class Rollout:
     async def _make_room(self, row: Deployed, old: Deployed | None, operation: Operation, removals: list[str]) -> str:
         """Make room for a replica of `row`, if need be in place of models to be removed. Return what is missing."""
         cause = await self.prover.free_capacity(row, old, operation)
-        if not cause or not self.prover.fits_without(row, removals):
+        if not cause or not await self.prover.fits_without(row, removals):
             return cause
         names = ", ".join(removals)
         text = f"not enough capacity next to {names}, no longer in the file: removing that first"
@@ -273,3 +271,8 @@ class Rollout:
         apps = {row.app for row in self._models.deployed.values()}
         self.sources = {app: source for app, source in self.sources.items() if app in apps}
         return rows
+
+
+async def _able_nodes(row: Deployed) -> list[Node]:
+    """Return the nodes that could run the model."""
+    return [node for node in await asyncio.to_thread(real_nodes) if could_run(row.placement, node)]

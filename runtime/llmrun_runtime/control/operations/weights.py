@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 from llmrun.errors import Refused
@@ -43,7 +44,7 @@ class WeightsOperations:
             "remove": self._remove,
             "prune": self._prune,
         }
-        await methods[request.do](request, real_nodes(), operation)
+        await methods[request.do](request, await asyncio.to_thread(real_nodes), operation)
 
     async def _pull(self, request: WeightsRequest, nodes: Sequence[Node], operation: Operation) -> None:
         weights = _source_of(request)
