@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from llmrun.errors import Refused
+from llmrun.errors import ClusterError, Refused
 from llmrun_runtime.control.autoscaling import autoscaler as autoscaler_module
 from llmrun_runtime.control.autoscaling import capacity as capacity_module
 from llmrun_runtime.control.autoscaling.autoscaler import Autoscaler
@@ -266,6 +266,35 @@ async def test_the_first_table_waits_for_lost_replicas_no_longer_than_that(
     await asyncio.sleep(0.06)
     await cluster.tick()
     assert (first, cluster.autoscaler.table.number) == (0, 1)
+
+
+async def test_ticks_that_fail_for_all_models_are_told_to_ingresses_and_status(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.deploy("one")
+    await cluster.tick()
+    autoscaler, errors = cluster.autoscaler, list[str]()
+    autoscaler.on_error = errors.append
+    table = autoscaler.table
+    with monkeypatch.context() as broken:
+        broken.setattr(autoscaler_module, "FAILING_S", 0.1)
+        broken.setattr(Registry, "expire", lambda *_: 1 / 0)
+        running = asyncio.create_task(autoscaler.run())
+        autoscaler.kick_now()
+        assert await autoscaler.watch(table.epoch, table.number, 0.01) is table, "one failing tick is no news"
+        await asyncio.sleep(0.2)
+        with pytest.raises(ClusterError, match="cannot manage any model: ZeroDivisionError"):
+            await autoscaler.watch(table.epoch, table.number, 0.01)
+        assert await autoscaler.watch("another control", 7, 0.01) is table
+        assert autoscaler.failure and errors
+    try:
+        autoscaler.kick_now()
+        async with asyncio.timeout(5):
+            while autoscaler.failure:
+                await asyncio.sleep(0.01)
+        assert await autoscaler.watch(table.epoch, table.number, 0.01) is table
+    finally:
+        running.cancel()
 
 
 async def test_a_draining_replica_does_not_count_as_placed(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

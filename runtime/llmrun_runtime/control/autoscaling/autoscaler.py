@@ -16,7 +16,7 @@ from dataclasses import replace
 import ray
 from ray.serve.exceptions import RayServeException
 
-from llmrun.errors import Refused
+from llmrun.errors import ClusterError, Refused
 from llmrun.wire import ModelStatus, State
 from llmrun_runtime.control.autoscaling.capacity import Capacity
 from llmrun_runtime.control.autoscaling.cold_starts import ColdStarts
@@ -42,6 +42,8 @@ SURPLUS_S = 10.0
 WARM_S = 600.0
 # Replicas report twice per second. After a restart, control waits this long for those that Serve runs.
 FIRST_TABLE_S = 2.0
+# After ticks have failed for this long, control says so to the ingresses.
+FAILING_S = 10.0
 # An engine that dies sooner after it was ready counts as a failed start.
 STABLE_S = 300.0
 
@@ -81,6 +83,9 @@ class Autoscaler:
             models=models, registry=registry, serve_apps=serve_apps, states=self._states, nodes=nodes, head=head
         )
         self._first_tick = 0.0
+        self.failure = ""
+        """Why the last tick failed for all models; "" if it did not."""
+        self._failing_since = 0.0
         self._kicked = asyncio.Event()
         self._urgent = asyncio.Event()
         self._table_changed = asyncio.Condition()
@@ -221,6 +226,7 @@ class Autoscaler:
         """Return the table as soon as it differs from the one given, or unchanged after `timeout` seconds.
 
         Raises TimeoutError if there is no complete table by then: an ingress keeps the table of an earlier control.
+        Raises ClusterError if ticks have failed for FAILING_S: the table is old then, and ingresses are not ready.
         """
         async with self._table_changed:
             if not self.table.number:
@@ -230,6 +236,9 @@ class Autoscaler:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(timeout):
                         await self._table_changed.wait()
+            is_new = (self.table.epoch, self.table.number) != (epoch, number)
+            if self.failure and not is_new and time.monotonic() - self._failing_since > FAILING_S:
+                raise ClusterError(self.failure)
             return self.table
 
     async def run(self) -> None:
@@ -244,8 +253,11 @@ class Autoscaler:
             self._urgent.clear()
             try:
                 await self.tick(last)
-            except Exception:
+                self.failure, self._failing_since = "", 0.0
+            except Exception as error:
                 log.exception("autoscaler tick failed, retrying")
+                self.failure = f"control cannot manage any model: {type(error).__name__}: {error}. See control.log"
+                self._failing_since = self._failing_since or last
                 self.on_error("autoscaler")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TICK_S):

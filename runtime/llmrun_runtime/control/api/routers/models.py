@@ -15,7 +15,8 @@ router = APIRouter()
 @router.get("/status")
 async def status(plane: Plane) -> Status:
     """Return the status of all models."""
-    return Status(url=plane.url, models=plane.autoscaler.statuses(), warnings=plane.disk_watch.warnings())
+    failures = (plane.autoscaler.failure,) if plane.autoscaler.failure else ()
+    return Status(url=plane.url, models=plane.autoscaler.statuses(), warnings=(*failures, *plane.disk_watch.warnings()))
 
 
 @router.get("/specs")
