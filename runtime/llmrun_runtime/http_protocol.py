@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import weakref
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -56,14 +58,17 @@ class HeaderDeadlineProtocol(HttpToolsProtocol):
         The kernel answers bytes that arrive after a close with a reset, and the client's kernel then discards the
         response before the client has read it.
         """
+        if self._lingering:
+            return
         uploading = self.cycle and self.cycle.response_complete and self.cycle.more_body
-        if self._lingering or transport.is_closing() or not uploading or not transport.can_write_eof():
+        if transport.is_closing() or not uploading or not transport.can_write_eof():
             transport.close()
             return
         self._lingering = True
-        transport.resume_reading()  # uvicorn may have paused it
-        transport.write_eof()
         self.loop.call_later(self.linger, transport.close)
+        transport.resume_reading()  # uvicorn may have paused it
+        with contextlib.suppress(OSError):  # the client has just reset the connection
+            transport.write_eof()
 
     def _start_deadline(self) -> None:
         self._deadline = self.loop.call_later(self.headers_timeout, self.transport.close)
@@ -75,14 +80,21 @@ class HeaderDeadlineProtocol(HttpToolsProtocol):
 
 
 class _LingeringTransport:
-    """The connection's transport, whose `close` is the protocol's."""
+    """The connection's transport, whose `close` is the protocol's.
+
+    The protocol refers to it, so it must not refer to the protocol: with a cycle, closed connections and what they
+    received would stay in memory until a garbage collection.
+    """
 
     def __init__(self, transport: asyncio.Transport, protocol: HeaderDeadlineProtocol) -> None:
         self._transport = transport
-        self._protocol = protocol
+        self._protocol = weakref.ref(protocol)
 
     def close(self) -> None:
-        self._protocol.close(self._transport)
+        if protocol := self._protocol():
+            protocol.close(self._transport)
+        else:
+            self._transport.close()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)

@@ -153,3 +153,14 @@ def test_a_body_of_very_many_values_is_not_parsed(value: bytes) -> None:
 def test_a_large_text_is_parsed() -> None:
     body = json.dumps({"model": "m", "prompt": "so, and so, " * 2**18}).encode()
     assert parse_request(body).model == "m"
+
+
+@pytest.mark.parametrize("colon", [":", " :"])
+def test_a_body_of_very_many_keys_is_not_parsed(colon: str) -> None:
+    keys = ",".join(f'"{number:x}"{colon}1' for number in range(1_990_000))
+    with pytest.raises(HTTPError, match="250,000 keys"):
+        parse_request(f'{{"model": "m", {keys}}}'.encode())
+
+
+def test_a_text_of_many_colons_is_parsed() -> None:
+    assert parse_request(json.dumps({"model": "m", "prompt": "at 12:30:01 " * 2**18}).encode()).model == "m"

@@ -67,6 +67,25 @@ async def test_a_failing_app_is_not_the_engines_end() -> None:
         await guarded(app, lambda app: False, {"type": "http"}, None, Server(0).send)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("started", [False, True])
+async def test_an_exception_of_a_dying_engine_is_its_end(started: bool) -> None:
+    server = Server(at=9)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if started:
+            await send(START)
+        server.ended = True
+        raise OSError("the socket of the engine is gone")
+
+    run = guarded(app, lambda _: server.ended, {"type": "http"}, None, server.send)  # type: ignore[arg-type]
+    if started:
+        with pytest.raises(EngineEndedError):
+            await run
+    else:
+        await run
+    assert server.sent[0]["status"] == (200 if started else 503)
+
+
 def test_vllm_tells_when_its_core_has_died() -> None:
     has_ended = get_engine("vllm").has_ended
     assert not has_ended(None) and not has_ended(SimpleNamespace(state=SimpleNamespace()))

@@ -76,3 +76,33 @@ async def test_a_replica_that_serve_no_longer_runs_is_forgotten(serve: Serve) ->
     registry.expire(EXPIRED)
     await HungReplicas(registry, lambda *_: pytest.fail("it was ended")).check(DUE)
     assert not registry.silent
+
+
+async def test_a_replica_that_cannot_be_ended_is_tried_again(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry, hung_ids = Registry(), list[str]()
+    hung = HungReplicas(registry, lambda report, _: hung_ids.append(report.id))
+    registry.report(report(), now=0)
+    registry.expire(EXPIRED)
+    with monkeypatch.context() as broken:
+        broken.setattr(hung_replicas, "kill_serve_replica", lambda actor: int(actor) > 0)  # ValueError, as Ray's
+        await hung.check(DUE)
+    assert registry.silent and not hung_ids
+    await hung.check(DUE)
+    assert serve.killed == hung_ids == ["r1"]
+
+
+async def test_a_replica_that_reports_while_another_is_ended_stays(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = Registry()
+    for replica in ("r1", "r2"):
+        registry.report(report(replica=replica), now=0)
+    registry.expire(EXPIRED)
+
+    def kill(actor: str) -> bool:
+        registry.report(report(replica="r2"), now=DUE)
+        return serve.kill(actor)
+
+    monkeypatch.setattr(hung_replicas, "kill_serve_replica", kill)
+    await HungReplicas(registry, lambda *_: None).check(DUE)
+    assert serve.killed == ["r1"]

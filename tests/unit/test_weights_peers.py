@@ -118,7 +118,8 @@ def test_the_pins_checksums_win_over_another_nodes(
         entry.digests = {name: entry.digests[name] for name in kept}
     other.manifest = manifest.model_dump_json()
     files, stored = fetched(node, pin, other)
-    assert files == real and "config.json" in other.sent, "its files were read, and refused"
+    assert files == real
+    assert ("config.json" in other.sent) is ("md5" not in kept), "it is not asked for files that differ, as it says"
     assert {name: entry.digests for name, entry in stored.entries.items()} == {
         file.name: file.digests for file in pin.files
     }
@@ -173,6 +174,7 @@ def test_files_whose_etag_is_no_md5_come_from_the_store(
     other.claims(pin)
     proxy.fault.headers = {"x-amz-server-side-encryption": "aws:kms"}
     assert fetched(node, pin, other)[0] == real
+    assert not set(other.sent) & real.keys(), "its copies would be refused"
 
 
 async def test_a_token_that_is_not_ascii_is_refused(tmp_path: Path) -> None:

@@ -11,6 +11,9 @@ import logging
 import time
 from collections.abc import Callable
 
+import ray
+from ray.serve.exceptions import RayServeException
+
 from llmrun_runtime.control.state.registry import Registry
 from llmrun_runtime.ray_internals import kill_serve_replica
 from llmrun_runtime.wire.reports import LEASE_S, ReplicaReport
@@ -37,9 +40,16 @@ class HungReplicas:
     async def check(self, now: float) -> None:
         """End those that have been silent for too long, if Serve still runs them. `now` is monotonic."""
         silent = self._registry.silent
-        for report in [report for report, since in silent.values() if now - since > SILENT_S]:
-            del silent[report.id]
-            if await asyncio.to_thread(kill_serve_replica, report.id):
+        for report, since in list(silent.values()):
+            if now - since <= SILENT_S or report.id not in silent:  # it has reported meanwhile, or stopped
+                continue
+            try:
+                killed = await asyncio.to_thread(kill_serve_replica, report.id)
+            except (ray.exceptions.RayError, RayServeException, ValueError) as error:  # it may just be ending
+                log.warning("%r does not report, and could not be ended: %r", report, error)
+                continue
+            silent.pop(report.id, None)
+            if killed:
                 cause = f"its replica did not report for {LEASE_S + SILENT_S:g} s, so it was ended"
                 log.warning("%r: %s", report, cause)
                 self._on_hung(report, cause)

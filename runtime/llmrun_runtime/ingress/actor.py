@@ -236,6 +236,7 @@ class IngressActor:
                     "watch", current.epoch, current.number, POLL_S, timeout=POLL_S + CALL_TIMEOUT_S
                 )
             except NoControl:
+                self._readiness.control_cause = ""
                 if not self._ended:
                     log.warning("there is no actor control: creating it")
                     await asyncio.to_thread(self._actors.create_control)

@@ -158,8 +158,7 @@ class Ingress:
             await (work if scope["method"] in METHODS_WITH_BODY else cancel_on_disconnect(work, receive))
         except UpstreamUnavailable as error:
             message = f"control is not reachable ({error}). It is being restarted; retry in a few seconds"
-            if cause := self._readiness.control_cause:
-                message = f"control cannot start: {cause}"
+            message = self._readiness.control_cause or message
             raise HTTPError(503, message, "control_away", "service_unavailable", retry_after=2) from None
 
     def _http(self) -> aiohttp.ClientSession:

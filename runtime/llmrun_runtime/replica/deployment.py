@@ -84,10 +84,11 @@ class Replica:
         await self._report()
         if was_ready and not self._failed:
             await self._drain()
-        for task in (self._starting, self._reporting):
-            task.cancel()
-        await asyncio.gather(self._starting, self._reporting, return_exceptions=True)
-        await self._end_engine()
+        self._starting.cancel()
+        await asyncio.gather(self._starting, return_exceptions=True)
+        await self._end_engine()  # it still reports: control ends replicas that are silent, and this can take 53 s
+        self._reporting.cancel()
+        await asyncio.gather(self._reporting, return_exceptions=True)
         self._write_line("stopped")
         await self._call_control("stopped", self._make_report())
 

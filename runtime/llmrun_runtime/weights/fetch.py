@@ -185,7 +185,10 @@ class Fetcher:
                         rechecked.add(file.name)  # another process finished after this one looked
                         elsewhere.append(file)
                         continue
-                    downloads.append(FileDownload(file, data, list(readers), peer_digests.get(file.name, {})))
+                    theirs = peer_digests.get(file.name, {})
+                    # Other nodes say themselves that theirs differs: the pin's "md5" of an encrypted object is none.
+                    differs = mismatch(theirs, file.digests) and not self._pin.imported
+                    downloads.append(FileDownload(file, data, readers[-1:] if differs else list(readers), theirs))
                 self._evict_for(downloads, {*in_use, *(entry.place for entry in entries.values())})
 
                 def adopt(download: FileDownload, digests: dict[str, str]) -> None:

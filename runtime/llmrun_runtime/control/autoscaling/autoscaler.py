@@ -230,16 +230,24 @@ class Autoscaler:
         """
         async with self._table_changed:
             if not self.table.number:
-                async with asyncio.timeout(timeout):
-                    await self._table_changed.wait_for(lambda: self.table.number)
+                try:
+                    async with asyncio.timeout(timeout):
+                        await self._table_changed.wait_for(lambda: self.table.number)
+                except TimeoutError:
+                    self._check_ticks()
+                    raise
             if (self.table.epoch, self.table.number) == (epoch, number):
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(timeout):
                         await self._table_changed.wait()
-            is_new = (self.table.epoch, self.table.number) != (epoch, number)
-            if self.failure and not is_new and time.monotonic() - self._failing_since > FAILING_S:
-                raise ClusterError(self.failure)
+            if (self.table.epoch, self.table.number) == (epoch, number):
+                self._check_ticks()
             return self.table
+
+    def _check_ticks(self) -> None:
+        """Raise ClusterError if ticks have failed for all models for FAILING_S."""
+        if self.failure and time.monotonic() - self._failing_since > FAILING_S:
+            raise ClusterError(self.failure)
 
     async def run(self) -> None:
         """Tick every TICK_S, at once after `kick_now`, and after `kick`, but then MIN_TICK_S apart. Never returns."""

@@ -195,10 +195,12 @@ class Prover:
 
     async def _nodes(self) -> list[Node]:
         """Return the nodes, without the resources that the replicas of other proofs are about to take."""
+        # A proof that is placed while the nodes are read may be missing in them.
+        unplaced = [proof for proof in self._proofs.values() if not proof.placed.is_set()]
         nodes = await asyncio.to_thread(cluster_nodes)
-        for proof in self._proofs.values():
-            if not proof.placed.is_set():
-                nodes = _without(proof.placement, nodes)
+        unplaced += [proof for proof in self._proofs.values() if not proof.placed.is_set() and proof not in unplaced]
+        for proof in unplaced:
+            nodes = _without(proof.placement, nodes)
         return nodes
 
 

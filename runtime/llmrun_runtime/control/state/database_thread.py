@@ -88,6 +88,9 @@ class DatabaseThread:
         except SQLAlchemyError as error:
             self._last_error = f" (before that: {first_line(error)})"
             raise
+        except Exception:
+            self._last_error = ""  # the database answered
+            raise
         else:
             self._last_error = ""
             return result

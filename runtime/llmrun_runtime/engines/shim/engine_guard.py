@@ -20,19 +20,21 @@ async def guarded(app: App, has_ended: Callable[[Any], bool], scope: Scope, rece
     the engine's answer: a response that has not started becomes a 503 that tells the ingress so, one that has started
     raises EngineEndedError.
     """
-    started = ended = False
+    started = ended = complete = False
 
     async def send_if_alive(message: Message) -> None:
-        nonlocal started, ended
+        nonlocal started, ended, complete
         if ended or has_ended(scope.get("app")):
             ended = True
             raise EngineEndedError("the engine has ended")
         started = True
+        complete = message["type"] == "http.response.body" and not message.get("more_body")
         await send(message)
 
     try:
         await app(scope, receive, send_if_alive)
     except Exception:
+        ended = ended or (not complete and has_ended(scope.get("app")))
         if not ended:
             raise
     if not ended:

@@ -33,6 +33,8 @@ LARGE_BYTES = 256 * 2**10
 # seconds and a GiB of memory; with these limits, it is a fraction of a second. Commas in texts count, too.
 MAX_CONTAINERS = 250_000
 MAX_COMMAS = 2_000_000
+MAX_KEYS = 250_000
+_KEY = re.compile(rb'"\s*:')
 
 
 def _spelling(key: str) -> re.Pattern[bytes]:
@@ -80,8 +82,13 @@ def _check_size(body: bytes) -> None:
     """Raise HTTPError (400) for a body with so many values that parsing it would delay other requests."""
     if len(body) <= LARGE_BYTES:
         return
-    if body.count(b"[") + body.count(b"{") > MAX_CONTAINERS or body.count(b",") > MAX_COMMAS:
-        message = f"request body has over {MAX_CONTAINERS:,} objects and arrays or {MAX_COMMAS:,} values. Split it"
+    many = body.count(b"[") + body.count(b"{") > MAX_CONTAINERS or body.count(b",") > MAX_COMMAS
+    many = many or (body.count(b":") > MAX_KEYS and any(islice(_KEY.finditer(body), MAX_KEYS, None)))
+    if many:
+        message = (
+            f"request body has over {MAX_CONTAINERS:,} objects and arrays, {MAX_KEYS:,} keys or {MAX_COMMAS:,} values. "
+            f"Split it"
+        )
         raise HTTPError(400, message, "too_many_values")
 
 
