@@ -40,3 +40,26 @@ def test_counts_stay_until_control_has_acknowledged_them() -> None:
     assert unreported.usage() == (("a", "", 2, 2, 2, 0),) and unreported.since == 3, "it changed while it was sent"
     unreported.acknowledge(report(usage=unreported.usage()))
     assert unreported.usage() == ()
+
+
+async def test_a_replica_reports_until_its_engine_has_ended() -> None:
+    """Control ends replicas that are silent for 20 s, and the end of an engine can take longer."""
+    reporting_at_the_end: list[bool] = []
+
+    async def forever() -> None:
+        await asyncio.Event().wait()
+
+    async def done(*_: Any) -> None:
+        pass
+
+    async def end_engine() -> None:
+        reporting_at_the_end.append(not replica._reporting.done())
+
+    replica: Any = SimpleNamespace(_state="starting", _failed="", _write_line=lambda _: None, _make_report=report)
+    replica._starting, replica._reporting = asyncio.create_task(forever()), asyncio.create_task(forever())
+    replica._report = replica._call_control = done
+    replica._end_engine = end_engine
+    await asyncio.sleep(0)
+    await Replica.__del__(replica)
+    assert reporting_at_the_end == [True]
+    assert replica._starting.cancelled() and replica._reporting.cancelled()
