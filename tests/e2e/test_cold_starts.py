@@ -165,7 +165,7 @@ def test_two_models_on_one_gpu_evict_each_other(cluster: Home, tiny: str, tmp_pa
         until(lambda: cluster.run("deploy", app, "--lazy").returncode == 0, 60, "the node joins the cluster")
         for model, other in (("left", "right"), ("right", "left"), ("left", "right")):
             assert cluster.ask(model).status_code == 200
-            assert cluster.status(model)["state"] == "hot"
+            cluster.wait_for(model, "hot", 5)
             assert cluster.status(other)["state"] in ("cold", "draining")
         assert f"evicted to free resources for {model}" in cluster.status(other)["cause"]
         cluster.unload()

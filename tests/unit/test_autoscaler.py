@@ -180,6 +180,10 @@ async def test_replicas_that_started_together_and_fail_count_as_one_failure(clus
     await cluster.tick()
     route = cluster.autoscaler.table.models["one"]
     assert route.failures == 1 and not route.paused
+    late = factories.report("starting", "late", model="one")
+    cluster.autoscaler.replica_failed(late, "no store", time.monotonic())  # Serve started it again, before target 0
+    assert cluster.autoscaler._states["one"].failure.count == 1  # type: ignore[union-attr]
+    cluster.serve.targets["one"] = 1
     cluster.autoscaler.replica_failed(factories.report("starting", "later", model="one"), "no store", time.monotonic())
     await cluster.tick()
     assert cluster.autoscaler.table.models["one"].failures == 2
@@ -295,6 +299,28 @@ async def test_ticks_that_fail_for_all_models_are_told_to_ingresses_and_status(
         assert await autoscaler.watch(table.epoch, table.number, 0.01) is table
     finally:
         running.cancel()
+
+
+async def test_a_deploy_waits_until_every_ingress_has_the_new_table(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    autoscaler = cluster.autoscaler
+    cluster.deploy("one")
+    await asyncio.wait_for(autoscaler.wait_until_routed("one"), 0.1)  # there is no ingress
+    for ingress in ("a", "b"):
+        cluster.registry.report_traffic(ingress, {}, time.monotonic())
+    waiting = asyncio.create_task(autoscaler.wait_until_routed("one"))
+    await cluster.tick()
+    table = autoscaler.table
+    for _ in range(2):
+        assert not waiting.done()
+        await autoscaler.watch(table.epoch, table.number - 1, 0.01)  # an ingress with the table before
+        await autoscaler.watch(table.epoch, table.number, 0.01)
+        await asyncio.sleep(0.01)
+    await asyncio.wait_for(waiting, 0.1)
+    monkeypatch.setattr(autoscaler_module, "ROUTED_S", 0.05)
+    cluster.deploy("other")  # its table is never published
+    await asyncio.wait_for(autoscaler.wait_until_routed("other"), 0.5)
 
 
 async def test_a_draining_replica_does_not_count_as_placed(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,6 +207,7 @@ async def test_a_timeout_says_why_the_call_before_it_failed(monkeypatch: pytest.
 
     try:
         thread.submit(wait_for_lock)
+        thread.submit(lambda: None)  # reads succeed meanwhile
         thread.submit(release.wait)
         with pytest.raises(DatabaseTimeout) as raised:
             await thread.run(lambda: None)
@@ -214,6 +215,7 @@ async def test_a_timeout_says_why_the_call_before_it_failed(monkeypatch: pytest.
         release.set()
         assert await thread.run(lambda: 1) == 1
         release.clear()
+        await asyncio.sleep(0.3)  # long ago
         thread.submit(release.wait)
         with pytest.raises(DatabaseTimeout) as raised:
             await thread.run(lambda: None)

@@ -44,6 +44,8 @@ WARM_S = 600.0
 FIRST_TABLE_S = 2.0
 # After ticks have failed for this long, control says so to the ingresses.
 FAILING_S = 10.0
+# Ingresses receive a new table within milliseconds. A deploy does not wait longer for one that is stuck.
+ROUTED_S = 2.0
 # An engine that dies sooner after it was ready counts as a failed start.
 STABLE_S = 300.0
 
@@ -86,6 +88,9 @@ class Autoscaler:
         self.failure = ""
         """Why the last tick failed for all models; "" if it did not."""
         self._failing_since = 0.0
+        self._polled = asyncio.Condition()
+        self._polls = (0, 0)
+        """The current table's number, and how many calls of `watch` have had it."""
         self._kicked = asyncio.Event()
         self._urgent = asyncio.Event()
         self._table_changed = asyncio.Condition()
@@ -127,8 +132,8 @@ class Autoscaler:
     def replica_failed(self, report: ReplicaReport, cause: str, first_seen: float) -> None:
         """Count a failed start of the active version: waiting requests fail with `cause`, the model backs off.
 
-        Replicas that started together fail together, and count as one failure. `first_seen` is the time of the
-        replica's first report (monotonic).
+        Replicas that started together fail together, and count as one failure; so does one that Serve started again
+        before its target was lowered. `first_seen` is the time of the replica's first report (monotonic).
         """
         row = self._models.get(report.model)
         if not row or row.engine_version != report.version:
@@ -136,7 +141,7 @@ class Autoscaler:
         state = self._states[row.name]
         self._cold_starts.end(row.name, row.engine_version, "failed")
         last, now = state.failure, time.monotonic()
-        if last and first_seen < last.at:
+        if last and (first_seen < last.at or not self._serve_apps.target(row.name, row.engine_version)):
             log.warning("%s v%d: another replica of the same start failed: %s", row.name, row.version, cause)
             return
         state.bad_nodes.failed(report.node, report.host, cause, now)
@@ -228,6 +233,7 @@ class Autoscaler:
         Raises TimeoutError if there is no complete table by then: an ingress keeps the table of an earlier control.
         Raises ClusterError if ticks have failed for FAILING_S: the table is old then, and ingresses are not ready.
         """
+        await self._note_poll(epoch, number)
         async with self._table_changed:
             if not self.table.number:
                 try:
@@ -243,6 +249,28 @@ class Autoscaler:
             if (self.table.epoch, self.table.number) == (epoch, number):
                 self._check_ticks()
             return self.table
+
+    async def _note_poll(self, epoch: str, number: int) -> None:
+        """Count the calls of ingresses that have the current table: each makes one at least."""
+        if (epoch, number) == (self.table.epoch, self.table.number):
+            async with self._polled:
+                counted, calls = self._polls
+                self._polls = (number, calls + 1 if counted == number else 1)
+                self._polled.notify_all()
+
+    async def wait_until_routed(self, model: str) -> None:
+        """Return when all ingresses have a table with the model's active version, or after ROUTED_S."""
+
+        def is_routed() -> bool:
+            route, row = self.table.models.get(model), self._models.get(model)
+            counted, calls = self._polls
+            has_version = route is not None and row is not None and route.version == row.version
+            return has_version and calls >= len(self._registry.ingresses) and counted == self.table.number
+
+        if self._registry.ingresses:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(ROUTED_S), self._polled:
+                    await self._polled.wait_for(is_routed)
 
     def _check_ticks(self) -> None:
         """Raise ClusterError if ticks have failed for all models for FAILING_S."""

@@ -237,6 +237,7 @@ class Rollout:
         self.sources[row.app] = source
         self._autoscaler.activate(row)
         self._adapters.activate(row.name)
+        await self._autoscaler.wait_until_routed(row.name)  # so that a request right after the deploy is served
 
     async def remove_all(self, removals: list[str], operation: Operation) -> None:
         """Remove the models of a deploy that are left to remove."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
@@ -33,8 +34,8 @@ class DatabaseThread:
         self._lock = threading.Lock()
         self._pending = 0
         self._current = threading.local()
-        self._last_error = ""
-        """What the last work failed with; "" if it succeeded. It explains why the work behind it waits."""
+        self._last_error = ("", 0.0)
+        """What work failed with last, and when (monotonic). It explains why the work behind it waits."""
 
     async def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run `work` and return its result.
@@ -48,7 +49,7 @@ class DatabaseThread:
         if not done:
             given_up.set()
             result.cancel()
-            raise DatabaseTimeout(f"no response within {CALL_TIMEOUT_S:g} s{self._last_error}")
+            raise DatabaseTimeout(f"no response within {CALL_TIMEOUT_S:g} s{self._recent_error()}")
         return result.result()
 
     def submit(self, work: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
@@ -86,16 +87,20 @@ class DatabaseThread:
         except DatabaseTimeout:
             raise
         except SQLAlchemyError as error:
-            self._last_error = f" (before that: {first_line(error)})"
-            raise
-        except Exception:
-            self._last_error = ""  # the database answered
+            self._last_error = (first_line(error), time.monotonic())
             raise
         else:
-            self._last_error = ""
             return result
         finally:
             self._current.given_up = None
+
+    def _recent_error(self) -> str:
+        """Return the last error if it can be the reason for a timeout now.
+
+        A success in between does not matter: a locked SQLite file can still be read.
+        """
+        error, when = self._last_error
+        return f" (before that: {error})" if error and time.monotonic() - when < CALL_TIMEOUT_S else ""
 
     def close(self) -> None:
         """Wait for all work, and accept no more."""
