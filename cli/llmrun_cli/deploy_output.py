@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.text import Text
 
 from llmrun.errors import DeployError
 from llmrun.wire import Change, Event, Plan
+from llmrun_cli.app_files.package import CodePackage
 from llmrun_cli.progress import show_progress
 from llmrun_cli.terminal import err, note, out
 
 CHANGE_MARKS = {"add": ("+", "green"), "change": ("~", "yellow"), "tune": ("~", "yellow"), "remove": ("-", "red")}
 EVENT_MARKS = {"unproven": ("!", "yellow"), "removed": ("-", "red")}
+SHOWN_FILES = 8
 EVENT_VERBS = {"ready": "ready", "removed": "removed", "tuned": "changed"}
 
 
@@ -28,6 +30,20 @@ def show_plan(plan: Plan, *, prune: bool = False) -> None:
                 err.print(Text(f"    {line}", style=style))
         if change.kind == "remove" and not prune:
             err.print(Text("    no longer in the file", style="dim"))
+
+
+def show_code(code: CodePackage, *, whole: bool) -> None:
+    """Print which files go to the nodes, and which were left out; with `whole`, all of their names."""
+    count = f"{len(code.files)} file{'s' if len(code.files) > 1 else ''}"
+    note(f"  code: {count}, {len(code.data) / 2**10:.0f} KiB: {_listed(code.files, whole=whole)}", "dim")
+    if code.secrets:
+        note(f"  left out, may contain secrets: {_listed(code.secrets, whole=whole)}", "yellow")
+
+
+def _listed(names: Sequence[str], *, whole: bool) -> str:
+    shown = names if whole else names[:SHOWN_FILES]
+    more = f" and {len(names) - len(shown)} more (`--dry-run` lists all)" if len(names) > len(shown) else ""
+    return ", ".join(shown) + more
 
 
 def _headline(change: Change) -> str:

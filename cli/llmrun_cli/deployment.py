@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import getpass
 import socket
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from llmrun.app_file import resolve_paths
@@ -14,7 +14,7 @@ from llmrun.errors import AppError, DeployError
 from llmrun.spec import DNS_LABEL, Code, ModelSpec, to_label
 from llmrun.weights import is_path
 from llmrun.wire import Change, DeployRequest, Event, Plan
-from llmrun_cli.app_files.package import pack
+from llmrun_cli.app_files.package import CodePackage, pack
 from llmrun_cli.app_files.python_file import LoadedModel, load_app
 from llmrun_cli.app_files.yaml_file import SUFFIXES as YAML_SUFFIXES
 from llmrun_cli.app_files.yaml_file import read_yaml
@@ -32,10 +32,10 @@ class LoadedApp:
 
 @dataclass(frozen=True)
 class PreparedDeploy:
-    """A deploy request, the code packages it refers to by their digest, and warnings about the app file."""
+    """A deploy request, the code package that it refers to, and warnings about the app file."""
 
     request: DeployRequest
-    packages: Mapping[str, bytes] = field(default_factory=dict)
+    code: CodePackage | None = None
     warnings: Sequence[str] = ()
 
 
@@ -73,19 +73,17 @@ def from_file(target: str, app_name: str = "") -> PreparedDeploy:
     """Prepare a deploy of `PATH[::NAME]`; packs the file's folder if a class has code. Raises AppError."""
     app = load(target)
     path = app.path.absolute()
-    packages: dict[str, bytes] = {}
-    digest = ""
+    code = None
     if any(model.needs_code for model in app.models):
         weights = {Path(model.spec.path).expanduser() for model in app.models if model.spec.path}  # used in place
-        digest, package = pack(path.parent, exclude=weights)
-        packages[digest] = package
+        code = pack(path.parent, exclude=weights)
     request = DeployRequest(
         app=_app_name(app_name, path.parent.name if path.stem == "app" else path.stem),
         source=f"{socket.gethostname()}:{path}",
-        specs=tuple(_spec_with_code(model, path, digest) for model in app.models),
+        specs=tuple(_spec_with_code(model, path, code) for model in app.models),
         only="::" in target,
     )
-    return PreparedDeploy(request, packages, app.warnings)
+    return PreparedDeploy(request, code, app.warnings)
 
 
 def from_model(
@@ -102,10 +100,9 @@ def from_model(
 
 
 def make_plan(client: Client, prepared: PreparedDeploy) -> Plan:
-    """Upload the code packages that control does not have; return the changes that the deploy would make."""
-    for digest, package in prepared.packages.items():
-        if not client.has_package(digest):
-            client.put_package(digest, package)
+    """Upload the code package if control does not have it; return the changes that the deploy would make."""
+    if prepared.code and not client.has_package(prepared.code.digest):
+        client.put_package(prepared.code.digest, prepared.code.data)
     return client.plan(prepared.request)
 
 
@@ -153,10 +150,10 @@ def _app_name(name: str, default: str) -> str:
     return name or to_label(default)
 
 
-def _spec_with_code(model: LoadedModel, path: Path, digest: str) -> ModelSpec:
-    if not model.needs_code:
+def _spec_with_code(model: LoadedModel, path: Path, package: CodePackage | None) -> ModelSpec:
+    if not model.needs_code or not package:
         return model.spec
-    code = Code(package=digest, file=path.name, cls=model.cls, hooks=model.hooks)
+    code = Code(package=package.digest, file=path.name, cls=model.cls, hooks=model.hooks)
     return model.spec.model_copy(update={"code": code})
 
 

@@ -19,10 +19,10 @@ import typer
 from llmrun.errors import AppError, DeployError
 from llmrun.wire import Event
 from llmrun_cli import deployment
-from llmrun_cli.app_files.package import pack
+from llmrun_cli.app_files.package import CodePackage, pack
 from llmrun_cli.app_files.python_file import load_app
 from llmrun_cli.client import Client
-from llmrun_cli.deploy_output import show_events
+from llmrun_cli.deploy_output import show_code, show_events
 from llmrun_cli.terminal import exit_on_interrupt
 from tests.support.cluster import Home, until, write_app
 from tests.support.reference import commands
@@ -118,7 +118,7 @@ def test_an_app_file_may_import_its_neighbours_and_print(tmp_path: Path, capfd: 
 
 
 def test_packages_are_the_same_for_the_same_files(tmp_path: Path) -> None:
-    packages: list[tuple[str, bytes]] = []
+    packages: list[CodePackage] = []
     for folder in (tmp_path / "one", tmp_path / "two"):
         for name in ("app.py", "sub/helper.py", "sub/deep.txt", "skip/x.py", "__pycache__/app.pyc", "weights/w.bin"):
             path = folder / name
@@ -129,8 +129,61 @@ def test_packages_are_the_same_for_the_same_files(tmp_path: Path) -> None:
         os.utime(folder / "app.py", (len(packages), len(packages)))
         packages.append(pack(folder, exclude=[folder / "weights"]))
     assert packages[0] == packages[1]
-    with zipfile.ZipFile(BytesIO(packages[0][1])) as package:
+    with zipfile.ZipFile(BytesIO(packages[0].data)) as package:
         assert package.namelist() == [".gitignore", "app.py", "sub/.llmrunignore", "sub/helper.py"]
+    assert packages[0].files == (".gitignore", "app.py", "sub/.llmrunignore", "sub/helper.py")
+
+
+def test_a_package_contains_no_secrets_and_no_home(tmp_path: Path) -> None:
+    secrets = [".env", "config/.env.production", ".aws/credentials", ".ssh/config", "keys/id_ed25519", "tls/server.key"]
+    homes = ["state/admin.key", "state/llmrun.db", "other/ray.token", "other/logs/control.log"]
+    code = ["app.py", ".env.example", "config/settings.toml", "keys/public.txt", "environment.py"]
+    for name in [*secrets, *homes, *code]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / ".llmrunignore").write_text("!.env\n")  # cannot include it again
+    (tmp_path / "innocent.txt").symlink_to(tmp_path / ".env")
+    (tmp_path / "nothing").symlink_to(tmp_path / "missing")
+    package = pack(tmp_path)
+    assert sorted(package.files) == sorted([*code, ".llmrunignore"])
+    left_out = {".env", "config/.env.production", ".aws/", ".ssh/", "keys/id_ed25519", "tls/server.key", "innocent.txt"}
+    assert set(package.secrets) == left_out | {"state/", "other/"}
+
+
+def test_a_package_does_not_follow_links_out_of_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "notes.txt").write_text("x")
+    app = write_app(tmp_path / "app" / "app.py", "")
+    (app.parent / "sub").mkdir()
+    inside = app.parent / "sub" / "same.py"
+    inside.symlink_to(app)
+    assert pack(app.parent).files == ("app.py", "sub/same.py")
+    for target in (tmp_path / "private", tmp_path / "private" / "notes.txt"):
+        link = app.parent / "sub" / "link"
+        link.symlink_to(target)
+        with pytest.raises(AppError, match=r"sub/link: the link leads out of the app's folder, to .*llmrunignore"):
+            pack(app.parent)
+        (app.parent / ".llmrunignore").write_text("link\n")
+        assert "sub/link" not in pack(app.parent).files
+        (app.parent / ".llmrunignore").unlink()
+        link.unlink()
+
+
+def test_a_home_folder_is_not_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "users" / "me"))
+    (tmp_path / "users" / "me").mkdir(parents=True)
+    for folder in (tmp_path / "users" / "me", tmp_path / "users", Path("/")):
+        with pytest.raises(AppError, match=r"would contain your home folder.*a folder of its own"):
+            pack(folder)
+
+
+def test_a_plan_lists_the_files_of_its_code(capsys: pytest.CaptureFixture[str]) -> None:
+    code = CodePackage("0", b"x" * 2048, tuple(f"f{number}.py" for number in range(12)), (".env",))
+    show_code(code, whole=False)
+    assert "code: 12 files, 2 KiB: f0.py" in (shown := " ".join(capsys.readouterr().err.split()))
+    assert "f7.py and 4 more" in shown and "f8.py" not in shown and "left out, may contain secrets: .env" in shown
+    show_code(code, whole=True)
+    assert "f11.py" in capsys.readouterr().err
 
 
 def test_a_package_that_is_too_large_names_its_largest_files(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Packs an app's folder into a zip. The same files give the same bytes."""
+"""Packs an app's folder into a zip. The same files give the same bytes.
+
+A package goes to the cluster's database and to every node, so secrets never become part of it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import io
 import os
 import zipfile
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 from pathspec import GitIgnoreSpec
@@ -16,16 +20,52 @@ from llmrun.wire import MAX_PACKAGE_BYTES
 
 IGNORE_FILES = (".gitignore", ".llmrunignore")
 ALWAYS_IGNORED = ("__pycache__/", "*.pyc", ".git/", ".venv/", "venv/", ".mypy_cache/", ".ruff_cache/", ".pytest_cache/")
+# Nothing takes these along: no rule of an ignore file can include them again.
+SECRETS = (
+    *(".env", ".env.*", "!.env.example", "!.env.sample", "!.env.template", ".envrc", ".netrc", "_netrc", ".pgpass"),
+    *(".npmrc", ".pypirc", ".git-credentials", ".boto", ".s3cfg", ".htpasswd", ".vault-token"),
+    *(".ssh/", ".aws/", ".azure/", ".config/gcloud/", ".docker/", ".gnupg/", ".huggingface/", ".kube/", ".modal.toml"),
+    *("id_rsa", "id_dsa", "id_ecdsa", "id_ed25519", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.kdbx"),
+    *(
+        "application_default_credentials.json",
+        "client_secret*.json",
+        "*service-account*.json",
+        "*service_account*.json",
+    ),
+)
+# Of an LLMRUN_HOME, whatever its name: such a folder is left out.
+HOME_FILES = ("admin.key", "ray.token", "cluster.json")
 EPOCH = (1980, 1, 1, 0, 0, 0)
 Rules = list[tuple[Path, GitIgnoreSpec]]
 
 
-def pack(folder: Path, exclude: Collection[Path] = ()) -> tuple[str, bytes]:
-    """Return the sha256 and the bytes of a zip of `folder` without the paths in `exclude`.
+@dataclass(frozen=True)
+class CodePackage:
+    """A zip with code."""
 
-    Raises AppError above 100 MiB; the message names the largest files.
+    digest: str
+    """The sha256 of `data`, in hexadecimal."""
+    data: bytes
+    files: tuple[str, ...]
+    """The names in the zip, relative to the folder."""
+    secrets: tuple[str, ...]
+    """What was left out because it may contain secrets, relative to the folder; a folder ends in a slash."""
+
+
+def pack(folder: Path, exclude: Collection[Path] = ()) -> CodePackage:
+    """Pack `folder` without the paths in `exclude`, without secrets and without what its ignore files name.
+
+    Raises AppError if the folder is or contains the user's home folder, if a link leads out of it, and above 100 MiB;
+    that message names the largest files.
     """
-    files = sorted(_files(folder, exclude), key=lambda path: path.relative_to(folder).as_posix())
+    home = Path.home().resolve()
+    if home.is_relative_to(folder.resolve()):
+        raise AppError(
+            f"{folder}: the code package would contain your home folder ({home}): an app file with hooks takes its "
+            "whole folder along. Move the app file into a folder of its own."
+        )
+    found, secrets = _files(folder, exclude)
+    files = sorted(found, key=lambda path: path.relative_to(folder).as_posix())
     sizes = {path: path.stat().st_size for path in files}
     if (total := sum(sizes.values())) > MAX_PACKAGE_BYTES:
         largest = sorted(files, key=lambda path: -sizes[path])[:3]
@@ -42,15 +82,18 @@ def pack(folder: Path, exclude: Collection[Path] = ()) -> tuple[str, bytes]:
             info.external_attr = (0o755 if os.access(path, os.X_OK) else 0o644) << 16
             package.writestr(info, path.read_bytes())
     data = buffer.getvalue()
-    return hashlib.sha256(data).hexdigest(), data
+    names = tuple(path.relative_to(folder).as_posix() for path in files)
+    return CodePackage(hashlib.sha256(data).hexdigest(), data, names, tuple(secrets))
 
 
-def _files(folder: Path, exclude: Collection[Path]) -> list[Path]:
-    """Return the folder's files that no ignore file excludes.
+def _files(folder: Path, exclude: Collection[Path]) -> tuple[list[Path], list[str]]:
+    """Return the folder's files that no ignore file excludes, and what was left out because it may contain secrets.
 
-    As in git, an ignore file applies to its own folder and those below it.
+    As in git, an ignore file applies to its own folder and those below it. Raises AppError if a link leads out.
     """
     files: list[Path] = []
+    secrets: list[str] = []
+    is_secret, top = GitIgnoreSpec.from_lines(SECRETS), folder.resolve()
     inherited: Rules = [(folder, GitIgnoreSpec.from_lines(ALWAYS_IGNORED))]
     repository = next((parent for parent in folder.parents if (parent / ".git").exists()), None)
     for parent in folder.parents if repository and not (folder / ".git").exists() else ():
@@ -66,13 +109,27 @@ def _files(folder: Path, exclude: Collection[Path]) -> list[Path]:
                 spec.match_file(path.relative_to(base).as_posix() + slash) for base, spec in rules
             ):
                 continue
-            if path.is_dir() and not path.is_symlink():
+            if not path.exists():  # a link to nothing
+                continue
+            name = path.relative_to(folder).as_posix() + slash
+            target = path.resolve()
+            if not target.is_relative_to(top):
+                raise AppError(
+                    f"{path}: the link leads out of the app's folder, to {target}. Replace it by a copy, or list it in "
+                    ".llmrunignore."
+                )
+            # A link may have a harmless name: look at what it leads to, too.
+            if any(is_secret.match_file(of) for of in (name, target.relative_to(top).as_posix() + slash)) or any(
+                (path / file).is_file() for file in HOME_FILES
+            ):
+                secrets.append(name)
+            elif path.is_dir() and not path.is_symlink():
                 walk(path, rules)
             elif path.is_file():
                 files.append(path)
 
     walk(folder, inherited)
-    return files
+    return files, secrets
 
 
 def _rules(folder: Path) -> Rules:

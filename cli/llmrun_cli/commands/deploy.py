@@ -14,7 +14,7 @@ from llmrun.settings import Settings
 from llmrun_cli import deployment, local_cluster
 from llmrun_cli.app_files.yaml_file import schema as app_schema
 from llmrun_cli.client import Client
-from llmrun_cli.deploy_output import show_events, show_plan
+from llmrun_cli.deploy_output import show_code, show_events, show_plan
 from llmrun_cli.progress import starting_cluster
 from llmrun_cli.terminal import (
     AsJson,
@@ -77,6 +77,8 @@ def deploy(
     plan = deployment.make_plan(client, prepared)
     changed, removed = deployment.changed(plan), ", ".join(deployment.removed(plan))
     show_plan(plan, prune=prune)
+    if prepared.code and changed:
+        show_code(prepared.code, whole=dry_run)
     if dry_run:
         if not changed and not removed:
             out.print(f"{plan.app}: no changes")
