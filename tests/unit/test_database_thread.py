@@ -92,10 +92,10 @@ async def test_a_locked_database_delays_no_report_and_no_routing_table(
 async def test_a_call_that_nobody_waits_for_any_more_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database_thread, "CALL_TIMEOUT_S", 0.2)
     database = Database(f"sqlite:///{tmp_path / 'llmrun.db'}")
     assert await database.run(database.load) == ({}, {})
-    with locked(tmp_path / "llmrun.db"):
+    with locked(tmp_path / "llmrun.db"), monkeypatch.context() as patch:
+        patch.setattr(database_thread, "CALL_TIMEOUT_S", 0.2)
         for source in ("started", "queued"):
             with pytest.raises(DatabaseTimeout, match=r"no response within 0\.2 s"):
                 await database.run(database.put_app, "app", source)

@@ -82,8 +82,8 @@ def pack(folder: Path, exclude: Collection[Path] = ()) -> CodePackage:
             info.external_attr = (0o755 if os.access(path, os.X_OK) else 0o644) << 16
             package.writestr(info, path.read_bytes())
     data = buffer.getvalue()
-    names = tuple(path.relative_to(folder).as_posix() for path in files)
-    return CodePackage(hashlib.sha256(data).hexdigest(), data, names, tuple(secrets))
+    packed = tuple(path.relative_to(folder).as_posix() for path in files)
+    return CodePackage(hashlib.sha256(data).hexdigest(), data, packed, tuple(secrets))
 
 
 def _files(folder: Path, exclude: Collection[Path]) -> tuple[list[Path], list[str]]:
