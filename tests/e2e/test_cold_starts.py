@@ -177,7 +177,7 @@ def test_two_models_on_one_gpu_evict_each_other(cluster: Home, tiny: str, tmp_pa
 
 def test_a_model_that_is_always_asked_makes_room_for_others(cluster: Home, tiny: str, tmp_path: Path) -> None:
     """Turns come after `max_wait_for_room`; batch requests give way at once."""
-    options = "engine='stub', accelerator='A10G', idle_timeout=300, min_uptime=1, max_wait_for_room=3"
+    options = "engine='stub', accelerator='A10G', idle_timeout=300, min_uptime=1, max_wait_for_room=8"
     text = f"@llm({tiny}, {options})\nclass Busy: ...\n\n\n@llm({tiny}, {options})\nclass Rare: ...\n"
     app = write_app(tmp_path / "turns" / "app.py", text)
     stop = threading.Event()
@@ -210,8 +210,7 @@ def test_a_model_that_is_always_asked_makes_room_for_others(cluster: Home, tiny:
         until(lambda: cluster.run("deploy", app, "--lazy").returncode == 0, 60, "the node joins the cluster")
         batch, normal = ask_rare("batch"), ask_rare("normal")
         print(f"waited for room: {batch:.1f} s among batch requests, {normal:.1f} s among normal ones")
-        assert 3 <= normal < 20
-        assert batch < normal
+        assert batch < 8 <= normal < 25
         cluster.ok("delete", "--app", "turns", "--yes")
         until(lambda: not cluster.engines("busy") + cluster.engines("rare"), 30, "the engines exit")
 

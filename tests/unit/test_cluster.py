@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import ray
 
+from llmrun.errors import ClusterError
 from llmrun.settings import Settings
 from llmrun_cli.client import unreachable
 from llmrun_runtime import actors, http
 from llmrun_runtime.actors import ControlClient, NoControl, ingress_generation, ingress_names, older_ingresses
-from llmrun_runtime.cluster.local import ray_failure
+from llmrun_runtime.cluster import local
+from llmrun_runtime.cluster.local import free_ports, ray_failure
 from llmrun_runtime.cluster.restarts import PAUSES_S, WINDOW_S, RestartPolicy
 from llmrun_runtime.control.ingresses import MISSING_S, MissingIngresses
 from llmrun_runtime.ingress.handover import receive_sockets, send_sockets
@@ -109,3 +111,19 @@ async def test_a_call_fails_when_there_has_been_no_control_for_a_while(monkeypat
     monkeypatch.setattr(actors, "control_handle", control_handle)
     with pytest.raises(NoControl):
         await ControlClient().call("report", timeout=5)
+
+
+def test_ports_for_ray_are_not_those_that_the_kernel_gives_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = int(local.EPHEMERAL_PORTS.read_text().split()[0])
+    ports = free_ports("127.0.0.1", 3)
+    assert len(set(ports)) == 3 and all(local.LOWEST_PORT <= port < first for port in ports)
+    monkeypatch.setattr(local, "LOWEST_PORT", first - 4)
+    with socket.create_server(("127.0.0.1", first - 2)):
+        assert set(free_ports("127.0.0.1", 3)) == {first - 4, first - 3, first - 1}
+    (tmp_path / "range").write_text("1024\t65535\n")  # the kernel gives all of them away
+    monkeypatch.setattr(local, "EPHEMERAL_PORTS", tmp_path / "range")
+    assert len(set(free_ports("127.0.0.1", 3))) == 3
+    with pytest.raises(ClusterError, match=r"no free port on 192\.0\.2\.1"):
+        free_ports("192.0.2.1", 1)

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -50,6 +51,9 @@ POLL_S = 0.1
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 # Only code packages (at most 100 MiB) pass through Ray's object store.
 OBJECT_STORE_BYTES = 256 * 2**20
+# The range of ports from which the kernel chooses.
+EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+LOWEST_PORT = 20_000
 # Nothing listens on this port.
 NOWHERE = "http://127.0.0.1:9/"
 
@@ -78,7 +82,7 @@ class LocalCluster:
             down(self._settings)
         self._settings.stopped_file.unlink(missing_ok=True)
         # The same ports after a restart, so that other nodes find the cluster at its address.
-        self._ports = _free_ports(self._node_ip, 3)
+        self._ports = free_ports(self._node_ip, 3)
         self._start()
 
     def _start(self) -> None:
@@ -323,10 +327,22 @@ def _make_logs(settings: Settings) -> Path:
     return logs
 
 
-def _free_ports(host: str, count: int) -> list[int]:
+def free_ports(host: str, count: int) -> list[int]:
+    """Return free ports that the kernel gives to nobody who asks for any port. Raises ClusterError if there are none.
+
+    Ray binds them seconds later. Its own processes take dozens of the kernel's ports meanwhile, and a Ray whose port is
+    taken ends.
+    """
+    first = int(EPHEMERAL_PORTS.read_text().split()[0])
+    candidates = random.sample(range(LOWEST_PORT, first), min(200, first - LOWEST_PORT)) if first > LOWEST_PORT else []
+    ports: list[int] = []
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.create_server((host, 0))) for _ in range(count)]
-        return [int(sock.getsockname()[1]) for sock in sockets]
+        for port in (*candidates, *[0] * count):  # 0: the kernel's choice, if its range leaves no others
+            with contextlib.suppress(OSError):
+                ports.append(int(stack.enter_context(socket.create_server((host, port))).getsockname()[1]))
+            if len(ports) == count:
+                return ports
+    raise ClusterError(f"no free port on {host}: check that it is an address of this machine")
 
 
 def lock_home(settings: Settings) -> IO[str]:
