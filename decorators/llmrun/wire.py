@@ -53,7 +53,9 @@ class DeployRequest(Request):
     by: str = ""
     """Who deploys, for `llmrun deploy list`. Not verified."""
     plan: str = ""
-    """The fingerprint of the confirmed plan. Control refuses the deploy if the current plan differs."""
+    """The fingerprint of the shown plan. Control refuses the deploy if the current plan differs."""
+    unattended: bool = False
+    """No person confirmed the plan: if the current one differs, do what the file says all the same."""
 
 
 class Change(Answer):

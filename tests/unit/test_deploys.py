@@ -266,6 +266,24 @@ async def test_a_second_deploy_of_an_app_waits_for_the_first(cluster: Cluster) -
     assert [operation.state for operation in cluster.operations.deploys()] == ["failed", "cancelled", "finished"]
 
 
+async def test_a_deploy_that_nobody_confirmed_does_what_its_file_says(cluster: Cluster) -> None:
+    """A pipeline has nobody who could run the command again."""
+    cluster.held.add("one")
+    first = await cluster.start("one")
+    second = await cluster.start("one", cpus=0.5, unattended=True)
+    await until(lambda: second.last)
+    first.cancel("a test")
+    cluster.held.clear()
+    events = [event async for event in second.events()]
+    assert second.state == "finished" and texts(events, "ready")
+    third = await cluster.start("one", "two", unattended=True)
+    fourth = await cluster.start("one", unattended=True, prune=True)
+    assert [event.kind async for event in third.events()][-2:] == ["ready", "end"]
+    events = [event async for event in fourth.events()]
+    assert "have changed since the diff was shown: continuing" in " ".join(texts(events, "step"))
+    assert set(cluster.models.deployed) == {"one"}
+
+
 async def test_a_name_that_another_app_is_deploying_is_refused(cluster: Cluster) -> None:
     cluster.held.add("one")
     first = await cluster.start("one", app="first")

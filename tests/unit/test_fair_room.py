@@ -34,6 +34,9 @@ class Model:
     """When each request began to wait."""
     ends: list[float] = field(default_factory=list)
     """When each request in flight ends."""
+    used: float = 0
+    """When the last request was in flight."""
+    recent: bool = False
     priority: str = "normal"
     replica: str = ""
     ready_at: float = 0
@@ -92,6 +95,7 @@ class Simulation:
         """Let STEP_S pass; new requests run for `seconds`."""
         self.now += STEP_S
         for name, model in self.models.items():
+            model.used = min(self.now, max(model.ends, default=model.used))
             model.ends = [end for end in model.ends if end > self.now]
             if model.replica and not self.targets.get(name) and not model.draining:
                 model.draining = True
@@ -108,7 +112,8 @@ class Simulation:
                 model.ends.append(self.now + seconds)
             if model.replica:
                 state = "draining" if model.draining else "ready" if ready else "starting"
-                report = factories.report(state, model.replica, model=name, in_flight=len(model.ends))
+                counts = {"in_flight": len(model.ends), "idle_s": self.now - model.used}
+                report = factories.report(state, model.replica, model=name, **counts)
                 if self.registry.report(report, self.now) and state == "ready":
                     self.autoscaler.replica_ready(report)
         self.registry.report_traffic("ingress", {name: self._traffic(m) for name, m in self.models.items()}, self.now)
@@ -118,7 +123,7 @@ class Simulation:
     def _traffic(self, model: Model) -> Traffic:
         priority = PRIORITIES.index(model.priority)
         since = model.waiting[0] if model.waiting else 0
-        return Traffic(len(model.waiting), len(model.ends), since, priority, priority)
+        return Traffic(len(model.waiting), len(model.ends), since, priority, priority, model.recent)
 
     def cause(self, name: str) -> str:
         """Return a model's cause."""
@@ -225,3 +230,16 @@ async def test_a_high_priority_gets_the_next_place(tmp_path: Path) -> None:
     assert simulation.models["c"].waits and not simulation.models["b"].wakes
     await simulation.run(200, {}, numbers)
     assert simulation.models["b"].waits, "it gets the place after that"
+
+
+async def test_a_model_between_two_requests_of_one_caller_is_not_idle(tmp_path: Path) -> None:
+    """Its requests are shorter than the time between two counts: each count may find none of them."""
+    simulation = Simulation(tmp_path, 1, a={"min_uptime": 5}, b={"max_wait_for_room": 20})
+    await simulation.run(40, {"a": 1.0}, random.Random(1))
+    await simulation.run(20, {}, random.Random(1))
+    simulation.ask("b")
+    asked = simulation.now
+    simulation.models["a"].recent = True
+    while simulation.models["a"].replica and simulation.now - asked < 60:
+        await simulation.step(1)
+    assert 20 <= simulation.now - asked < 25

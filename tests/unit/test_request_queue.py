@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
 
 from llmrun.wire import Priority
+from llmrun_runtime.control.state.registry import Registry
 from llmrun_runtime.ingress.errors import HTTPError
 from llmrun_runtime.ingress.queue.claim import Caller, Claim, WaitLimit
 from llmrun_runtime.ingress.queue.request_queue import RequestQueue
-from llmrun_runtime.wire.reports import PRIORITIES, Traffic
+from llmrun_runtime.wire.reports import BETWEEN_REQUESTS_S, PRIORITIES, Traffic
 from llmrun_runtime.wire.routing_table import ModelRoute, ReplicaRoute, Table, by_names
 from tests.support.ingress import route
 
@@ -159,6 +161,23 @@ def test_control_sees_the_highest_priority_in_flight() -> None:
     claims = [Claim("one", ReplicaRoute("r", "h", 1, "t"), Caller(priority=priority)) for priority in (0, 2)]
     for claim in claims:
         queue.in_flight.add(claim, 1)
-    assert queue.traffic()["one"].in_flight_priority == 2
+    assert queue.traffic()["one"].in_flight_priority == 2 and not queue.traffic()["one"].recent
     queue.release(claims[1])
+    assert queue.traffic()["one"].in_flight_priority == 2, "the caller's next request comes in a moment"
+    time.sleep(BETWEEN_REQUESTS_S)
     assert queue.traffic()["one"].in_flight_priority == 0
+
+
+def test_a_model_between_two_requests_is_not_idle() -> None:
+    """Requests may be shorter than the time between two reports."""
+    queue = RequestQueue(60, lambda: None)
+    batch = Claim("one", ReplicaRoute("r", "h", 1, "t"), Caller(priority=0))
+    queue.in_flight.add(batch, 1)
+    queue.release(batch)
+    assert queue.traffic() == {"one": Traffic(in_flight_priority=0, recent=True)}
+    registry = Registry()
+    registry.report_traffic("ingress", queue.traffic(), 10)
+    assert registry.quiet_since("one", 1, 10) == 0 and registry.priority("one") == 0
+    assert not registry.load("one", 1)
+    time.sleep(BETWEEN_REQUESTS_S)
+    assert queue.traffic() == {}

@@ -94,7 +94,7 @@ def deploy(
         raise typer.Exit(1)
     if removed and not request.prune:
         note(f"Kept, though no longer in the file: {removed}. Delete with --prune.", "yellow")
-    operation = deployment.start(client, request, plan)
+    operation = deployment.start(client, request.model_copy(update={"unattended": not interactive}), plan)
     if no_wait:
         out.print(f"Deploying {plan.app} (deploy {operation}). Check progress with `llmrun deploy list`.")
         return

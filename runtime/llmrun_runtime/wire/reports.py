@@ -12,6 +12,8 @@ from llmrun_runtime.wire.usage import PaceRow, Row
 REPORT_S = 0.5
 # Control drops a replica or an ingress that has not reported for this long.
 LEASE_S = 5.0
+# A caller that sends one request after the other has none in flight for a moment: its model is not idle then.
+BETWEEN_REQUESTS_S = 0.5
 # From the lowest to the highest.
 PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 
@@ -84,7 +86,9 @@ class Traffic(Message):
     priority: int = PRIORITIES.index("normal")
     """The highest priority of the waiting requests: its index in PRIORITIES."""
     in_flight_priority: int = PRIORITIES.index("normal")
-    """The highest priority of the requests in flight."""
+    """The highest priority of the requests in flight, and of those that ended in the last BETWEEN_REQUESTS_S."""
+    recent: bool = False
+    """Whether a request ended in the last BETWEEN_REQUESTS_S."""
 
 
 # What a limit applies to: a key (`key:NAME`) or a model (`model:NAME`).

@@ -206,8 +206,7 @@ class Capacity:
             spare = min(self._serve_apps.target(name, other.engine_version), len(placed)) - self.min_replicas(other)
             if spare <= 0:
                 continue
-            busy = registry.waiting(name) or registry.load(name, other.engine_version)
-            quiet_since = 0.0 if busy else registry.last_used.get(name, now)
+            quiet_since = registry.quiet_since(name, other.engine_version, now)
             gives_way = bool(waits) and turn.takes_from(registry.priority(name))
             for report in stop_order(placed, running, registry.first_seen, self._head())[:spare]:
                 ready_since = registry.ready_since.get(report.id, 0)

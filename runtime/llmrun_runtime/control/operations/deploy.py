@@ -86,7 +86,7 @@ class Deployer:
     async def start(self, request: DeployRequest) -> Operation:
         """Start a deploy. Its progress and result are the operation's events. Raises LLMRunError."""
         plan, _ = await self.plan(request, fresh=not request.plan)
-        if request.plan and request.plan != plan.fingerprint:
+        if request.plan and request.plan != plan.fingerprint and not request.unattended:
             raise Refused(PLAN_CHANGED, 409)
         check_claims(request, self._running_claims())  # from here to the claim, no other deploy can run
         operation = self._operations.start(
@@ -110,7 +110,9 @@ class Deployer:
             await asyncio.wait({earlier.task})
         plan, rows = await self.plan(request, fresh=False)
         if plan.fingerprint != fingerprint:
-            raise Refused(PLAN_CHANGED, 409)
+            if not request.unattended:
+                raise Refused(PLAN_CHANGED, 409)
+            await operation.emit("step", text="the deployed models have changed since the diff was shown: continuing")
         await self._apply(plan, rows, request, operation)
 
     def _running_claims(self) -> list[Claim]:

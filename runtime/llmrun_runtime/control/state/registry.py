@@ -149,10 +149,15 @@ class Registry:
         return max((traffic.priority for traffic in self._traffic(model) if traffic.waiting), default=NORMAL)
 
     def priority(self, model: str) -> int:
-        """Return the highest priority of the requests, waiting or in flight; normal if there are none."""
+        """Return the highest priority of the requests, waiting, in flight or recent; normal if there are none."""
         waiting = [traffic.priority for traffic in self._traffic(model) if traffic.waiting]
-        in_flight = [traffic.in_flight_priority for traffic in self._traffic(model) if traffic.in_flight]
-        return max([*waiting, *in_flight], default=NORMAL)
+        served = [traffic.in_flight_priority for traffic in self._traffic(model) if traffic.in_flight or traffic.recent]
+        return max([*waiting, *served], default=NORMAL)
+
+    def quiet_since(self, model: str, version: int, now: float) -> float:
+        """Return since when a model has had no request; 0 if it has one, or a recent one (`Traffic.recent`)."""
+        recent = any(traffic.recent for traffic in self._traffic(model))
+        return 0.0 if recent or self.waiting(model) or self.load(model, version) else self.last_used.get(model, now)
 
     def _traffic(self, model: str) -> Iterable[Traffic]:
         return (traffic[model] for traffic, _ in self.ingresses.values() if model in traffic)

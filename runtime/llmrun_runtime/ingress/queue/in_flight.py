@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Hashable
 from typing import TypeVar
 
 from llmrun_runtime.ingress.queue.claim import ANONYMOUS, Claim
+from llmrun_runtime.wire.reports import BETWEEN_REQUESTS_S
 
 T = TypeVar("T", bound=Hashable)
 
@@ -23,6 +25,8 @@ class InFlight:
         """By model and key."""
         self.by_adapter: Counter[tuple[str, str]] = Counter()
         """By model and the adapter's label in metrics."""
+        self._ended: dict[tuple[str, int], float] = {}
+        """By model and priority, when (monotonic) a request last ended."""
 
     def add(self, claim: Claim, change: int) -> None:
         """Count the claim (`change` is 1), or no longer (-1)."""
@@ -30,14 +34,23 @@ class InFlight:
         adapter = (claim.model, claim.caller.adapter_label)
         if not claim.caller.probe:
             _add(self.by_model, claim.model, change)
-            _add(self.by_priority, (claim.model, claim.caller.priority), change)
+            group = (claim.model, claim.caller.priority)
+            _add(self.by_priority, group, change)
+            if change < 0:
+                self._ended[group] = time.monotonic()
         _add(self.by_replica, replica, change)
         _add(self.by_key, key, change)
         _add(self.by_adapter, adapter, change)
 
+    def recent(self) -> set[str]:
+        """Return the models of which a request ended in the last BETWEEN_REQUESTS_S; forget the others."""
+        since = time.monotonic() - BETWEEN_REQUESTS_S
+        self._ended = {group: when for group, when in self._ended.items() if when > since}
+        return {model for model, _ in self._ended}
+
     def priority(self, model: str) -> int:
-        """Return the highest priority of the model's requests, without probes."""
-        priorities = [priority for name, priority in self.by_priority if name == model]
+        """Return the highest priority of the model's requests in flight and of the recent ones, without probes."""
+        priorities = [priority for name, priority in (*self.by_priority, *self._ended) if name == model]
         return max(priorities, default=ANONYMOUS.priority)
 
 

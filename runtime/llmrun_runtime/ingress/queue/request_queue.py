@@ -75,8 +75,8 @@ class RequestQueue:
 
     def traffic(self) -> dict[str, Traffic]:
         """Return the waiting and in-flight requests by model, without probes in flight."""
-        in_flight = self.in_flight.by_model
-        models = {*self._queues, *(+in_flight)}
+        in_flight, recent = self.in_flight.by_model, self.in_flight.recent()
+        models = {*self._queues, *(+in_flight), *recent}
         return {
             model: Traffic(
                 waiting=self._waiting(model),
@@ -84,6 +84,7 @@ class RequestQueue:
                 since=self._waiting_since.get(model, 0),
                 priority=self._top(model),
                 in_flight_priority=self.in_flight.priority(model),
+                recent=model in recent,
             )
             for model in models
         }
