@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -51,6 +52,7 @@ def cache_model(argv):
 def drop_stale(argv):
     if "grow" in argv:
         CACHED.append(bytearray(range(256)) * 2**20)
+    return False
 def main():
     report = {"argv": sys.argv, "env": dict(os.environ), "pid": os.getpid(), "sid": os.getsid(0),
         "random": random.random(), "tmp": tempfile.gettempdir(), "ppid": os.getppid(),
@@ -68,6 +70,34 @@ def main():
     time.sleep(600)
 if __name__ == "__main__":
     main()
+"""
+
+
+CACHES = """
+import socket, sys
+from types import SimpleNamespace
+from llmrun_runtime.engines.forkserver.server import MAX_CACHED, ForkServer, private_bytes
+class Tokenizer:
+    def __init__(self):
+        self.owner, self.data = self, bytearray(range(256)) * (20 * 2**12)  # 20 MiB, in a cycle
+imports = bytearray(range(256)) * (100 * 2**12)
+cached = {}
+def clear():
+    stale = bool(cached)
+    cached.clear()
+    return stale
+module = SimpleNamespace(PACKAGE="json", fork_problem=lambda: "", clear_cache=clear,
+    cache_model=lambda argv: cached.setdefault(argv[0], Tokenizer()), drop_stale=lambda argv: clear())
+server = ForkServer(module, socket.socket(), frozenset(), {}, 1)
+first = private_bytes()
+for number in range(40):
+    if sys.argv[1] == "changed":
+        server._dropped |= module.drop_stale([])
+    server._uncached_argv = [f"model {number}"]
+    server._cache_last_model()
+    print(f"{(private_bytes() - first) / 2**20:.0f} MiB, {len(cached)} models")
+    assert private_bytes() - first < (MAX_CACHED - 1) * first + 25 * 2**20, number
+    assert not server._exit_reason()
 """
 
 
@@ -431,3 +461,11 @@ async def test_a_start_that_is_given_up_leaves_no_descriptor(node: Node, monkeyp
     await asyncio.gather(starting, return_exceptions=True)
     forked.set()
     await eventually(lambda: len(os.listdir("/proc/self/fd")) == before)
+
+
+@pytest.mark.parametrize("how", ["others", "changed"])
+def test_caches_of_models_are_bounded(how: str) -> None:
+    """Frozen objects in cycles would never be freed: each change of a model's files would leak its tokenizers."""
+    done = subprocess.run([sys.executable, "-c", CACHES, how], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr
+    assert ("1 models" in done.stdout) and (how == "changed") == ("2 models" not in done.stdout)

@@ -5,7 +5,8 @@ MODULE is the module that the engine's command runs. The fork server uses these 
 - `PACKAGE`: the package whose reinstallation makes this process out of date
 - `preload()`: import everything that does not depend on the model
 - `cache_model(argv)`: some time after a fork, import and keep what that child needed in addition
-- `drop_stale(argv)`: before a fork, drop what was cached from files that have changed
+- `drop_stale(argv)`: before a fork, drop what was cached from files that have changed; return whether there was any
+- `clear_cache()`: drop all that was cached
 - `fork_problem()`: return why children could not serve; "" if they can
 - `main()`: in a child, serve `sys.argv`
 
@@ -54,6 +55,8 @@ CACHE_DELAY_S = 10.0
 MAX_REQUEST_BYTES = 2**20
 # Covers the imports of single models and the allocator's slack; more growth is a leak.
 MAX_GROWTH = 1.25
+# With the caches of models, of the memory after the imports (about 450 MiB); one model takes about 90 MiB.
+MAX_CACHED = 2.0
 
 
 @dataclass(frozen=True)
@@ -104,11 +107,13 @@ class ForkServer:
         self._env_writes = {key: value for key, value in changed.items() if key not in SINGLE_THREAD}
         """Variables that imports have set; the imports of a plain start would set them too."""
         self._install_times = install_times(module.PACKAGE)
-        self._baseline_bytes = private_bytes()
+        self._imported_bytes = self._baseline_bytes = private_bytes()
         self._clients: dict[int, socket.socket] = {}
         """The connections that wait for an exit code, by process id."""
         self._uncached_argv: list[str] = []
         self._cache_at = 0.0
+        self._dropped = False
+        """Whether something that was cached has been dropped, but not been collected."""
         self._wakeup, self._woken = socket.socketpair()
 
     def serve(self) -> ForkRequest | None:
@@ -138,10 +143,21 @@ class ForkServer:
         """Import and keep what the last child needed in addition, for the next child like it."""
         self._module.cache_model(self._uncached_argv)
         self._uncached_argv = []
-        gc.collect()
-        gc.freeze()
+        self._collect()
+        if private_bytes() > MAX_CACHED * self._imported_bytes:
+            self._module.clear_cache()
+            self._dropped = True
+            self._collect()
         self._baseline_bytes = max(self._baseline_bytes, private_bytes())
         print(f"fork server {os.getpid()} has cached the last model", flush=True)
+
+    def _collect(self) -> None:
+        """Free what was dropped, and exclude the rest from collections, so children keep sharing its pages."""
+        if self._dropped:  # a collection of all objects takes 0.5 s and unshares their pages
+            gc.unfreeze()
+            self._dropped = False
+        gc.collect()
+        gc.freeze()
 
     def _exit_reason(self) -> str:
         """Return why this fork server must be replaced; "" if it is still good."""
@@ -176,7 +192,7 @@ class ForkServer:
                 client.sendall(json.dumps({"refused": reason}).encode() + b"\n")
                 client.close()
                 return None
-            self._module.drop_stale(request.argv)
+            self._dropped |= self._module.drop_stale(request.argv)
             self._uncached_argv, self._cache_at = request.argv, time.monotonic() + CACHE_DELAY_S
             pid = os.fork()
             if not pid:

@@ -88,11 +88,18 @@ def cache_model(argv: list[str]) -> None:
     startup.cache_model(argv)
 
 
-def drop_stale(argv: list[str]) -> None:
-    """Drop what was cached from files of this model that have changed."""
+def drop_stale(argv: list[str]) -> bool:
+    """Drop what was cached if files of this model have changed; return whether they have."""
     from llmrun_runtime.engines.vllm import startup  # noqa: PLC0415
 
-    startup.drop_stale(argv)
+    return startup.drop_stale(argv)
+
+
+def clear_cache() -> None:
+    """Drop what was cached of all models."""
+    from llmrun_runtime.engines.vllm import startup  # noqa: PLC0415
+
+    startup.clear_cache()
 
 
 def main() -> None:

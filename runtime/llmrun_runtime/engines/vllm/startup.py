@@ -56,8 +56,7 @@ SUPPORTED = "0.32."
 # A model with one of these files has a processor, whose chat template takes precedence over the tokenizer's.
 PROCESSORS = ("processor_config.json", "preprocessor_config.json", "chat_template.json")
 CHAT_TASKS = ("generate",)
-# The fork server's cache: the number of models, and of copies of each tokenizer that vLLM's renderer needs.
-MAX_CACHED_MODELS = 8
+# The copies of each tokenizer that vLLM's renderer needs.
 TOKENIZER_COPIES = 2
 NO_LIMIT_S = 10**6
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -105,8 +104,6 @@ def cache_model(argv: list[str]) -> None:
     folder = _model_folder(argv)
     if not _prepared.fast or not folder or folder in _prepared.fingerprints:
         return
-    if len(_prepared.fingerprints) >= MAX_CACHED_MODELS:
-        _clear_cache()
     try:
         config = json.loads((Path(folder) / "config.json").read_text())
         if current_platform.is_cpu():  # some classes query the GPU's name on import
@@ -120,14 +117,17 @@ def cache_model(argv: list[str]) -> None:
         print(f"not cached: {folder}: {error!r}", flush=True)
 
 
-def drop_stale(argv: list[str]) -> None:
-    """In the fork server, before a fork: clear the cache if this model's files have changed."""
+def drop_stale(argv: list[str]) -> bool:
+    """In the fork server, before a fork: clear the cache if this model's files have changed. Return whether it did."""
     folder = _model_folder(argv)
-    if folder in _prepared.fingerprints and _prepared.fingerprints[folder] != _fingerprint(folder):
-        _clear_cache()
+    stale = folder in _prepared.fingerprints and _prepared.fingerprints[folder] != _fingerprint(folder)
+    if stale:
+        clear_cache()
+    return stale
 
 
-def _clear_cache() -> None:
+def clear_cache() -> None:
+    """In the fork server: drop the tokenizers of all models."""
     cached_get_tokenizer.cache_clear()
     _prepared.fingerprints.clear()
     _prepared.copies.clear()
