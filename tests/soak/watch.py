@@ -12,8 +12,8 @@ import psutil
 # A process has its caches, and a fork server its compiled code, after this many seconds.
 SETTLED_S = 60.0
 # Anonymous memory, whether or not forked processes share it: private memory (USS) and proportional memory (PSS) of a
-# fork server rise by hundreds of MiB when its engines end, and those of engines when the fork server does. A fork server
-# that was idle for longer than SETTLED_S grows by the caches of its first model, about 90 MiB.
+# fork server rise by hundreds of MiB when its engines end, and those of engines when the fork server does. A fork
+# server that was idle for longer than SETTLED_S grows by the caches of its first model, about 90 MiB.
 GROWTH_MIB, GROWTH_FILES = 120.0, 60
 TITLES = re.compile(r"ray::[A-Za-z]+|llmrun: [a-z ]+|VLLM::\w+|raylet|gcs_server|llmrun_runtime\.cluster\.\w+")
 
