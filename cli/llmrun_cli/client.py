@@ -32,6 +32,7 @@ from llmrun.wire import (
     WeightsRequest,
     WeightsRow,
 )
+from llmrun_cli.credentials import admin_credentials
 
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 60
@@ -42,14 +43,14 @@ Answer = TypeVar("Answer", bound=BaseModel)
 
 
 class Client:
-    """Client of the cluster at one URL. Every method raises Unreachable or Refused."""
+    """Client of the cluster at one URL. Every method raises Unreachable, Refused or ControlError."""
 
     def __init__(self, settings: Settings) -> None:
         self.url = settings.resolved_url()
-        key = settings.resolved_admin_key()
         self._http = httpx.Client(
             base_url=self.url,
-            headers={VERSION_HEADER: llmrun.__version__} | ({"authorization": f"Bearer {key}"} if key else {}),
+            headers={VERSION_HEADER: llmrun.__version__},
+            auth=admin_credentials(settings),
             timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
             trust_env=False,
         )

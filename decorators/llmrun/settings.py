@@ -10,11 +10,13 @@ import os
 import secrets
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 class Settings(BaseSettings):
@@ -31,7 +33,9 @@ class Settings(BaseSettings):
         f"otherwise {DEFAULT_URL}.",
     )
     admin_key: str = Field(
-        default="", description="Key for control. By default the content of the file `admin.key` in the home."
+        default="",
+        description="Key for control. By default the content of the file `admin.key` in the home, which commands send "
+        "only to the cluster of this home.",
     )
     weights_dir: Path | None = Field(
         default=None, description="Directory of a node's weights. By default `weights` in the home."
@@ -107,6 +111,9 @@ class Settings(BaseSettings):
         default=0, ge=0, description="Longest time of a request, including its wait for a replica. 0: no limit."
     )
     api_key: str = Field(default="", description="API key that `llmrun chat` sends. By default the admin key.")
+    insecure: bool = Field(
+        default=False, description="Whether commands send keys over `http://` to other machines, unencrypted."
+    )
 
     @property
     def root(self) -> Path:
@@ -144,17 +151,24 @@ class Settings(BaseSettings):
 
     def resolved_url(self) -> str:
         """Return the ingress's URL: the setting, else that of the running local cluster, else the default."""
-        if self.url:
-            return self.url.rstrip("/")
+        return self.url.rstrip("/") if self.url else self._own_url()
+
+    def _own_url(self) -> str:
         try:
             return str(json.loads(self.cluster_file.read_text())["url"])
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return DEFAULT_URL
+
+    def is_own(self, url: str) -> bool:
+        """Whether `url` is that of the cluster that runs, or would be started, from this home."""
+        return _place(url) == _place(self._own_url())
 
     def resolved_admin_key(self) -> str:
         """Return the admin key: the setting, else the one in the home, else ""."""
-        if self.admin_key:
-            return self.admin_key
+        return self.admin_key or self.stored_admin_key()
+
+    def stored_admin_key(self) -> str:
+        """Return the admin key in the home, or ""."""
         try:
             return self.admin_key_file.read_text().strip()
         except OSError:
@@ -168,6 +182,17 @@ class Settings(BaseSettings):
         """Create the home (mode 0700) and its admin key (mode 0600), if they do not exist."""
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         read_or_create_secret(self.admin_key_file)
+
+
+def _place(url: str) -> tuple[str, str, int | None]:
+    """Return a URL's scheme, host and port; all names of the loopback interface are one."""
+    parts = urlsplit(url)
+    try:
+        port = parts.port
+    except ValueError:
+        port = None
+    host = parts.hostname or ""
+    return parts.scheme, LOOPBACK[0] if host in LOOPBACK else host, port
 
 
 def read_or_create_secret(path: Path) -> str:

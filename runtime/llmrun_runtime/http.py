@@ -21,7 +21,6 @@ KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S = 30, 10
 # For a client that acknowledges nothing, or that does not read.
 UNREAD_TIMEOUT_MS = 60_000
 POLL_S = 0.05
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def http_url(host: str, port: int) -> str:

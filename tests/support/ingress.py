@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 from starlette.requests import Request
 
+from llmrun.identity import digest_of
 from llmrun.settings import Settings
 from llmrun.wire import KeyInfo
 from llmrun_runtime import asgi, http
@@ -29,7 +30,7 @@ from llmrun_runtime.ingress.readiness import Readiness
 from llmrun_runtime.link.server import Server
 from llmrun_runtime.wire.headers import DIED, GONE_HEADER
 from llmrun_runtime.wire.reports import AdapterRevision
-from llmrun_runtime.wire.routing_table import ModelRoute, ReplicaRoute, Table, by_names, digest_of
+from llmrun_runtime.wire.routing_table import ModelRoute, ReplicaRoute, Table, by_names
 
 CHAT = "/v1/chat/completions"
 CHUNKS = [b"data: {}\n\n", b"data: \xff not json\n\n", b"data: [DONE]\n\n"]

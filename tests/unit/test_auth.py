@@ -13,6 +13,7 @@ import pytest
 from multidict import CIMultiDict
 from prometheus_client.parser import text_string_to_metric_families
 
+from llmrun.identity import digest_of
 from llmrun.wire import KeyInfo
 from llmrun_runtime.ingress.admission.rate_limits import Limit, Limiter
 from llmrun_runtime.ingress.errors import HTTPError
@@ -21,7 +22,7 @@ from llmrun_runtime.ingress.queue.request_queue import RequestQueue
 from llmrun_runtime.rate_window import RateWindow
 from llmrun_runtime.wire.headers import KEY_HEADER, PROBE_HEADER
 from llmrun_runtime.wire.reports import LocalUsage, RemoteUsage
-from llmrun_runtime.wire.routing_table import Table, digest_of
+from llmrun_runtime.wire.routing_table import Table
 from tests.support.ingress import CHAT, Bench, Engine, bearer, keys, route, running_ingress
 
 TRANSCRIPTIONS = "/v1/audio/transcriptions"
@@ -262,13 +263,15 @@ async def test_the_key_with_the_fewest_requests_in_flight_is_next() -> None:
     for task in tasks:
         if task.result() not in first:
             queue.release(task.result())
-    assert not queue.traffic()
+    assert not queue.in_flight.by_model
 
 
 async def test_a_full_queue_accepts_a_key_below_its_share(bench: Bench) -> None:
     bench.table(route(state="waking", max_queued=4), keys=keys(KeyInfo(name="flood"), KeyInfo(name="calm")))
     flood = [asyncio.create_task(bench.post(**bearer("flood"))) for _ in range(6)]
-    await asyncio.sleep(0.5)
+    async with asyncio.timeout(5):
+        while sum(task.done() for task in flood) < 2:
+            await asyncio.sleep(0.01)
     assert sorted(task.result()[0] for task in flood if task.done()) == [429, 429]
     calm = asyncio.create_task(bench.post(**bearer("calm")))
     assert (await calm)[0] == 503  # it waited, as the rest of the flood did
@@ -345,7 +348,7 @@ async def test_a_path_that_the_engine_lacks_is_rejected_after_the_wake(bench: Be
     bench.table(route(engine.port))
     status, _, answer = await pending
     assert status == 404 and answer["error"]["message"] == f"one does not support {embeddings}. Available: {CHAT}"
-    assert not engine.requests and not bench.queue.traffic()
+    assert not engine.requests and not bench.queue.in_flight.by_model
 
 
 async def test_listed_models_have_fields_of_llmrun(bench: Bench, engine: Engine) -> None:

@@ -19,6 +19,7 @@ from sqlalchemy import select
 
 import llmrun
 from llmrun.errors import BackupError
+from llmrun.identity import digest_of
 from llmrun.settings import Settings
 from llmrun.wire import ColdStart, KeyInfo
 from llmrun_runtime.cluster import backup as home_backup
@@ -31,7 +32,6 @@ from llmrun_runtime.control.state.backup import MANIFEST, open_backup, write_bac
 from llmrun_runtime.control.state.database import Database
 from llmrun_runtime.control.state.tables import AdaptersRow, AppRow, Base, CountedRow, UsageRow
 from llmrun_runtime.weights.pin import File, Pin
-from llmrun_runtime.wire.routing_table import digest_of
 from tests.support import factories
 from tests.support.cluster import Home
 from tests.unit.test_database import FIRST_RELEASE, execute, rows

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 
+from llmrun.identity import CHALLENGE_HEADER, PROOF_HEADER, digest_of, is_proof
 from llmrun_runtime import http
 from llmrun_runtime.ingress.admission.request import parse_request
 from llmrun_runtime.ingress.queue.keepalive import KeepaliveTiming
@@ -367,3 +368,17 @@ async def test_a_replica_never_gets_more_requests_than_max_ongoing(bench: Bench,
         await asyncio.gather(*hanging, return_exceptions=True)
         while bench.queue.traffic():
             await asyncio.sleep(0.01)
+
+
+async def test_a_client_of_the_same_home_can_verify_the_ingress(bench: Bench) -> None:
+    challenge = {CHALLENGE_HEADER: "c" * 32}
+    async with bench.session.get(f"{bench.url}/health", headers=challenge) as response:
+        assert PROOF_HEADER not in response.headers, "the ingress does not know the admin key yet"
+    bench.table(route(1), admin=digest_of("the key"))
+    port = int(bench.url.rpartition(":")[2])
+    async with bench.session.get(f"{bench.url}/health", headers=challenge) as response:
+        assert is_proof(response.headers[PROOF_HEADER], "the key", "c" * 32, port)
+        assert not is_proof(response.headers[PROOF_HEADER], "the key", "c" * 32, port + 1)
+    for headers in ({}, {CHALLENGE_HEADER: "c" * 1000}):
+        async with bench.session.get(f"{bench.url}/health", headers=headers) as response:
+            assert response.status == 200 and PROOF_HEADER not in response.headers

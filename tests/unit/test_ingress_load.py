@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import pytest
 from starlette.requests import Request
 
+from llmrun.identity import digest_of
 from llmrun.wire import KeyInfo
 from llmrun_runtime.asgi import Send
-from llmrun_runtime.wire.routing_table import digest_of
 from tests.support.ingress import CHAT, Bench, Engine, route, running_ingress
 
 pytestmark = pytest.mark.timeout(300)

@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from llmrun.errors import Refused
+from llmrun.identity import digest_of
 from llmrun.wire import KeyInfo, UsageLine
 from llmrun_runtime.control import usage as usage_module
 from llmrun_runtime.control.control_plane import ControlPlane
@@ -23,7 +24,6 @@ from llmrun_runtime.control.usage import Usage
 from llmrun_runtime.engines.shim import usage_meter
 from llmrun_runtime.placement import Placement
 from llmrun_runtime.wire.reports import ReplicaReport
-from llmrun_runtime.wire.routing_table import digest_of
 from llmrun_runtime.wire.usage import Row
 from tests.support import factories
 

@@ -22,14 +22,14 @@ HINT = f"This llmrun is 9.9, the cluster runs {llmrun.__version__}: install llmr
 
 def answering(content: Any, version: str) -> Client:
     """Return a client of a cluster of that version, which answers every request with `content`."""
-    client = Client(Settings(url="http://cluster", admin_key="k"))
+    client = Client(Settings(url="https://cluster", admin_key="k"))
     headers = dict(client._http.headers)
     assert headers[VERSION_HEADER] == llmrun.__version__
 
     def respond(request: httpx.Request) -> httpx.Response:
         return httpx.Response(200, json=content, headers={VERSION_HEADER: version})
 
-    client._http = httpx.Client(base_url="http://cluster", headers=headers, transport=httpx.MockTransport(respond))
+    client._http = httpx.Client(base_url="https://cluster", headers=headers, transport=httpx.MockTransport(respond))
     return client
 
 
@@ -46,7 +46,7 @@ async def test_a_request_that_another_release_does_not_know(
     plane: Any = SimpleNamespace(admin_key="k")
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(make_api(plane)),
-        base_url="http://cluster",
+        base_url="https://cluster",
         headers={"authorization": "Bearer k"},
     ) as client:
         response = await client.request(method, CONTROL_ROOT + path, json=body)
@@ -66,7 +66,7 @@ def test_states_and_kinds_of_a_later_release_are_shown(
             {"id": "r", "version": 1, "state": "paused", "node": "n", "address": "", "in_flight": 0, "later": 1}
         ],
     }
-    client = answering({"url": "http://cluster", "models": [model]}, "9.9")
+    client = answering({"url": "https://cluster", "models": [model]}, "9.9")
     monkeypatch.setattr(models, "Client", lambda settings: client)
     models.status()
     assert "hibernating" in capsys.readouterr().out
@@ -84,7 +84,7 @@ def test_states_and_kinds_of_a_later_release_are_shown(
 
 def test_an_answer_that_cannot_be_read_names_both_versions() -> None:
     with pytest.raises(ControlError) as error:
-        answering({"url": "http://cluster"}, "9.9").status()
+        answering({"url": "https://cluster"}, "9.9").status()
     assert str(error.value) == (
         f"cannot read the cluster's answer: Status: models: Field required. This llmrun is {llmrun.__version__}, "
         f"the cluster runs 9.9: install llmrun==9.9 here, or upgrade the cluster"

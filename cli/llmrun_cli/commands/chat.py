@@ -11,6 +11,7 @@ import typer
 from llmrun.errors import ControlError
 from llmrun.settings import Settings
 from llmrun_cli.client import CONNECT_TIMEOUT_S, to_error, unreachable
+from llmrun_cli.credentials import api_credentials
 from llmrun_cli.terminal import exit_on_interrupt, note, write
 
 
@@ -29,10 +30,9 @@ def chat(
     Streams the replies. A cold model wakes first.
     """
     settings = Settings()
-    key = settings.api_key or settings.resolved_admin_key()
     http = httpx.Client(
         base_url=settings.resolved_url(),
-        headers={"authorization": f"Bearer {key}"} if key else {},
+        auth=api_credentials(settings),
         timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
         trust_env=False,
     )

@@ -29,7 +29,7 @@ from typing import IO, Any, NoReturn
 import psutil
 
 from llmrun.errors import ClusterError
-from llmrun.settings import Settings, read_or_create_secret
+from llmrun.settings import LOOPBACK, Settings, read_or_create_secret
 from llmrun_runtime import http
 from llmrun_runtime.cluster.bootstrap_process import (
     BootstrapProcess,
@@ -212,7 +212,7 @@ def _environment(settings: Settings, ray_address: str) -> dict[str, str]:
         "RAY_prestart_worker_first_driver": "0",
         "RAY_preload_python_modules": PRELOADED_MODULES,
     }
-    if ray_address.rpartition(":")[0] in http.LOOPBACK:
+    if ray_address.rpartition(":")[0] in LOOPBACK:
         # Without this Ray looks for an address that other machines can reach, and listens on it.
         env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     if "RAY_AUTH_MODE" not in env:

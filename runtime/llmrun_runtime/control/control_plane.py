@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry
 from sqlalchemy.exc import SQLAlchemyError
 
 from llmrun.errors import ClusterError
+from llmrun.identity import digest_of
 from llmrun.settings import Settings
 from llmrun_runtime.control.autoscaling.autoscaler import Autoscaler
 from llmrun_runtime.control.autoscaling.cold_starts import ColdStarts
@@ -35,7 +36,6 @@ from llmrun_runtime.control.usage import Usage
 from llmrun_runtime.node.agent import agent_of
 from llmrun_runtime.ray_nodes import NodeSnapshot, real_nodes
 from llmrun_runtime.wire.reports import RemoteUsage, ReplicaReport, Subject, key_subject, model_subject
-from llmrun_runtime.wire.routing_table import digest_of
 
 log = logging.getLogger("llmrun.control")
 STORE_RETRY_S = 5.0

@@ -11,11 +11,11 @@ from sqlalchemy import delete, select
 from sqlalchemy.exc import IntegrityError
 
 from llmrun.errors import Refused
+from llmrun.identity import digest_of
 from llmrun.wire import KeyInfo, NewKey
 from llmrun_runtime.control.state.database import Database
 from llmrun_runtime.control.state.stored_json import read_stored
 from llmrun_runtime.control.state.tables import KeyRow
-from llmrun_runtime.wire.routing_table import digest_of
 
 log = logging.getLogger("llmrun.control")
 PREFIX = "sk-llmrun-"

@@ -17,7 +17,7 @@ from typing import Any
 import ray
 
 from llmrun.errors import ClusterError
-from llmrun.settings import Settings
+from llmrun.settings import LOOPBACK, Settings
 from llmrun_runtime import http
 from llmrun_runtime.actors import (
     NAMESPACE,
@@ -74,7 +74,7 @@ class IngressActor:
         self._older: list[str] = []
         """The ingresses of earlier generations that still drain."""
         self._sockets: list[socket.socket] = []
-        self._keys_only = actors.host not in http.LOOPBACK and not actors.insecure
+        self._keys_only = actors.host not in LOOPBACK and not actors.insecure
         self._metrics = IngressMetrics(name, self._queue, self._other_metrics)
         self._readiness = Readiness()
         ingress = Ingress(

@@ -13,6 +13,7 @@ import aiohttp
 from prometheus_client import CONTENT_TYPE_LATEST
 
 import llmrun
+from llmrun.identity import CHALLENGE_HEADER, MAX_CHALLENGE, PROOF_HEADER, prove
 from llmrun.settings import Settings
 from llmrun.wire import CONTROL_ROOT, KeyInfo
 from llmrun_runtime.asgi import Receive, Scope, Send, send_bytes, send_error, send_json
@@ -101,7 +102,8 @@ class Ingress:
     async def _dispatch(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
         path, method = scope["path"], scope["method"]
         if path == "/health":
-            await send_json(send, 200, {"status": "ok", "version": llmrun.__version__})
+            headers = self._proof(scope)
+            await send_json(send, 200, {"status": "ok", "version": llmrun.__version__}, headers)
         elif path == "/ready":
             await send_json(send, *self._readiness.report(time.monotonic()))
         elif path == "/openapi.json":
@@ -133,6 +135,14 @@ class Ingress:
             yield
         finally:
             self.answering -= 1
+
+    def _proof(self, scope: Scope) -> list[tuple[bytes, bytes]]:
+        """Return the header that answers a client's challenge (`llmrun.identity`), if it sent one."""
+        challenge = dict(scope["headers"]).get(CHALLENGE_HEADER.lower().encode(), b"").decode("latin-1")
+        server, digest = scope.get("server"), self._queue.table.admin
+        if not (challenge and server and digest) or len(challenge) > MAX_CHALLENGE:
+            return []
+        return [(PROOF_HEADER.lower().encode(), prove(digest, challenge, server[1]).encode())]
 
     def _authenticate(self, scope: Scope) -> KeyInfo | None:
         check_headers(scope)

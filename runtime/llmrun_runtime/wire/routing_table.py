@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field, replace
 
 from llmrun.wire import KeyInfo, State
@@ -92,14 +91,6 @@ def share_of(table: Table, ingresses: int) -> Table:
         for name, model in table.models.items()
     }
     return replace(table, models=models)
-
-
-def digest_of(key: str) -> str:
-    """Return a key's sha256 in hex. A key has 256 random bits, so a slow hash would not add security.
-
-    A lookup by digest needs no constant-time comparison: its duration reveals nothing that leads to a key.
-    """
-    return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
 
 
 def by_names(models: dict[str, ModelRoute]) -> dict[str, str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from llmrun.identity import digest_of
 from llmrun.lora import split_revision
 from llmrun.wire import KeyInfo
 from llmrun_runtime.asgi import Scope
 from llmrun_runtime.ingress.errors import NOT_READY, HTTPError
-from llmrun_runtime.wire.routing_table import ModelRoute, Table, digest_of
+from llmrun_runtime.wire.routing_table import ModelRoute, Table
 
 BEARER = "bearer "
 ADMIN = KeyInfo(name="admin", priority="high")
