@@ -136,4 +136,4 @@ def _runtime(module: str = "local") -> list[str]:
             "the cluster runtime is not installed: pip install 'llmrun[runtime,gpu]' (for CPUs see the README). "
             "To use a cluster elsewhere, set LLMRUN_URL."
         )
-    return [sys.executable, "-m", f"llmrun_runtime.cluster.{module}"]
+    return [sys.executable, "-P", "-m", f"llmrun_runtime.cluster.{module}"]

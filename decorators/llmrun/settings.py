@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import stat
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -15,7 +16,11 @@ from urllib.parse import urlsplit
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from llmrun.errors import ClusterError
+
 DEFAULT_URL = "http://127.0.0.1:8000"
+# Of these, an LLMRUN_HOME has at least one.
+HOME_ENTRIES = frozenset({"admin.key", "llmrun.db", "logs", "weights", "packages", "environments"})
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -179,9 +184,37 @@ class Settings(BaseSettings):
         return self.database_url or f"sqlite:///{self.root / 'llmrun.db'}"
 
     def make_home(self) -> None:
-        """Create the home (mode 0700) and its admin key (mode 0600), if they do not exist."""
-        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        """Open the home of a head: `open_home`, and create its admin key (mode 0600). Raises ClusterError."""
+        self.open_home()
         read_or_create_secret(self.admin_key_file)
+
+    def open_home(self) -> None:
+        """Create the home if it does not exist, and keep this process's files from other users. Raises ClusterError.
+
+        1. What this process and its children create is for this user alone, whatever the umask was.
+        2. A home of an earlier release, and an empty directory, get the mode 0700.
+        3. Another directory that others can enter is refused: they may need what else is in it.
+        """
+        # 1.
+        os.umask(0o077)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            mode = stat.S_IMODE(self.root.stat().st_mode)
+            if not mode & 0o077:
+                return
+            # 2.
+            entries = {entry.name for entry in self.root.iterdir()}
+            if not entries or entries & HOME_ENTRIES:
+                self.root.chmod(0o700)
+                return
+        except OSError as error:
+            text = f"cannot open LLMRUN_HOME {self.root}: {error.strerror or error}. Set LLMRUN_HOME to a directory of"
+            raise ClusterError(f"{text} this user") from error
+        # 3.
+        raise ClusterError(
+            f"other users can enter LLMRUN_HOME {self.root} (mode {mode:04o}), and it has files that are not of "
+            f"llmrun: set LLMRUN_HOME to a directory of its own, or run `chmod 700 {self.root}`"
+        )
 
 
 def _place(url: str) -> tuple[str, str, int | None]:

@@ -12,7 +12,7 @@ import uvicorn
 
 from llmrun.errors import ClusterError
 from llmrun_runtime.asgi import App
-from llmrun_runtime.http_protocol import HeaderDeadlineProtocol
+from llmrun_runtime.http_protocol import LimitedProtocol
 
 # Longer than the ingress keeps an idle connection to control open.
 KEEP_ALIVE_S = 75
@@ -62,7 +62,7 @@ class HTTPServer:
     def __init__(self, app: App) -> None:
         self._config = uvicorn.Config(
             app,
-            http=HeaderDeadlineProtocol,
+            http=LimitedProtocol,
             ws="none",
             lifespan="off",
             access_log=False,

@@ -1,35 +1,60 @@
-"""uvicorn's HTTP protocol, with a deadline for request headers and readable early refusals."""
+"""uvicorn's HTTP protocol, with limits for what costs before a key is checked, and readable early refusals."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import weakref
+from itertools import islice
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from llmrun_runtime.asgi import error_body
+
 HEADERS_TIMEOUT_S = 30.0
+MAX_HEADERS = 200
+# Of a request's target and headers. httptools joins the pieces of a header in quadratic time.
+MAX_HEADER_BYTES = 64 * 2**10
+# An open connection takes some 10 KiB.
+MAX_CONNECTIONS = 10_000
+# How many connections are looked at to find an idle one.
+SEARCHED = 256
 # After a response that did not wait for the rest of its request.
 LINGER_S = 2.0
 
 
-class HeaderDeadlineProtocol(HttpToolsProtocol):
-    """Closes a connection whose request headers are not complete after `headers_timeout` seconds.
+class LimitedProtocol(HttpToolsProtocol):
+    """Limits the time, the size and the number of request headers, and the number of connections.
 
-    The time runs from the connection's start, and later from the first byte that arrives after a response. Connections
-    that idle between requests are uvicorn's matter.
+    1. A connection whose request headers are not complete after `headers_timeout` seconds is closed. The time runs from
+       the connection's start, and later from the first byte that arrives after a response. Connections that idle between
+       requests are uvicorn's matter.
+    2. Headers of more than MAX_HEADER_BYTES, or more than MAX_HEADERS, get a 431.
+    3. Beyond `max_connections`, a new connection takes the place of one that has no request.
     """
 
     headers_timeout = HEADERS_TIMEOUT_S
     linger = LINGER_S
+    max_connections = MAX_CONNECTIONS
     _deadline: asyncio.TimerHandle | None = None
     _lingering = False
+    _in_headers = False
+    _header_bytes = 0
+    """Of the request whose headers arrive: those that httptools has parsed."""
+    _unparsed_bytes = 0
+    """Those that have arrived since httptools last parsed one."""
+    _too_large = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the deadline of the first request."""
         super().connection_made(_LingeringTransport(transport, self))  # type: ignore[arg-type]
         self._start_deadline()
+        if len(self.connections) > self.max_connections:
+            others: Any = (each for each in islice(self.connections, SEARCHED) if each is not self)
+            idle = (each for each in others if each.cycle is None or each.cycle.response_complete)
+            next(idle, self).transport.close()
 
     def data_received(self, data: bytes) -> None:
         """Start a deadline unless these bytes belong to a request that is being answered.
@@ -38,13 +63,61 @@ class HeaderDeadlineProtocol(HttpToolsProtocol):
         """
         if self._lingering:
             return
+        in_headers = self._in_headers
         super().data_received(data)
+        if in_headers and self._in_headers and not self._too_large:
+            self._unparsed_bytes += len(data)
+            if self._header_bytes + self._unparsed_bytes > MAX_HEADER_BYTES:
+                self._too_large = True
+                self.send_400_response("")
         if self.cycle and self.cycle.response_complete and not self._deadline:
             self._start_deadline()
+
+    def on_message_begin(self) -> None:
+        """Count the headers of a new request."""
+        self._in_headers, self._header_bytes, self._unparsed_bytes = True, 0, 0
+        super().on_message_begin()
+
+    def on_url(self, url: bytes) -> None:
+        """Count the target. Raises ValueError, which ends the parsing."""
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Count a header, or one of the trailer. Raises ValueError, which ends the parsing."""
+        self._count(len(name) + len(value))
+        super().on_header(name, value)
+
+    def _count(self, size: int) -> None:
+        self._header_bytes, self._unparsed_bytes = self._header_bytes + size, 0
+        if self._header_bytes > MAX_HEADER_BYTES or (self.headers and len(self.headers) >= MAX_HEADERS):
+            self._too_large = True
+            raise ValueError("headers too large")
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse a request that cannot be parsed, or whose headers are too large, and close the connection."""
+        if self.transport.is_closing():
+            return
+        if self.cycle and self.cycle.response_started and not self.cycle.response_complete:
+            self.transport.close()  # the refusal would become a part of the response that is being sent
+            return
+        if self._too_large:
+            status = b"431 Request Header Fields Too Large"
+            text = f"request headers are larger than {MAX_HEADER_BYTES // 1024} KiB, or more than {MAX_HEADERS}"
+            body = error_body(text, "invalid_request_error", "headers_too_large")
+        else:
+            status = b"400 Bad Request"
+            body = error_body("not a valid HTTP request", "invalid_request_error", "invalid_http")
+        content = json.dumps(body).encode()
+        length = str(len(content)).encode()
+        headers = b"content-type: application/json\r\ncontent-length: " + length + b"\r\nconnection: close\r\n\r\n"
+        self.transport.write(b"HTTP/1.1 " + status + b"\r\n" + headers + content)
+        self.transport.close()
 
     def on_headers_complete(self) -> None:
         """End the deadline."""
         self._end_deadline()
+        self._in_headers = False
         super().on_headers_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -86,7 +159,7 @@ class _LingeringTransport:
     received would stay in memory until a garbage collection.
     """
 
-    def __init__(self, transport: asyncio.Transport, protocol: HeaderDeadlineProtocol) -> None:
+    def __init__(self, transport: asyncio.Transport, protocol: LimitedProtocol) -> None:
         self._transport = transport
         self._protocol = weakref.ref(protocol)
 

@@ -1,9 +1,11 @@
-"""The deadline for request headers, over real sockets."""
+"""The limits for request headers and connections, over real sockets."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import json
 from collections.abc import AsyncIterator
 
 import pytest
@@ -11,15 +13,16 @@ import uvicorn
 
 from llmrun_runtime import http
 from llmrun_runtime.asgi import Receive, Scope, Send, send_json
-from llmrun_runtime.http_protocol import HeaderDeadlineProtocol
+from llmrun_runtime.http_protocol import MAX_HEADER_BYTES, MAX_HEADERS, LimitedProtocol
 
 TIMEOUT_S = 0.3
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 UPLOAD = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n"
 
 
-class Short(HeaderDeadlineProtocol):
+class Short(LimitedProtocol):
     headers_timeout = linger = TIMEOUT_S
+    max_connections = 20
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,6 +56,71 @@ async def is_closed(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, 
         except ConnectionResetError:
             return True
     return False
+
+
+async def reply(port: int, *pieces: bytes) -> bytes:
+    """Return all that the server sends until it closes the connection, or for a second."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    received = b""
+    with contextlib.suppress(TimeoutError, ConnectionError):
+        async with asyncio.timeout(1):
+            for piece in pieces:
+                writer.write(piece)
+                await writer.drain()
+                await asyncio.sleep(0)
+            while data := await reader.read(65536):
+                received += data
+    writer.close()
+    return received
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [GET[:-2], b"".join(b"a%d: b\r\n" % number for number in range(MAX_HEADERS)), b"\r\n"],
+        [GET[:-2], b"".join(b"a%d: %s\r\n" % (number, b"b" * 4096) for number in range(20)), b"\r\n"],
+        [GET[:-2] + b"x: ", *[b"a" * 8192] * 1000],
+        [b"GET /" + b"a" * MAX_HEADER_BYTES + GET[5:]],
+        [b"GET /", *[b"a" * 8192] * 1000],
+        [GET[:-2], *[b"a" * 8192] * 1000],
+    ],
+    ids=["many", "large", "endless-value", "large-target", "endless-target", "endless-name"],
+)
+async def test_headers_that_are_too_large_are_refused(port: int, pieces: list[bytes]) -> None:
+    answer = await reply(port, *pieces)
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 431 "), answer  # the reset may overtake the answer
+    assert answer or len(pieces) > 3
+    assert b"200 OK" not in answer
+
+
+async def test_headers_below_the_limits_are_accepted(port: int) -> None:
+    many = b"".join(b"a%d: %s\r\n" % (number, b"b" * 300) for number in range(MAX_HEADERS - 1))
+    assert (await reply(port, GET[:-2] + many + b"\r\n")).startswith(b"HTTP/1.1 200")
+
+
+async def test_what_is_not_http_gets_an_error_in_openais_shape(port: int) -> None:
+    head, _, body = (await reply(port, b"\x16\x03\x01 hello\r\n\r\n")).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400") and json.loads(body)["error"]["code"] == "invalid_http"
+
+
+async def test_an_endless_trailer_does_not_write_into_the_response(port: int) -> None:
+    start = b"POST /slow HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n0\r\n"
+    answer = await reply(port, start, b"".join(b"a%d: b\r\n" % number for number in range(2 * MAX_HEADERS)))
+    assert answer.count(b"HTTP/1.1") <= 1 and b"200 OK" not in answer
+
+
+async def test_a_connection_beyond_the_limit_takes_the_place_of_an_idle_one(port: int) -> None:
+    busy = [await asyncio.open_connection("127.0.0.1", port) for _ in range(5)]
+    for _, writer in busy:
+        writer.write(GET.replace(b"/", b"/slow", 1))
+    idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(60)]
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(GET)
+    assert await asyncio.wait_for(reader.readuntil(b"{}"), 5)
+    for each, _ in busy:
+        assert await asyncio.wait_for(each.readuntil(b"{}"), 5)
+    for _, each_writer in (*busy, *idle, (reader, writer)):
+        each_writer.close()
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def load_app(path: Path) -> list[LoadedModel]:
     if not path.is_file():
         raise AppError(f"{path}: file not found")
     with tempfile.NamedTemporaryFile(suffix=".json") as result_file:
-        command = [sys.executable, "-m", "llmrun_cli.app_files.python_file", str(path), result_file.name]
+        command = [sys.executable, "-P", "-m", "llmrun_cli.app_files.python_file", str(path), result_file.name]
         try:
             code = subprocess.run(
                 command,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrun.errors import ClusterError
+from llmrun.settings import Settings
 from llmrun_runtime.http import http_url
 
 TIMEOUT_S = 120
@@ -40,10 +41,17 @@ class BootstrapProcess:
     """A bootstrap process. With `--stay` it connects to Ray only in `finish`, and continues to run after it."""
 
     def __init__(self, action: str, env: dict[str, str], args: list[str], log: Path) -> None:
-        command = [sys.executable, "-m", "llmrun_runtime.cluster.bootstrap", action, *args]
+        command = [sys.executable, "-P", "-m", "llmrun_runtime.cluster.bootstrap", action, *args]
+        # Ray's workers import from the current directory of their driver, so it is one of llmrun.
+        env = env | {"LLMRUN_HOME": str(Settings().root)}
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
-                command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors
+                command,
+                env=env,
+                cwd=log.parent,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
             )
         self._log = log
         self._events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()

@@ -170,7 +170,7 @@ class LocalCluster:
 
     def _start_ray(self, env: dict[str, str], ports: list[int], log: Path) -> subprocess.Popen[bytes]:
         command = [
-            *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"),
+            *(sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--head", "--block"),
             *(f"--node-ip-address={self._node_ip}", f"--port={ports[0]}", f"--temp-dir={self._temp}"),
             *("--include-dashboard=false", "--include-log-monitor=false"),
             *(() if _reports_usage() else ("--disable-usage-stats",)),
@@ -206,6 +206,8 @@ def _environment(settings: Settings, ray_address: str) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         **os.environ,
         "LLMRUN_HOME": str(settings.root),
+        # No process of the cluster imports from the folder in which somebody typed `llmrun`.
+        "PYTHONSAFEPATH": "1",
         "RAY_ADDRESS": ray_address,
         # Start workers on demand only: each takes 80 MiB.
         "RAY_enable_worker_prestart": "0",
@@ -312,7 +314,7 @@ def _find_parent(pid: int) -> psutil.Process | None:
     """The process with that ID if it is a cluster's parent: the ID may belong to another process by now."""
     try:
         process = psutil.Process(pid)
-        return process if process.cmdline()[1:3] == ["-m", "llmrun_runtime.cluster.local"] else None
+        return process if "llmrun_runtime.cluster.local" in process.cmdline()[1:4] else None
     except psutil.NoSuchProcess:
         return None
 

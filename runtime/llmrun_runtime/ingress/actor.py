@@ -60,7 +60,8 @@ class IngressActor:
         # Nothing here may fail for a while: Ray never restarts an actor whose constructor raised.
         self._actors, self._name = actors, name
         self._settings = Settings.model_validate(actors.settings)
-        with contextlib.suppress(OSError):  # a full disk
+        with contextlib.suppress(OSError, ClusterError):  # a full disk
+            self._settings.open_home()
             log_to_file(self._settings.root, name.partition("-r")[0])  # one log for all generations
         # Each stream needs two files.
         _, maximum = resource.getrlimit(resource.RLIMIT_NOFILE)

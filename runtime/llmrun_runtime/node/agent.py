@@ -46,6 +46,7 @@ class NodeAgent:
 
     async def __init__(self) -> None:  # type: ignore[misc] # Ray awaits it
         settings = Settings()
+        settings.open_home()
         self._root = settings.root
         self._host = ray.util.get_node_ip_address()
         self._node = ray.get_runtime_context().get_node_id()

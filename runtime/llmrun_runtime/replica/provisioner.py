@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import ray
 
-from llmrun.errors import EngineError, LLMRunError
+from llmrun.errors import ClusterError, EngineError, LLMRunError
 from llmrun.settings import Settings
 from llmrun_runtime.actors import ControlClient
 from llmrun_runtime.engines.base import Launch, Member
@@ -52,8 +52,11 @@ class Provisioner:
         self.node = context.get_node_id()
         self.host = ray.util.get_node_ip_address()
         self.devices = tuple(context.get_accelerator_ids().get("GPU", ()))
-        self.log = log_path(Settings().root, config.spec.name, config.version, self.actor)
-        with contextlib.suppress(OSError):  # `launch` reports a full disk; here, Serve would retry without a cause
+        settings = Settings()
+        self.log = log_path(settings.root, config.spec.name, config.version, self.actor)
+        # `launch` reports what is wrong with the home; here, Serve would retry without a cause.
+        with contextlib.suppress(OSError, ClusterError):
+            settings.open_home()
             self.log.parent.mkdir(parents=True, exist_ok=True)
         self.weights_were_cached = False
         """Whether `launch` found the pin on this node."""
@@ -64,6 +67,7 @@ class Provisioner:
 
     async def launch(self, members: tuple[Member, ...], member_rank: int = 0, port: int = 0) -> Launch:
         """Install everything that member `member_rank` needs; return its launch. Raises LLMRunError."""
+        await asyncio.to_thread(Settings().open_home)
         if lack := await asyncio.to_thread(lack_of_space, Settings()):
             raise EngineError(f"{self.where()}: {lack}")
         await asyncio.to_thread(self.log.parent.mkdir, parents=True, exist_ok=True)

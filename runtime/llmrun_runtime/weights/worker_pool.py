@@ -71,7 +71,7 @@ class WorkerPool:
         if self._busy + len(self._idle) > MAX_WORKERS:
             self._kill(next(iter(self._idle)))
         return await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "llmrun_runtime.weights.worker"),
+            *(sys.executable, "-P", "-m", "llmrun_runtime.weights.worker"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,

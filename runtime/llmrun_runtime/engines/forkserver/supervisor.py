@@ -108,7 +108,7 @@ class ForkServerSupervisor:
         self._output.parent.mkdir(parents=True, exist_ok=True)
         with self._output.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", SERVER, self._engine.module, str(descriptor), str(self._poll_s)),
+                *(sys.executable, "-P", "-m", SERVER, self._engine.module, str(descriptor), str(self._poll_s)),
                 pass_fds=[descriptor],
                 stdin=asyncio.subprocess.PIPE,  # the server exits when this closes
                 stdout=output,

@@ -91,7 +91,7 @@ class SidecarEngine:
             tuple(sorted(self.paths)),
             self.get_paths,
         )
-        return [launch.python, "-m", SIDECAR, config.to_json(), *self.arguments(launch)]
+        return [launch.python, "-P", "-m", SIDECAR, config.to_json(), *self.arguments(launch)]
 
     def server_model_name(self, launch: Launch) -> str:
         """Return the model's name for the server."""

@@ -39,4 +39,4 @@ class SGLang(SidecarEngine):
             args.setdefault("is_embedding", True)
         model = ("--model-path", launch.weights, "--served-model-name", launch.names[0], "--enable-metrics")
         address = ("--host", "127.0.0.1", "--port", PORT)
-        return [launch.python, "-m", "sglang.launch_server", *model, *address, *to_flags(args)]
+        return [launch.python, "-P", "-m", "sglang.launch_server", *model, *address, *to_flags(args)]

@@ -144,7 +144,7 @@ class VLLM:
 
     def command(self, launch: Launch) -> list[str]:
         """Return the command line of a plain process."""
-        return [launch.python, "-m", self.module, *self.arguments(launch)]
+        return [launch.python, "-P", "-m", self.module, *self.arguments(launch)]
 
     def libraries(self) -> tuple[str, ...]:
         """Return torch's OpenMP on CPU, which vLLM preloads in its engine cores."""
