@@ -102,6 +102,21 @@ class Settings(BaseSettings):
         default="",
         description="Origins of web pages that may call the ingress: comma-separated, or `*` for all. By default none.",
     )
+    allowed_hosts: str = Field(
+        default="",
+        description="Names, comma-separated, under which an endpoint without API keys may be called, besides "
+        "`localhost` and IP addresses.",
+    )
+    require_key: bool | None = Field(
+        default=None,
+        description="Whether requests need an API key. By default with `--host` beyond this machine, and from the "
+        "first key on, also when the last one has been revoked. `false`: only while there are keys.",
+    )
+    metrics_token: str = Field(
+        default="",
+        description="Token with which Prometheus reads `/metrics`. Without it, an endpoint beyond this machine, or "
+        "one that requires keys, asks for the admin key.",
+    )
     ingresses: int = Field(
         default=1, ge=1, le=64, description="Number of ingress processes on the head. They share one port."
     )

@@ -29,8 +29,8 @@ class LimitedProtocol(HttpToolsProtocol):
     """Limits the time, the size and the number of request headers, and the number of connections.
 
     1. A connection whose request headers are not complete after `headers_timeout` seconds is closed. The time runs from
-       the connection's start, and later from the first byte that arrives after a response. Connections that idle between
-       requests are uvicorn's matter.
+       the connection's start, and later from the first byte that arrives after a response. Connections that idle
+       between requests are uvicorn's matter.
     2. Headers of more than MAX_HEADER_BYTES, or more than MAX_HEADERS, get a 431.
     3. Beyond `max_connections`, a new connection takes the place of one that has no request.
     """

@@ -90,6 +90,7 @@ class Home:
         """The environment of commands, without the caller's `LLMRUN_*` and `RAY_*` variables."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("LLMRUN_", "RAY_"))}
         own = {"LLMRUN_HOME": str(self.path), "LLMRUN_URL": self.url, "WORD_FOR_TESTS": "sesame"}
+        own["LLMRUN_REQUIRE_KEY"] = "false"  # tests that create keys leave the cluster open for others
         return {**clean, **own, **self.more_env}
 
     def run(self, *args: str | Path, **env: str) -> subprocess.CompletedProcess[str]:

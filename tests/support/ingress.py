@@ -12,6 +12,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from multidict import CIMultiDict
 from starlette.requests import Request
 
 from llmrun.identity import digest_of
@@ -33,6 +34,8 @@ from llmrun_runtime.wire.reports import AdapterRevision
 from llmrun_runtime.wire.routing_table import ModelRoute, ReplicaRoute, Table, by_names
 
 CHAT = "/v1/chat/completions"
+POST_JSON = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+"""The start of a raw request."""
 CHUNKS = [b"data: {}\n\n", b"data: \xff not json\n\n", b"data: [DONE]\n\n"]
 
 
@@ -150,7 +153,9 @@ class Bench:
     async def post(self, body: Any = None, path: str = CHAT, **options: Any) -> tuple[int, Any, Any]:
         """Return the status, the headers, and the body, parsed if it is JSON."""
         data = body if isinstance(body, bytes) else json.dumps({"model": "one"} if body is None else body).encode()
-        async with self.session.post(self.url + path, data=BytesIO(data), **options) as response:
+        headers = CIMultiDict(options.pop("headers", {}))
+        headers.setdefault("content-type", "application/json")
+        async with self.session.post(self.url + path, data=BytesIO(data), headers=headers, **options) as response:
             raw = await response.read()
             parsed = json.loads(raw) if response.content_type == "application/json" else raw
             return response.status, response.headers, parsed

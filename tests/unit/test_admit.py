@@ -63,11 +63,11 @@ def admit_body(table: Table, key: KeyInfo | None, request_scope: Scope, content:
         (None, scope(), body("tuned:none"), 404, "model_not_found"),
         (None, scope(), body("listing:sql"), 503, "adapters_unknown"),
         (None, scope("/v1/embeddings"), body(), 404, "path_not_found"),
-        (ONE_ONLY, scope(), body("cold"), 403, "model_not_allowed"),
+        (ONE_ONLY, scope(), body("cold"), 404, "model_not_found"),
         (PROBE, scope(), body("cold"), 503, "model_not_ready"),
         # Two errors: the first rule decides.
         (None, scope(x_llmrun_max_wait="soon"), body("none"), 400, "invalid_header"),
-        (ONE_ONLY, scope("/v1/embeddings"), body("cold"), 403, "model_not_allowed"),
+        (ONE_ONLY, scope("/v1/embeddings"), body("cold"), 404, "model_not_found"),
         (PROBE, scope("/v1/embeddings"), body("cold"), 404, "path_not_found"),
     ],
 )

@@ -139,13 +139,13 @@ def test_a_sidecars_server_gets_its_own_flags_and_a_port(monkeypatch: pytest.Mon
     with pytest.raises(EngineError, match=r"sglang is not installed on the node: pip install sglang"):
         sglang.command(launch())
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    python, _, module, json_config, *command = sglang.command(launch(engine_args={"context_length": 4096}))
+    python, _, _, module, json_config, *command = sglang.command(launch(engine_args={"context_length": 4096}))
     assert python == sys.executable and module == sidecar.SIDECAR
     config = sidecar.SidecarConfig.from_json(json_config)
     assert (config.host, config.name, config.model, config.health) == ("10.0.0.1", "one", "one", "/health")
     assert "/v1/chat/completions" in config.paths
     line = " ".join(command)
-    assert line.startswith(f"{sys.executable} -m sglang.launch_server --model-path /w --served-model-name one ")
+    assert line.startswith(f"{sys.executable} -P -m sglang.launch_server --model-path /w --served-model-name one ")
     assert line.endswith("--host 127.0.0.1 --port {port} --context-length 4096 --tp-size 2")
     on_cpu = " ".join(sglang.command(launch(members=(Member("n", "::1"),), engine_args={}, task="embed")))
     assert on_cpu.endswith("--device cpu --is-embedding") and "--tp-size" not in on_cpu

@@ -66,7 +66,9 @@ async def test_a_body_of_unknown_length_is_rejected_at_the_limit(bench: Bench, e
         for _ in range(64):
             yield b"x" * 2**16
 
-    async with bench.session.post(bench.url + CHAT, data=endless()) as answer:
+    async with bench.session.post(
+        bench.url + CHAT, data=endless(), headers={"content-type": "application/json"}
+    ) as answer:
         assert answer.status == 413
 
 

@@ -19,7 +19,7 @@ from llmrun_runtime.ingress.errors import HTTPError
 from llmrun_runtime.ingress.queue import keepalive
 from llmrun_runtime.ingress.queue.keepalive import DEFAULT_TIMING, KeepaliveStream
 from llmrun_runtime.rate_window import RateWindow
-from tests.support.ingress import CHAT, CHUNKS, Bench, Engine, bearer, keys, route, running_ingress
+from tests.support.ingress import CHUNKS, POST_JSON, Bench, Engine, bearer, keys, route, running_ingress
 
 DEADLY = {"model": "one", "die_early": True}
 
@@ -127,7 +127,7 @@ async def test_a_client_that_stops_reading_is_aborted(monkeypatch: pytest.Monkey
         host, _, port = bench.url.removeprefix("http://").partition(":")
         _, writer = await asyncio.open_connection(host, int(port), limit=2**16)
         data = json.dumps({"model": "one"}).encode()
-        writer.write(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data)
+        writer.write(f"{POST_JSON}content-length: {len(data)}\r\n\r\n".encode() + data)
         await asyncio.wait_for(engine.client_left.wait(), 10)
         async with asyncio.timeout(1):
             while bench.queue.traffic():

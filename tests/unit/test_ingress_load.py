@@ -16,7 +16,7 @@ from starlette.requests import Request
 from llmrun.identity import digest_of
 from llmrun.wire import KeyInfo
 from llmrun_runtime.asgi import Send
-from tests.support.ingress import CHAT, Bench, Engine, route, running_ingress
+from tests.support.ingress import POST_JSON, Bench, Engine, route, running_ingress
 
 pytestmark = pytest.mark.timeout(300)
 IDLE_STREAMS = 1000
@@ -46,7 +46,7 @@ class Connection:
         host, _, port = bench.url.removeprefix("http://").partition(":")
         reader, writer = await asyncio.open_connection(host, int(port), limit=2**16)
         data = json.dumps({"model": "one", **body}).encode()
-        head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\n{headers}content-length: {len(data)}\r\n\r\n"
+        head = f"{POST_JSON}{headers}content-length: {len(data)}\r\n\r\n"
         writer.write(head.encode() + data)
         return cls(reader, writer)
 

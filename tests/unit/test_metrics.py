@@ -37,6 +37,12 @@ RESPONSES = "/v1/responses"
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each page is gathered anew."""
+    monkeypatch.setattr("llmrun_runtime.ingress.app.METRICS_KEPT_S", -1)
+
+
 def parsed(text: str) -> Samples:
     """Return a page's values by name and labels. Each name must have one family."""
     families = list(text_string_to_metric_families(text))

@@ -9,7 +9,7 @@ import pytest
 
 from llmrun.wire import KeyInfo
 from llmrun_runtime.ingress.admission.held_bytes import HeldBytes
-from tests.support.ingress import CHAT, Bench, Engine, bearer, keys, route, running_ingress
+from tests.support.ingress import CHAT, POST_JSON, Bench, Engine, bearer, keys, route, running_ingress
 
 LARGE = {"model": "one", "prompt": "x" * 300_000}
 
@@ -65,7 +65,7 @@ async def test_a_slow_upload_times_out(pause: float, held: list[HeldBytes], engi
         bench.table(route(engine.port))
         host, _, port = bench.url.removeprefix("http://").partition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n".encode())
+        writer.write(f"{POST_JSON}content-length: 1000\r\n\r\n".encode())
 
         async def dribble() -> None:
             while True:
@@ -87,7 +87,7 @@ async def test_a_client_that_leaves_while_it_uploads_is_no_error(
     bench.table(route(engine.port))
     host, _, port = bench.url.removeprefix("http://").partition(":")
     _, writer = await asyncio.open_connection(host, int(port))
-    writer.write(f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{{".encode())
+    writer.write(f"{POST_JSON}content-length: 1000\r\n\r\n{{".encode())
     await asyncio.sleep(0.1)
     writer.transport.abort()
     await asyncio.sleep(0.1)

@@ -147,7 +147,7 @@ async def test_waiters_fail_with_a_start_that_failed_after_they_came(callers: Ca
     assert not callers.tasks["first"].done()
     callers.queue.update(table(replace(COLD, version=2, failures=1, cause="no memory")))
     error = await callers.error("first")
-    assert error.code == "model_failed" and "no memory" in error.message
+    assert error.code == "model_failed" and "no memory" in error.cause
 
 
 async def test_waiters_follow_their_name_to_another_model(callers: Callers) -> None:

@@ -115,8 +115,11 @@ def revoke(name: Annotated[str, typer.Argument(metavar="NAME", help="Key name.")
 
     Takes effect within 2 seconds.
     """
-    Client(Settings()).revoke_key(name)
+    client = Client(Settings())
+    client.revoke_key(name)
     out.print(f"Revoked key {name}")
+    if not client.keys():
+        note("No keys are left. Requests still need one; LLMRUN_REQUIRE_KEY=false opens the endpoint again.")
 
 
 def usage(

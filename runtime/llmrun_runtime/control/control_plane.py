@@ -64,7 +64,7 @@ class ControlPlane:
         self.cold_starts = ColdStarts(self.database, metrics)
         self.disk_watch = DiskWatch()
         metrics.register(self.disk_watch)
-        self.keys = Keys(self.database)
+        self.keys = Keys(self.database, settings.require_key)
         self.usage = Usage(self.database)
         self.registry = Registry()
         self.models = Models()

@@ -15,31 +15,44 @@ from llmrun.identity import digest_of
 from llmrun.wire import KeyInfo, NewKey
 from llmrun_runtime.control.state.database import Database
 from llmrun_runtime.control.state.stored_json import read_stored
-from llmrun_runtime.control.state.tables import KeyRow
+from llmrun_runtime.control.state.tables import KeyRow, MetaRow
 
 log = logging.getLogger("llmrun.control")
 PREFIX = "sk-llmrun-"
 SECRET_BYTES = 32
+# What logs and usage call the admin key.
+ADMIN_NAME = "admin"
+# In the table of facts about the database, once a key has been created.
+HAD_KEY = "had_key"
 EXPIRED = 1.0  # a Unix time in the past
 
 
 class Keys:
     """The keys, in the database and in memory. `on_change` is called when the routing table must be published."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, required: bool | None = None) -> None:
+        """`required`: LLMRUN_REQUIRE_KEY; None: from the first key on."""
         self._database = database
+        self._setting = required
+        self._had_key = False
         self._routes: dict[str, KeyInfo] = {}
         self.on_change: Callable[[], None] = lambda: None
 
     def load(self) -> None:
         """Read the stored keys. A key that cannot be read counts as expired: without any key, none is required."""
-        with self._database.session() as session:
+        with self._database.session() as session, session.begin():
+            self._had_key = session.get(MetaRow, HAD_KEY) is not None
             for row in session.scalars(select(KeyRow)):
                 try:
                     self._routes[row.digest] = read_stored(KeyInfo, row.facts)
                 except ValueError as error:
                     log.warning("key %s cannot be read, so it is not valid: %s", row.name, error)
                     self._routes[row.digest] = KeyInfo.model_construct(name=row.name, expires=EXPIRED)
+
+    @property
+    def required(self) -> bool:
+        """Whether requests need a key although none may exist: an endpoint that was closed stays closed."""
+        return self._had_key or bool(self._routes) if self._setting is None else self._setting
 
     @property
     def routes(self) -> dict[str, KeyInfo]:
@@ -51,14 +64,18 @@ class Keys:
         now = time.time()
         if info.expires and info.expires <= now:
             raise Refused(f"cannot create key {info.name!r}: its expiry is in the past", 422)
+        if info.name == ADMIN_NAME:
+            raise Refused(f"cannot create key {info.name!r}: the admin key has this name. Choose another one", 422)
         secret = PREFIX + secrets.token_urlsafe(SECRET_BYTES)
         created = info.model_copy(update={"created": now})
         digest = digest_of(secret)
         try:
             with self._database.session() as session, session.begin():
+                session.merge(MetaRow(key=HAD_KEY, value="1"))
                 session.add(KeyRow(name=created.name, digest=digest, facts=created.model_dump_json()))
         except IntegrityError:
             raise Refused(f"key {info.name!r} already exists. Revoke it first, or choose another name", 409) from None
+        self._had_key = True
         self._routes = {**self._routes, digest: created}
         self.on_change()
         return NewKey(key=secret, facts=created)

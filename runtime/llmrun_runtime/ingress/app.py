@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -13,12 +15,13 @@ import aiohttp
 from prometheus_client import CONTENT_TYPE_LATEST
 
 import llmrun
-from llmrun.identity import CHALLENGE_HEADER, MAX_CHALLENGE, PROOF_HEADER, prove
+from llmrun.identity import CHALLENGE_HEADER, MAX_CHALLENGE, PROOF_HEADER, digest_of, prove
 from llmrun.settings import Settings
 from llmrun.wire import CONTROL_ROOT, KeyInfo
 from llmrun_runtime.asgi import Receive, Scope, Send, send_bytes, send_error, send_json
 from llmrun_runtime.engines.registry import get_engine
-from llmrun_runtime.ingress.admission.auth import authenticate, can_access, check_access
+from llmrun_runtime.ingress.admission.auth import BEARER, authenticate, can_access
+from llmrun_runtime.ingress.admission.browser import check_browser, check_content_type, names
 from llmrun_runtime.ingress.admission.rate_limits import Limiter
 from llmrun_runtime.ingress.admission.request import check_headers, check_method
 from llmrun_runtime.ingress.admission.revision import Resolver, resolve_pin
@@ -39,6 +42,7 @@ from llmrun_runtime.link.client import Links
 
 log = logging.getLogger("llmrun.ingress")
 # Valid even while nothing is deployed, so that the error is about the model and not about the path.
+METRICS_KEPT_S = 1.0
 USUAL_PATHS = get_engine("vllm").paths
 
 
@@ -58,7 +62,11 @@ class Ingress:
         keepalive: KeepaliveTiming = DEFAULT_TIMING,
     ) -> None:
         self._queue = queue
-        self._keys_only = keys_only
+        self._keys_only = keys_only or settings.require_key is True
+        self._hosts, self._origins = names(settings.allowed_hosts), names(settings.cors_origins)
+        self._metrics_token = settings.metrics_token
+        self._gathering = asyncio.Lock()
+        self._gathered, self._page = -math.inf, b""
         self._metrics = metrics
         self._resolver = resolver
         self._readiness = readiness
@@ -85,7 +93,8 @@ class Ingress:
 
         try:
             await self._dispatch(scope, receive, recorded, record)
-        except HTTPError as error:
+        except HTTPError as full:
+            error = record.shown(full)
             headers = [record.id_header, *error.headers(), *record.rate_limit_headers]
             await send_json(recorded, error.status, error.body(), headers)
         except Exception as error:
@@ -113,8 +122,8 @@ class Ingress:
             await self._models(scope, path, send)
         elif path == "/metrics":
             check_method(method, path, "GET", "HEAD")
-            text = await self._metrics.gather(self._http(), self._links)
-            await send_bytes(send, 200, text, CONTENT_TYPE_LATEST)
+            self._check_metrics_access(scope)
+            await send_bytes(send, 200, await self._metrics_page(), CONTENT_TYPE_LATEST)
         elif path.startswith(CONTROL_ROOT + "/"):
             await self._control(scope, receive, send)
         else:
@@ -126,7 +135,31 @@ class Ingress:
             with self._counted():
                 key = self._authenticate(scope)
                 record.key = key.name if key else ""
+                check_content_type(scope)
                 await self._infer(scope, receive, send, key, record)
+
+    def _check_metrics_access(self, scope: Scope) -> None:
+        """Raise HTTPError (401): metrics name all models, adapters and nodes.
+
+        On this machine, without a token, they are for everybody: Prometheus sends no key by default.
+        """
+        if not (self._keys_only or self._metrics_token):
+            check_browser(scope, self._hosts, self._origins)
+            return
+        header = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+        given = digest_of(header[len(BEARER) :].strip()) if header.lower().startswith(BEARER) else ""
+        token = digest_of(self._metrics_token) if self._metrics_token else ""
+        if not given or given not in (token, self._queue.table.admin):
+            message = "metrics require LLMRUN_METRICS_TOKEN, or the admin key: send `Authorization: Bearer TOKEN`"
+            raise HTTPError(401, message, "invalid_metrics_token", "authentication_error")
+
+    async def _metrics_page(self) -> bytes:
+        """Return the metrics, at most METRICS_KEPT_S old: all engines are asked for them, by one request at a time."""
+        async with self._gathering:
+            if time.monotonic() - self._gathered > METRICS_KEPT_S:
+                self._page = await self._metrics.gather(self._http(), self._links)
+                self._gathered = time.monotonic()
+            return self._page
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
@@ -146,7 +179,10 @@ class Ingress:
 
     def _authenticate(self, scope: Scope) -> KeyInfo | None:
         check_headers(scope)
-        return authenticate(self._queue.table, scope, time.time(), required=self._keys_only)
+        key = authenticate(self._queue.table, scope, time.time(), required=self._keys_only)
+        if key is None:
+            check_browser(scope, self._hosts, self._origins)
+        return key
 
     async def _models(self, scope: Scope, path: str, send: Send) -> None:
         key, table = self._authenticate(scope), self._queue.table
@@ -156,7 +192,6 @@ class Ingress:
         else:
             name = path.removeprefix(MODELS + "/")
             target = find_target(table, name, partial(can_access, key))
-            check_access(key, target.model, target.adapter)
             await resolve_pin(target, self._resolver)  # a revision that does not exist is an error here, too
             await send_json(send, 200, describe(target.model, name))
 

@@ -6,13 +6,13 @@ from typing import Any, cast
 
 from starlette.middleware.cors import CORSMiddleware
 
-from llmrun_runtime.asgi import App
+from llmrun_runtime.asgi import App, Receive, Scope, Send
 
 EXPOSED = ("x-request-id", "retry-after")
 
 
 def with_cors(app: App, origins: str) -> App:
-    """Wrap the app in Starlette's CORS middleware; `origins` is a comma-separated list, or `*`."""
+    """Wrap the app in Starlette's CORS middleware, for `/v1` alone; `origins` is a comma-separated list, or `*`."""
     allowed = [origin.strip().rstrip("/") for origin in origins.split(",") if origin.strip()]
     rate_limits = [
         f"x-ratelimit-{field}-{kind}" for field in ("limit", "remaining", "reset") for kind in ("requests", "tokens")
@@ -24,4 +24,8 @@ def with_cors(app: App, origins: str) -> App:
         allow_headers=["*"],
         expose_headers=[*EXPOSED, *rate_limits],
     )
-    return cast(App, cors)
+
+    async def dispatch(scope: Scope, receive: Receive, send: Send) -> None:
+        await (cors if scope["path"].startswith("/v1/") else app)(scope, receive, send)
+
+    return dispatch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llmrun_runtime.asgi import error_body
@@ -25,6 +25,15 @@ class HTTPError(Exception):
     """Seconds, for `Retry-After`."""
     close: bool = False
     """Whether the connection must be closed after the response."""
+    cause: str = ""
+    """What only the cluster's operator may see: paths, addresses, texts of exceptions. See `shown`."""
+
+    def shown(self, *, to_operator: bool, request: str) -> HTTPError:
+        """Return the error as its receiver may see it; `request` is the request's id, to be looked up in the log."""
+        if not self.cause:
+            return self
+        more = self.cause if to_operator else f"see request {request} in the ingress log"
+        return replace(self, message=f"{self.message}: {more}", cause="")
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Return the response headers."""

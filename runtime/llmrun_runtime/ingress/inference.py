@@ -124,7 +124,7 @@ class Inference:
                 raise
             if not stream.is_event_stream:
                 raise ConnectionAbortedError(error.message) from None
-            await stream.fail(error)
+            await stream.fail(record.shown(error))
 
     async def _in_time(self, work: Coroutine[Any, Any, None]) -> None:
         """Raises HTTPError (504) after LLMRUN_REQUEST_TIMEOUT."""

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import time
 import uuid
 from dataclasses import dataclass, field
 
 from llmrun_runtime.asgi import Scope
+from llmrun_runtime.ingress.admission.auth import ADMIN
+from llmrun_runtime.ingress.errors import HTTPError
+
+log = logging.getLogger("llmrun.ingress")
+# Nothing that could be taken for another field of the log.
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
 @dataclass
@@ -33,6 +41,16 @@ class RequestRecord:
         key = f" key {self.key}" if self.key else ""
         return f"{self.id}{key} {self.model or '-'} {self.path} {self.status or 'left'},{first} {took:.3f} s"
 
+    def shown(self, error: HTTPError) -> HTTPError:
+        """Return the error as this request's sender may see it, and log what it may not see.
+
+        Without keys, whoever can connect is the operator.
+        """
+        operator = self.key in ("", ADMIN.name)
+        if error.cause and not operator:
+            log.info("%s %s: %s: %s", self.id, self.key, error.message, error.cause)
+        return error.shown(to_operator=operator, request=self.id)
+
     @property
     def id_header(self) -> tuple[bytes, bytes]:
         """`x-request-id`, for the response."""
@@ -42,4 +60,4 @@ class RequestRecord:
 def new_record(scope: Scope) -> RequestRecord:
     """Return a record with the client's `x-request-id`, or a new one."""
     given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-    return RequestRecord(given if given.isprintable() and 0 < len(given) <= 128 else uuid.uuid4().hex)
+    return RequestRecord(given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)

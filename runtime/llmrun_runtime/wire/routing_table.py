@@ -78,6 +78,8 @@ class Table(Message):
     """API keys by digest."""
     admin: str = ""
     """The digest of the admin key."""
+    keys_required: bool = False
+    """Whether requests need an API key although none may exist."""
 
 
 def share_of(table: Table, ingresses: int) -> Table:

@@ -344,10 +344,18 @@ class Autoscaler:
 
     async def _publish(self, models: dict[str, ModelRoute]) -> None:
         """Replace the table if it changed."""
-        if not self.table.number or models != self.table.models or self._keys.routes != self.table.keys:
+        keys, required = self._keys.routes, self._keys.required
+        changed = models != self.table.models or (keys, required) != (self.table.keys, self.table.keys_required)
+        if not self.table.number or changed:
             async with self._table_changed:
-                number, keys = self.table.number + 1, self._keys.routes
-                self.table = replace(self.table, number=number, models=models, names=by_names(models), keys=keys)
+                self.table = replace(
+                    self.table,
+                    number=self.table.number + 1,
+                    models=models,
+                    names=by_names(models),
+                    keys=keys,
+                    keys_required=required,
+                )
                 self._table_changed.notify_all()
 
     def _decide(self, row: Deployed, now: float) -> None:

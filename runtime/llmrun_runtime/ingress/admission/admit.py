@@ -7,7 +7,7 @@ from functools import partial
 
 from llmrun.wire import KeyInfo
 from llmrun_runtime.asgi import Scope
-from llmrun_runtime.ingress.admission.auth import can_access, check_access, check_may_wake
+from llmrun_runtime.ingress.admission.auth import can_access, check_may_wake
 from llmrun_runtime.ingress.admission.rate_limits import Limit, limits_for
 from llmrun_runtime.ingress.admission.request import ParsedRequest, parse_max_wait, parse_priority
 from llmrun_runtime.ingress.admission.target import Target, check_path, find_target
@@ -38,10 +38,9 @@ def admit(table: Table, key: KeyInfo | None, scope: Scope, request: ParsedReques
     """Admit a request whose key was authenticated before its body was read, and parsed. Raises HTTPError.
 
     1. The headers are valid.
-    2. The model, or its adapter, exists, as far as the key may see it.
-    3. The key has access to it.
-    4. The model's engine serves the path.
-    5. The model is running, or the key may wake it.
+    2. The model, or its adapter, exists. What the key may not use does not exist for it.
+    3. The model's engine serves the path.
+    4. The model is running, or the key may wake it.
     """
     # 1.
     max_wait = parse_max_wait(scope)
@@ -51,9 +50,7 @@ def admit(table: Table, key: KeyInfo | None, scope: Scope, request: ParsedReques
     # 2.
     target = find_target(table, request.model, partial(can_access, key))
     # 3.
-    check_access(key, target.model, target.adapter)
-    # 4.
     check_path(target.model, scope["path"])
-    # 5.
+    # 4.
     check_may_wake(key, target.model)
     return Admission(key, request, target, max_wait, limits_for(key, target.model), priority)

@@ -16,12 +16,12 @@ ADMIN = KeyInfo(name="admin", priority="high")
 def authenticate(table: Table, scope: Scope, now: float, *, required: bool) -> KeyInfo | None:
     """Return the request's API key; None if no key is needed. Raises HTTPError (401).
 
-    1. While no key exists, requests need none, unless keys are `required`.
+    1. While no key exists, requests need none, unless keys are `required` here, or by the table.
     2. Otherwise the key is sent as OpenAI's clients do (`Authorization: Bearer …`), or as Anthropic's (`x-api-key`).
     3. The key must exist and must not have expired. The admin key has access to everything.
     """
     # 1.
-    if not table.keys and not required:
+    if not table.keys and not required and not table.keys_required:
         return None
     # 2.
     headers = dict(scope["headers"])
@@ -51,14 +51,6 @@ def can_access(key: KeyInfo | None, model: ModelRoute, adapter: str = "") -> boo
         return True
     adapter, _ = split_revision(adapter)
     return any(name in key.models or (adapter and f"{name}:{adapter}" in key.models) for name in model.names)
-
-
-def check_access(key: KeyInfo | None, model: ModelRoute, adapter: str = "") -> None:
-    """Raise HTTPError (403) if the key has no access to the model or adapter."""
-    if key and not can_access(key, model, adapter):
-        requested = f"{model.name}:{adapter}" if adapter else model.name
-        message = f"API key {key.name} has no access to {requested}. Available: {', '.join(key.models)}"
-        raise HTTPError(403, message, "model_not_allowed", "permission_error", param="model")
 
 
 def check_may_wake(key: KeyInfo | None, model: ModelRoute) -> None:

@@ -30,11 +30,19 @@ def everything(model: ModelRoute, adapter: str = "", /) -> bool:
 
 
 def find_model(table: Table, name: str, visible: Visibility = everything) -> ModelRoute:
-    """Return the model with this name or alias. Raises HTTPError (404), which lists the `visible` ones."""
-    model = table.names.get(name)
-    if model is not None:
-        return table.models[model]
-    raise model_not_found(name, [name for model in table.models.values() if visible(model) for name in model.names])
+    """Return the model with this name or alias, if it is visible. Raises HTTPError (404), which lists the visible."""
+    model = table.models.get(table.names.get(name, ""))
+    if model is not None and visible(model):
+        return model
+    raise model_not_found(name, [name for model in table.models.values() for name in _visible_names(model, visible)])
+
+
+def _visible_names(model: ModelRoute, visible: Visibility) -> Iterator[str]:
+    """The names that a caller may use; those of adapters only if it may not use the model itself."""
+    if visible(model):
+        yield from model.names
+    else:
+        yield from (f"{model.name}:{adapter}" for adapter in listed_adapters(model) if visible(model, adapter))
 
 
 def model_not_found(name: str, available: Collection[str]) -> HTTPError:
@@ -66,7 +74,8 @@ def find_target(table: Table, name: str, visible: Visibility = everything) -> Ta
     """Return the model, or the adapter of a model (`model:adapter`), with this name. Raises HTTPError.
 
     1. The name of a model, as it is.
-    2. Otherwise the part before the first `:` is a model with adapters, and their list is available.
+    2. Otherwise the part before the first `:` is a model with adapters, and their list is available. Before that
+       nothing is said about an adapter that is not visible.
     3. The rest is the name of one of them, or of a revision of one.
     """
     # 1.
@@ -74,14 +83,17 @@ def find_target(table: Table, name: str, visible: Visibility = everything) -> Ta
     if name in table.names or not colon or base not in table.names:
         return Target(find_model(table, name, visible), name)
     # 2.
-    model = find_model(table, base, visible)
+    model = table.models[table.names[base]]
+    if not visible(model, adapter):
+        raise model_not_found(name, list(_visible_names(model, visible)))
     if not model.lora:
         message = f"model {name!r} not found: {model.name} has no adapters (lora= is not set)"
         raise HTTPError(404, message, "model_not_found", param="model")
     if model.adapters is None:
-        reason = model.adapters_error or "they are being listed"
-        message = f"the adapters of {model.name} are not available yet: {reason}"
-        raise HTTPError(503, message, "adapters_unknown", "service_unavailable", param="model", retry_after=2)
+        message, cause = f"the adapters of {model.name} are not available yet", model.adapters_error
+        message += "" if cause else ": they are being listed"
+        code, kind = "adapters_unknown", "service_unavailable"
+        raise HTTPError(503, message, code, kind, param="model", retry_after=2, cause=cause)
     # 3.
     pin = model.adapters.get(adapter)
     if pin is None:

@@ -26,8 +26,8 @@ def queue_full(model: ModelRoute, waiting: int) -> HTTPError:
 
 def start_failed(model: ModelRoute) -> HTTPError:
     """The error for a model whose start failed."""
-    message = f"{model.name} failed to start: {model.cause}"
-    return HTTPError(503, message, "model_failed", "service_unavailable", retry_after=retry_after(model))
+    message, code = f"{model.name} failed to start", "model_failed"
+    return HTTPError(503, message, code, "service_unavailable", retry_after=retry_after(model), cause=model.cause)
 
 
 def shutting_down() -> HTTPError:
@@ -43,6 +43,7 @@ def wait_timed_out(model: ModelRoute, waited: float, source: str) -> HTTPError:
     else:
         status = f"waiting for a free replica of {model.name}" if model.replicas else f"{model.name} was starting"
         message = f"timed out after {waited:.3g} s while {status}" + (f" ({source})" if source else "")
-    if reason := model.cause or model.phase:
-        message += f": {reason}"
-    return HTTPError(503, message, NOT_READY, "service_unavailable", retry_after=retry_after(model, waited))
+    if model.phase and not model.cause:
+        message += f": {model.phase}"
+    retry = retry_after(model, waited)
+    return HTTPError(503, message, NOT_READY, "service_unavailable", retry_after=retry, cause=model.cause)
