@@ -75,14 +75,3 @@ def test_other_users_can_read_no_file(attacked: Home) -> None:
     ]
     assert [path for path in open_files if not path.is_symlink()] == []
     assert (attacked.path / "llmrun.db").is_file() and list((attacked.path / "logs").rglob("*.log"))
-
-
-def test_print_sockets(attacked: Home) -> None:
-    for process in [*family(attacked), *attacked.engines("target")]:
-        try:
-            lines = [f"{c.laddr.ip}:{c.laddr.port}" for c in process.net_connections("tcp") if c.status == "LISTEN"]
-            lines += [f"udp {c.laddr}" for c in process.net_connections("udp")]
-            if lines:
-                print("SOCK", process.pid, " ".join(process.cmdline())[:90], lines)
-        except psutil.Error:
-            continue
