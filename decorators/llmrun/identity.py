@@ -12,6 +12,8 @@ import hmac
 CHALLENGE_HEADER = "X-LLMRun-Challenge"
 PROOF_HEADER = "X-LLMRun-Proof"
 MAX_CHALLENGE = 128
+# What logs and usage call the admin key.
+ADMIN_NAME = "admin"
 
 
 def digest_of(key: str) -> str:

@@ -14,18 +14,9 @@ from tests.support.cluster import BIN, Home, free_port, leftovers, new_processes
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 # Modules that the processes of a cluster import sooner or later, from the standard library and from packages.
-IMPORTED = ("aiohttp", "cbor2", "certifi", "fsspec", "httptools", "jinja2", "psutil", "queue", "random", "secrets")
-IMPORTED_LATER = (
-    "ray",
-    "setproctitle",
-    "sqlite3",
-    "tomllib",
-    "torch",
-    "transformers",
-    "uvicorn",
-    "uvloop",
-    "vllm",
-    "zmq",
+IMPORTED = (
+    *("aiohttp", "cbor2", "certifi", "fsspec", "httptools", "jinja2", "psutil", "queue", "random", "ray", "secrets"),
+    *("setproctitle", "sqlite3", "tomllib", "torch", "transformers", "uvicorn", "uvloop", "vllm", "zmq"),
 )
 
 
@@ -33,7 +24,7 @@ IMPORTED_LATER = (
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with modules that write a file when they are imported."""
     folder = tmp_path_factory.mktemp("hostile")
-    for name in (*IMPORTED, *IMPORTED_LATER):
+    for name in IMPORTED:
         (folder / f"{name}.py").write_text(f"open({str(folder / 'imported')!r}, 'a').write('{name} ')\n")
     return folder
 

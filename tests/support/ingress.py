@@ -144,6 +144,11 @@ class Bench:
     def __init__(self, queue: RequestQueue, limiter: Limiter, url: str, session: aiohttp.ClientSession) -> None:
         self.queue, self.limiter, self.url, self.session = queue, limiter, url, session
 
+    @property
+    def idle(self) -> bool:
+        """Whether no request waits or is in flight."""
+        return not any(each.waiting or each.in_flight for each in self.queue.traffic().values())
+
     def table(self, *models: ModelRoute, **fields: Any) -> None:
         """Publish these models."""
         by_name = {model.name: model for model in models}

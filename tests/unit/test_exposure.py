@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import delete
 
 from llmrun.errors import Refused
 from llmrun.identity import digest_of
 from llmrun.wire import KeyInfo
 from llmrun_runtime.asgi import Scope
-from llmrun_runtime.control.keys import Keys
+from llmrun_runtime.control.keys import HAD_KEY, Keys
 from llmrun_runtime.control.state.database import Database
+from llmrun_runtime.control.state.tables import MetaRow
 from llmrun_runtime.ingress.admission.browser import check_browser, check_content_type, names
 from llmrun_runtime.ingress.endpoints.metrics import IngressMetrics
 from llmrun_runtime.ingress.errors import HTTPError
@@ -171,6 +173,9 @@ def test_an_endpoint_that_had_a_key_stays_closed(tmp_path: Path) -> None:
     assert not first.required and loaded(required=True).required
     first.create(KeyInfo(name="alice"))
     assert first.required and loaded().required and not loaded(required=False).required
+    with database.session() as session, session.begin():  # a key of an earlier release
+        session.execute(delete(MetaRow).where(MetaRow.key == HAD_KEY))
+    first = loaded()
     first.revoke("alice")
     assert first.required and loaded().required and not loaded(required=False).required
     with pytest.raises(Refused, match="the admin key has this name"):

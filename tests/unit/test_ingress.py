@@ -111,7 +111,7 @@ async def test_a_request_for_a_cold_model_waits_for_a_replica(bench: Bench, engi
     assert bench.queue.traffic()["one"].waiting == 1
     bench.table(route(engine.port))
     assert (await pending)[0] == 200
-    assert not bench.queue.traffic().get("one", Traffic()).waiting and not bench.queue.in_flight.by_model
+    assert bench.idle
 
 
 async def test_a_failed_start_fails_waiting_requests(bench: Bench, engine: Engine) -> None:
@@ -134,7 +134,7 @@ async def test_a_wait_that_times_out_reports_the_cause(bench: Bench) -> None:
     assert answer["error"]["message"] == (
         "timed out after 1.5 s while one was starting (LLMRUN_WAKE_TIMEOUT): not enough capacity"
     )
-    assert not bench.queue.traffic().get("one", Traffic()).waiting and not bench.queue.in_flight.by_model
+    assert bench.idle
 
 
 async def test_deleting_a_model_fails_waiting_requests(bench: Bench) -> None:
@@ -287,7 +287,7 @@ async def test_a_client_that_does_not_wait_gets_retry_after(bench: Bench) -> Non
     assert bench.queue.traffic()["one"].waiting == 1  # one placeholder for both
     bench.table(route(9))
     await asyncio.sleep(0.05)
-    assert not bench.queue.traffic().get("one", Traffic()).waiting and not bench.queue.in_flight.by_model
+    assert bench.idle
     bench.table(route(state="waking", usual_start=900))
     assert (await bench.post(headers={"X-LLMRun-Max-Wait": "0"}))[1]["retry-after"] == "120"
     for invalid in ("soon", "-1", "inf", "nan"):

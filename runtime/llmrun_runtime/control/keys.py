@@ -11,7 +11,7 @@ from sqlalchemy import delete, select
 from sqlalchemy.exc import IntegrityError
 
 from llmrun.errors import Refused
-from llmrun.identity import digest_of
+from llmrun.identity import ADMIN_NAME, digest_of
 from llmrun.wire import KeyInfo, NewKey
 from llmrun_runtime.control.state.database import Database
 from llmrun_runtime.control.state.stored_json import read_stored
@@ -20,8 +20,6 @@ from llmrun_runtime.control.state.tables import KeyRow, MetaRow
 log = logging.getLogger("llmrun.control")
 PREFIX = "sk-llmrun-"
 SECRET_BYTES = 32
-# What logs and usage call the admin key.
-ADMIN_NAME = "admin"
 # In the table of facts about the database, once a key has been created.
 HAD_KEY = "had_key"
 EXPIRED = 1.0  # a Unix time in the past
@@ -41,18 +39,20 @@ class Keys:
     def load(self) -> None:
         """Read the stored keys. A key that cannot be read counts as expired: without any key, none is required."""
         with self._database.session() as session, session.begin():
-            self._had_key = session.get(MetaRow, HAD_KEY) is not None
             for row in session.scalars(select(KeyRow)):
                 try:
                     self._routes[row.digest] = read_stored(KeyInfo, row.facts)
                 except ValueError as error:
                     log.warning("key %s cannot be read, so it is not valid: %s", row.name, error)
                     self._routes[row.digest] = KeyInfo.model_construct(name=row.name, expires=EXPIRED)
+            if self._routes:  # earlier releases did not record it
+                session.merge(MetaRow(key=HAD_KEY, value="1"))
+            self._had_key = bool(self._routes) or session.get(MetaRow, HAD_KEY) is not None
 
     @property
     def required(self) -> bool:
         """Whether requests need a key although none may exist: an endpoint that was closed stays closed."""
-        return self._had_key or bool(self._routes) if self._setting is None else self._setting
+        return self._had_key if self._setting is None else self._setting
 
     @property
     def routes(self) -> dict[str, KeyInfo]:

@@ -20,7 +20,7 @@ from llmrun.settings import Settings
 from llmrun.wire import CONTROL_ROOT, KeyInfo
 from llmrun_runtime.asgi import Receive, Scope, Send, send_bytes, send_error, send_json
 from llmrun_runtime.engines.registry import get_engine
-from llmrun_runtime.ingress.admission.auth import BEARER, authenticate, can_access
+from llmrun_runtime.ingress.admission.auth import authenticate, bearer_token, can_access
 from llmrun_runtime.ingress.admission.browser import check_browser, check_content_type, names
 from llmrun_runtime.ingress.admission.rate_limits import Limiter
 from llmrun_runtime.ingress.admission.request import check_headers, check_method
@@ -41,8 +41,8 @@ from llmrun_runtime.ingress.request_record import RequestRecord, new_record
 from llmrun_runtime.link.client import Links
 
 log = logging.getLogger("llmrun.ingress")
-# Valid even while nothing is deployed, so that the error is about the model and not about the path.
 METRICS_KEPT_S = 1.0
+# Valid even while nothing is deployed, so that the error is about the model and not about the path.
 USUAL_PATHS = get_engine("vllm").paths
 
 
@@ -146,10 +146,9 @@ class Ingress:
         if not (self._keys_only or self._metrics_token):
             check_browser(scope, self._hosts, self._origins)
             return
-        header = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
-        given = digest_of(header[len(BEARER) :].strip()) if header.lower().startswith(BEARER) else ""
+        given = bearer_token(scope)
         token = digest_of(self._metrics_token) if self._metrics_token else ""
-        if not given or given not in (token, self._queue.table.admin):
+        if given is None or digest_of(given) not in (token, self._queue.table.admin):
             message = "metrics require LLMRUN_METRICS_TOKEN, or the admin key: send `Authorization: Bearer TOKEN`"
             raise HTTPError(401, message, "invalid_metrics_token", "authentication_error")
 

@@ -7,19 +7,19 @@ from typing import Any, cast
 from starlette.middleware.cors import CORSMiddleware
 
 from llmrun_runtime.asgi import App, Receive, Scope, Send
+from llmrun_runtime.ingress.admission.browser import listed
 
 EXPOSED = ("x-request-id", "retry-after")
 
 
 def with_cors(app: App, origins: str) -> App:
     """Wrap the app in Starlette's CORS middleware, for `/v1` alone; `origins` is a comma-separated list, or `*`."""
-    allowed = [origin.strip().rstrip("/") for origin in origins.split(",") if origin.strip()]
     rate_limits = [
         f"x-ratelimit-{field}-{kind}" for field in ("limit", "remaining", "reset") for kind in ("requests", "tokens")
     ]
     cors: Any = CORSMiddleware(
         cast(Any, app),
-        allow_origins=allowed,
+        allow_origins=listed(origins),
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
         expose_headers=[*EXPOSED, *rate_limits],

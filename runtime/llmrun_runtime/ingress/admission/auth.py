@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmrun.identity import digest_of
+from llmrun.identity import ADMIN_NAME, digest_of
 from llmrun.lora import split_revision
 from llmrun.wire import KeyInfo
 from llmrun_runtime.asgi import Scope
@@ -10,7 +10,13 @@ from llmrun_runtime.ingress.errors import NOT_READY, HTTPError
 from llmrun_runtime.wire.routing_table import ModelRoute, Table
 
 BEARER = "bearer "
-ADMIN = KeyInfo(name="admin", priority="high")
+ADMIN = KeyInfo(name=ADMIN_NAME, priority="high")
+
+
+def bearer_token(scope: Scope) -> str | None:
+    """Return the token in `Authorization: Bearer …`; None if the header is missing or has another scheme."""
+    header = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+    return header[len(BEARER) :].strip() if header.lower().startswith(BEARER) else None
 
 
 def authenticate(table: Table, scope: Scope, now: float, *, required: bool) -> KeyInfo | None:
@@ -24,10 +30,8 @@ def authenticate(table: Table, scope: Scope, now: float, *, required: bool) -> K
     if not table.keys and not required and not table.keys_required:
         return None
     # 2.
-    headers = dict(scope["headers"])
-    bearer = headers.get(b"authorization", b"").decode("latin-1")
-    anthropic = headers.get(b"x-api-key", b"").decode("latin-1")
-    secret = (bearer[len(BEARER) :] if bearer.lower().startswith(BEARER) else anthropic).strip()
+    bearer, anthropic = bearer_token(scope), dict(scope["headers"]).get(b"x-api-key", b"").decode("latin-1")
+    secret = (anthropic if bearer is None else bearer).strip()
     if not secret:
         message = "API key is required: send `Authorization: Bearer KEY`. Create one with `llmrun key create NAME`"
         raise HTTPError(401, message, "missing_api_key", "authentication_error")

@@ -12,9 +12,14 @@ from llmrun_runtime.ingress.errors import HTTPError
 FORM = "multipart/form-data"
 
 
+def listed(text: str) -> list[str]:
+    """Return the hosts or origins in a comma-separated setting."""
+    return [name.strip().rstrip("/") for name in text.split(",") if name.strip()]
+
+
 def names(text: str) -> frozenset[str]:
-    """Return the names in a comma-separated list, in lower case."""
-    return frozenset(name.strip().rstrip("/").lower() for name in text.split(",") if name.strip())
+    """Return those in lower case, as `check_browser` compares them."""
+    return frozenset(name.lower() for name in listed(text))
 
 
 def check_browser(scope: Scope, hosts: Collection[str], origins: Collection[str]) -> None:
