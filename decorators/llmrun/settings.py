@@ -20,7 +20,9 @@ from llmrun.errors import ClusterError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 # Of these, an LLMRUN_HOME has at least one.
-HOME_ENTRIES = frozenset({"admin.key", "llmrun.db", "logs", "weights", "packages", "environments"})
+HOME_ENTRIES = frozenset(
+    {"admin.key", "ray.token", "cluster.json", "llmrun.db", "logs", "weights", "packages", "environments"}
+)
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 

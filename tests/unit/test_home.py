@@ -33,7 +33,7 @@ def test_what_is_created_is_for_one_user(tmp_path: Path) -> None:
     assert mode(settings.root / "logs" / "control.log") == mode(settings.admin_key_file) == 0o600
 
 
-@pytest.mark.parametrize("entry", ["", "admin.key", "llmrun.db", "logs"])
+@pytest.mark.parametrize("entry", ["", "admin.key", "ray.token", "cluster.json", "llmrun.db", "logs"])
 def test_a_home_that_others_can_enter_is_closed(tmp_path: Path, entry: str) -> None:
     tmp_path.chmod(0o755)
     if entry:
