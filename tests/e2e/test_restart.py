@@ -78,6 +78,9 @@ def test_a_killed_raylet_brings_the_cluster_back_with_the_cause_in_its_log(runni
     raylet.kill()
     until(lambda: not raylet.is_running(), 10, "the raylet has exited")
 
+    # The ingress may still answer for a moment: the parent of the cluster has yet to notice.
+    until(lambda: any(p.name() == "raylet" and p.pid != raylet.pid for p in family(running)), 60, "a new raylet runs")
+
     def answers() -> bool:
         try:
             return running.ask("upgraded").status_code == 200

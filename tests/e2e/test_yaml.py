@@ -11,7 +11,7 @@ import pytest
 import yaml
 from openai import OpenAI
 
-from tests.support.cluster import Home
+from tests.support.cluster import Home, until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 RAYS = """\
@@ -50,7 +50,8 @@ def test_a_ray_serve_llm_file_is_deployed_unchanged(cluster: Home, tmp_path: Pat
     assert "no changes" in cluster.ok("deploy", path, "--name", "rays")
     path.write_text(path.read_text().replace("log_engine_metrics: false", "log_engine_metrics: true"))
     assert "without a restart" in cluster.ok("deploy", path, "--name", "rays")
-    assert 'model="tiny-llama",replica="' in httpx.get(f"{cluster.url}/metrics").text
+    # The page that was read above is kept for a moment.
+    until(lambda: 'model="tiny-llama",replica="' in httpx.get(f"{cluster.url}/metrics").text, 5, "the page has them")
     cluster.ok("delete", "tiny-llama", "--yes")
 
 

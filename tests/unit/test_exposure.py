@@ -49,7 +49,7 @@ async def test_metrics_on_this_machine_are_for_prometheus_without_configuration(
     assert (await get(bench, "/metrics", host="evil.example"))[0] == 403
 
 
-async def test_many_scrapes_ask_the_engines_once_a_second(
+async def test_many_scrapes_ask_the_engines_only_now_and_then(
     bench: Bench, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench.table(route(engine.port))

@@ -41,7 +41,8 @@ from llmrun_runtime.ingress.request_record import RequestRecord, new_record
 from llmrun_runtime.link.client import Links
 
 log = logging.getLogger("llmrun.ingress")
-METRICS_KEPT_S = 1.0
+# Below the shortest interval at which Prometheus scrapes (1 s): each scrape gets a new page.
+METRICS_KEPT_S = 0.5
 # Valid even while nothing is deployed, so that the error is about the model and not about the path.
 USUAL_PATHS = get_engine("vllm").paths
 
