@@ -252,13 +252,21 @@ def leftovers() -> set[str]:
 
 
 def new_processes(before: set[int]) -> list[str]:
-    """Return the processes of Ray, vLLM and llmrun that have started since `before`."""
+    """Return the processes of Ray, vLLM and llmrun that have started since `before`.
+
+    Those whose ancestors ran then belong to another cluster: its raylet may start a worker at any time. An orphan has
+    no ancestor but the system's first process.
+    """
+    own = {1, os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    others = before - own
     started = []
     for process in psutil.process_iter():
         try:
             if process.pid in before or process.status() == psutil.STATUS_ZOMBIE:
                 continue
             line = " ".join(process.cmdline())
+            if any(parent.pid in others for parent in process.parents()):
+                continue
         except psutil.Error:
             continue
         if any(word in line for word in ("ray", "VLLM", "vllm", "llmrun_runtime")) and "pytest" not in line:
