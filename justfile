@@ -171,6 +171,10 @@ bench-cold-start *args: setup _smollm2
 bench-forked: setup _smollm2
     python -m tests.benchmarks.forked
 
+# starts, decode speed and memory on a GPU, next to `vllm serve`
+bench-gpu *args:
+    python -m tests.benchmarks.gpu {{args}}
+
 # overhead of the ingress, compared with direct requests to the engine and with Ray Serve LLM (10 minutes)
 bench-ingress *args: setup _smollm2
     python -m tests.benchmarks.ingress {{args}}

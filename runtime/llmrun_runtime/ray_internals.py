@@ -111,6 +111,19 @@ def kill_serve_replica(actor_id: str) -> bool:
     return False
 
 
+def serve_replica_grpc_on(host: str) -> None:
+    """Have the gRPC server of the Serve replica in this process listen on its node's address only.
+
+    Needed because Serve 2.60 starts one in every replica, for handles with `_by_reference=False`, on all interfaces.
+    Ray's token protects it, but llmrun has no use for it. Call it in the deployment's constructor.
+    """
+    from ray._common.network_utils import build_address
+    from ray.serve._private import replica
+
+    add_port = replica.add_port_to_grpc_server
+    replica.add_port_to_grpc_server = lambda server, _address: add_port(server, build_address(host, 0))
+
+
 def update_replicas(app: str, deployment: str, replicas: int) -> Any:
     """Set a deployment's target number of replicas; return the call's object reference.
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
+import pickle
 import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
+from ray.serve.generated.serve_pb2 import ASGIRequest
 
 from tests.support.cluster import BIN, Home, free_port, leftovers, new_processes, write_app
 
@@ -66,3 +71,49 @@ def test_other_users_can_read_no_file(attacked: Home) -> None:
     ]
     assert [path for path in open_files if not path.is_symlink()] == []
     assert (attacked.path / "llmrun.db").is_file() and list((attacked.path / "logs").rglob("*.log"))
+
+
+def listening(home: Home) -> dict[int, str]:
+    """Port → the address that a process of this cluster listens on, for TCP."""
+    sockets = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("LLMRUN_HOME") == str(home.path):
+                for found in process.net_connections("tcp"):
+                    if found.status == psutil.CONN_LISTEN:
+                        sockets[found.laddr.port] = found.laddr.ip
+    return sockets
+
+
+def test_a_cluster_of_one_machine_listens_on_loopback_only(attacked: Home) -> None:
+    sockets = listening(attacked)
+    assert attacked.port in sockets and len(sockets) > 10
+    assert {port: host for port, host in sockets.items() if not ipaddress.ip_address(host).is_loopback} == {}
+
+
+class _Touch:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (open, (self.path, "w"))
+
+
+def test_no_port_unpickles_what_a_stranger_sends_to_ray_serve(attacked: Home, tmp_path: Path) -> None:
+    request = ASGIRequest(pickled_request_metadata=pickle.dumps(_Touch(tmp_path / "touched")))
+    codes = {}
+    for port, host in listening(attacked).items():
+        with grpc.insecure_channel(f"{host}:{port}") as channel:
+            call = channel.unary_unary(
+                "/ray.serve.ASGIService/HandleRequest", request_serializer=ASGIRequest.SerializeToString
+            )
+            try:
+                call(request, timeout=5)
+                codes[port] = grpc.StatusCode.OK
+            except grpc.RpcError as error:
+                codes[port] = error.code()
+    assert not (tmp_path / "touched").exists()
+    assert grpc.StatusCode.UNAUTHENTICATED in codes.values()  # the replica's server was among them
+    assert grpc.StatusCode.OK not in codes.values(), codes

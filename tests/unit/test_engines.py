@@ -177,7 +177,7 @@ def test_the_last_exception_of_a_sidecars_server_is_its_root_cause() -> None:
 def test_a_sidecar_names_the_servers_model_in_json_and_leaves_forms() -> None:
     """A caller that calls JSON text must not choose which model the server loads."""
     config = sidecar.SidecarConfig("127.0.0.1", "one", "/weights", "/health", (), ())
-    app = Sidecar(config, "http://127.0.0.1:1")
+    app = Sidecar(config)
     assert json.loads(app._with_server_name(b'{"model": "other/model"}')) == {"model": "/weights"}
     for body in (b"", b"[1]", b"--x\r\n\xff", b"text"):
         assert app._with_server_name(body) == body

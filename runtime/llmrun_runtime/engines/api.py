@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from llmrun_runtime.engines.shim.adapter_slots import AdapterError
     from llmrun_runtime.engines.shim.lease import hold, notify
     from llmrun_runtime.engines.shim.middleware import Shim
-    from llmrun_runtime.engines.sidecar.engine import PORT, SidecarConfig, SidecarEngine
+    from llmrun_runtime.engines.sidecar.engine import PORT, SOCKET, SidecarConfig, SidecarEngine
 
 __all__ = [
     "PORT",
+    "SOCKET",
     "AdapterError",
     "Engine",
     "EngineError",
@@ -56,7 +57,7 @@ _MODULES = {
     "llmrun_runtime.engines.shim.adapter_slots": ("AdapterError",),
     "llmrun_runtime.engines.shim.lease": ("hold", "notify"),
     "llmrun_runtime.engines.shim.middleware": ("Shim",),
-    "llmrun_runtime.engines.sidecar.engine": ("PORT", "SidecarConfig", "SidecarEngine"),
+    "llmrun_runtime.engines.sidecar.engine": ("PORT", "SOCKET", "SidecarConfig", "SidecarEngine"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

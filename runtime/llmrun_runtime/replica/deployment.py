@@ -28,6 +28,7 @@ from llmrun_runtime.engines.process.start import StartedProcess
 from llmrun_runtime.engines.registry import get_engine
 from llmrun_runtime.logs import write_log
 from llmrun_runtime.node.agent import agent_on
+from llmrun_runtime.ray_internals import serve_replica_grpc_on
 from llmrun_runtime.replica.drain import LINGER_S, UNRESPONSIVE_S, wait_until_drained
 from llmrun_runtime.replica.multinode import RemoteMembers, free_port
 from llmrun_runtime.replica.provisioner import Provisioner
@@ -53,6 +54,7 @@ class Replica:
         self._config = ReplicaConfig.model_validate(config)
         self._control = ControlClient()
         self._provisioner = Provisioner(self._config, self._write_line, self._mark)
+        serve_replica_grpc_on(self._provisioner.host)
         self._log = self._provisioner.log
         self._engine: EngineProcess | None = None
         self._remote_members: RemoteMembers | None = None

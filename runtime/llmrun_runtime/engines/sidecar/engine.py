@@ -9,9 +9,11 @@ import importlib.util
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
+
+from pydantic import JsonValue
 
 from llmrun.errors import EngineError
 from llmrun.spec import ModelSpec
@@ -20,6 +22,10 @@ from llmrun_runtime.engines.base import Launch
 SIDECAR = "llmrun_runtime.engines.sidecar.server"
 PORT = "{port}"
 """Placeholder in a command for the port, which the sidecar chooses."""
+SOCKET = "{socket}"
+"""Placeholder for the path of a Unix socket. A command with it listens there, out of reach of other accounts."""
+MEDIA_HOSTS = "allowed_media_domains"
+"""The engine argument, named as in vLLM, with the hosts from which the server may fetch media."""
 DEFAULT_ENV = {
     **{"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"},
     "HF_HUB_DISABLE_UPDATE_CHECK": "1",  # the Hub's command line tools check for newer releases of themselves
@@ -43,6 +49,8 @@ class SidecarConfig:
     """The inference paths to forward; those missing from the server's OpenAPI document are removed."""
     get_paths: tuple[str, ...]
     """The paths to forward with GET."""
+    media_hosts: tuple[str, ...] = ()
+    """The hosts from which the server may fetch media that requests name."""
 
     def to_json(self) -> str:
         """Serialize for the command line."""
@@ -52,11 +60,18 @@ class SidecarConfig:
     def from_json(cls, text: str) -> SidecarConfig:
         """Parse the output of `to_json`."""
         data = json.loads(text)
-        return cls(**{**data, "paths": tuple(data["paths"]), "get_paths": tuple(data["get_paths"])})
+        lists = {name: tuple(data[name]) for name in ("paths", "get_paths", "media_hosts")}
+        return cls(**{**data, **lists})
+
+
+def media_hosts(engine_args: Mapping[str, JsonValue]) -> tuple[str, ...]:
+    """Return the hosts of `allowed_media_domains`."""
+    hosts = engine_args.get(MEDIA_HOSTS) or []
+    return tuple(str(host).lower() for host in (hosts if isinstance(hosts, list) else [hosts]))
 
 
 class SidecarEngine:
-    """The base class. The server listens on 127.0.0.1 without a token, so every user of its node can reach it."""
+    """The base class. Every account of the node can reach a server on PORT, none a server on SOCKET."""
 
     name = ""
     package = ""
@@ -90,15 +105,18 @@ class SidecarEngine:
             self.health,
             tuple(sorted(self.paths)),
             self.get_paths,
+            media_hosts(launch.engine_args),
         )
-        return [launch.python, "-P", "-m", SIDECAR, config.to_json(), *self.arguments(launch)]
+        args = {name: value for name, value in launch.engine_args.items() if name != MEDIA_HOSTS}
+        command = self.arguments(replace(launch, engine_args=args))
+        return [launch.python, "-P", "-m", SIDECAR, config.to_json(), *command]
 
     def server_model_name(self, launch: Launch) -> str:
         """Return the model's name for the server."""
         return launch.names[0]
 
     def arguments(self, launch: Launch) -> list[str]:
-        """Return the server's command line, which contains PORT."""
+        """Return the server's command line, which contains PORT or SOCKET."""
         raise NotImplementedError
 
     def libraries(self) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """`python -m llmrun_runtime.engines.sidecar.server CONFIG COMMAND…`: any OpenAI-compatible server as an engine.
 
-Starts the command on loopback, waits until it is healthy, and forwards requests to it; it holds the lease and has the
-shim, for servers whose process cannot. `CONFIG` is `SidecarConfig` as JSON; `{port}` in the command is replaced by the
-port.
+Starts the command, waits until it is healthy, and forwards requests to it; it holds the lease and has the shim, for
+servers whose process cannot. `CONFIG` is `SidecarConfig` as JSON; `{socket}` in the command is replaced by the path of
+a Unix socket in a folder that no other account can enter, and `{port}` by a port of 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -16,12 +16,17 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping
+import tempfile
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 import uvicorn
 from starlette.applications import Starlette
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -29,22 +34,36 @@ from starlette.routing import Route
 from llmrun_runtime.asgi import error_body
 from llmrun_runtime.engines.shim import lease, usage_meter
 from llmrun_runtime.engines.shim.middleware import Shim
-from llmrun_runtime.engines.sidecar.engine import PORT, SidecarConfig
+from llmrun_runtime.engines.sidecar.engine import PORT, SOCKET, SidecarConfig
+from llmrun_runtime.engines.sidecar.requests import problem
 
 HEALTH_POLL_S = 0.1
 TERM_GRACE_S = 8.0
 CONNECT_TIMEOUT_S = 5
 PR_SET_PDEATHSIG = 1
+FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 ENDS_WITH_DONE = ("/v1/chat/completions", "/v1/completions")
 ERROR_TYPES = {400: "invalid_request_error", 404: "invalid_request_error", 422: "invalid_request_error"}
 
 
-class Sidecar:
-    """An ASGI app (`app`) in front of the server at `url`."""
+class RequestRefused(Exception):
+    """The server must not see this request. The text is for the caller."""
 
-    def __init__(self, config: SidecarConfig, url: str) -> None:
+
+class Sidecar:
+    """An ASGI app (`app`) in front of a server.
+
+    The server is at the Unix socket, or at the port of 127.0.0.1, where `is_ours` says whether it is the one that
+    listens: another account of the node could have taken the port first.
+    """
+
+    def __init__(
+        self, config: SidecarConfig, socket: str = "", port: int = 0, is_ours: Callable[[], bool] = lambda: True
+    ) -> None:
         self._config = config
-        self._url = url
+        self._socket = socket
+        self._url = f"http://127.0.0.1:{port}" if port else "http://server"
+        self._is_ours = is_ours
         self._session: aiohttp.ClientSession | None = None
         post = [Route(path, self._forward, methods=["POST"]) for path in config.paths]
         get = [Route(path, self._forward_get, methods=["GET"]) for path in config.get_paths]
@@ -54,7 +73,8 @@ class Sidecar:
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout) as self._session:
+        connector = aiohttp.UnixConnector(self._socket, limit=0) if self._socket else aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as self._session:
             while not await self._healthy():  # the replica limits the time of the whole start
                 await asyncio.sleep(HEALTH_POLL_S)
             if (paths := await self._server_paths()) is not None:
@@ -65,7 +85,7 @@ class Sidecar:
         assert self._session
         try:
             async with self._session.get(self._url + self._config.health) as answer:
-                return answer.status == 200
+                return answer.status == 200 and await asyncio.to_thread(self._is_ours)
         except aiohttp.ClientError:
             return False
 
@@ -92,10 +112,18 @@ class Sidecar:
             body, content_type = await request.body(), request.headers.get("content-type", "")
         except ClientDisconnect:
             return Response(status_code=499)
-        headers = {"content-type": content_type} if content_type else {}
         url = self._url + request.url.path
-        body = self._with_server_name(body)
-        call = asyncio.ensure_future(self._session.post(url, data=body, headers=headers))
+        try:
+            if content_type.lower().startswith(FORMS):
+                data: bytes | aiohttp.FormData = self._form_with_server_name(await request.form())
+                headers = {}  # the new form has its own boundary
+            else:
+                data = self._with_server_name(body)
+                headers = {"content-type": content_type} if content_type else {}
+        except (RequestRefused, HTTPException) as error:
+            text = error.detail if isinstance(error, HTTPException) else str(error)
+            return JSONResponse(error_body(text, "invalid_request_error", "engine_error"), 400)
+        call = asyncio.ensure_future(self._session.post(url, data=data, headers=headers))
         disconnected = asyncio.ensure_future(_until_disconnected(request))
         await asyncio.wait({call, disconnected}, return_when=asyncio.FIRST_COMPLETED)
         disconnected.cancel()
@@ -122,12 +150,33 @@ class Sidecar:
         return self._json_response(data, answer.status, metered)
 
     def _with_server_name(self, body: bytes) -> bytes:
-        """Return the request body with the model's name for the server, whatever content type the client sent."""
+        """Return the request body with the model's name for the server, whatever content type the client sent.
+
+        Raises RequestRefused if the server must not see it.
+        """
         try:
             payload = json.loads(body)
         except ValueError:
             return body  # a form, or the server rejects it
+        if cause := problem(payload, self._config.media_hosts):
+            raise RequestRefused(cause)
         return json.dumps(payload | {"model": self._config.model}).encode() if isinstance(payload, dict) else body
+
+    def _form_with_server_name(self, form: FormData) -> aiohttp.FormData:
+        """Return the form with the model's name for the server, which loads the model that a form names.
+
+        Raises RequestRefused if a file is a text: the server could take it for a path.
+        """
+        renamed = aiohttp.FormData()
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                renamed.add_field(name, value.file, filename=value.filename, content_type=value.content_type)
+            elif name == "file":
+                raise RequestRefused("'file' has no file. Upload one")
+            elif name != "model":
+                renamed.add_field(name, value)
+        renamed.add_field("model", self._config.model)
+        return renamed
 
     def _json_response(self, data: bytes, status: int, metered: usage_meter.MeteredRequest | None) -> Response:
         try:
@@ -145,9 +194,10 @@ class Sidecar:
     ) -> AsyncIterator[bytes]:
         """Yield the server's events with the model's name for clients, and `end` if the server does not send it.
 
-        Lines that are not JSON events are unchanged.
+        Lines that are not JSON events are unchanged. Without usage from the server, each event counts as a token: a
+        limit of tokens must not depend on what a server reports.
         """
-        pace = _Pace()
+        pace, outputs = _Pace(), 0
         try:
             async with answer:
                 async for line in answer.content:
@@ -161,11 +211,14 @@ class Sidecar:
                     except ValueError:
                         yield line
                         continue
+                    outputs += _has_output(event)
                     pace.add(event, self._process(event, metered))
                     yield b"data: " + json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
             if end:
                 yield end + b"\n\n"
         finally:
+            if metered and outputs and not pace.tokens:
+                metered.record(completion=outputs)
             pace.finish()
 
     def _process(self, payload: dict[str, Any], metered: usage_meter.MeteredRequest | None) -> int:
@@ -190,11 +243,11 @@ class _Pace:
 
     def __init__(self) -> None:
         self._stream: usage_meter.Stream | None = usage_meter.Stream("")
-        self._tokens = 0
+        self.tokens = 0
 
     def add(self, event: Mapping[str, Any], tokens: int) -> None:
         """Add an event, received now; `tokens`: the total of the whole answer, if the event contains it."""
-        self._tokens = tokens or self._tokens
+        self.tokens = tokens or self.tokens
         choices = event.get("choices")
         for choice in choices if isinstance(choices, list) else ():
             if not isinstance(choice, dict) or choice.get("index"):
@@ -207,7 +260,16 @@ class _Pace:
     def finish(self) -> None:
         """Count the stream."""
         if self._stream:
-            self._stream.finish(self._tokens)
+            self._stream.finish(self.tokens)
+
+
+def _has_output(event: Mapping[str, Any]) -> bool:
+    """Return whether an event of any of OpenAI's streams has text, or calls a tool."""
+    choices = event.get("choices")
+    for choice in choices if isinstance(choices, list) else ():
+        if isinstance(choice, dict) and (choice.get("text") or set(choice.get("delta") or ()) - {"role"}):
+            return True
+    return bool(event.get("delta"))  # /v1/responses
 
 
 def _tokens(usage: Mapping[str, Any], *kinds: str) -> int:
@@ -248,9 +310,21 @@ async def _until_exit(server: subprocess.Popen[bytes]) -> None:
         await asyncio.sleep(HEALTH_POLL_S)
 
 
-async def _run(config: SidecarConfig, server: subprocess.Popen[bytes], port: int) -> int:
+def listens(server: int, port: int) -> bool:
+    """Return whether the process of this ID, or one that it started, listens on a port of 127.0.0.1."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(server)
+        for member in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                for found in member.net_connections("tcp"):
+                    if found.status == psutil.CONN_LISTEN and found.laddr.port == port:
+                        return True
+    return False
+
+
+async def _run(config: SidecarConfig, server: subprocess.Popen[bytes], socket_path: str, port: int) -> int:
     """Serve until SIGTERM or until the server exits; return the exit code."""
-    sidecar = Sidecar(config, f"http://127.0.0.1:{port}")
+    sidecar = Sidecar(config, socket_path, port, lambda: bool(socket_path) or listens(server.pid, port))
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     with socket.create_server((config.host, 0), family=family) as sock:
         lease.notify(port=sock.getsockname()[1])
@@ -267,9 +341,11 @@ async def _run(config: SidecarConfig, server: subprocess.Popen[bytes], port: int
 def main() -> None:
     """Serve until SIGTERM, until the server exits, or until the replica does."""
     config, command = SidecarConfig.from_json(sys.argv[1]), sys.argv[2:]
-    port = _free_port()
+    on_socket = SOCKET in command
+    port = 0 if on_socket else _free_port()
+    socket_path = str(Path(tempfile.gettempdir()) / "server") if on_socket else ""
     try:
-        words = [word.replace(PORT, str(port)) for word in command]
+        words = [word.replace(PORT, str(port)).replace(SOCKET, socket_path) for word in command]
         # Safe: this process has no other thread yet.
         server = subprocess.Popen(words, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)  # noqa: PLW1509
     except OSError as error:
@@ -277,7 +353,7 @@ def main() -> None:
     lease.hold(whole_group=True)
     code = 1
     try:
-        code = asyncio.run(_run(config, server, port))
+        code = asyncio.run(_run(config, server, socket_path, port))
     finally:
         server.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmrun_runtime.engines.base import Launch, to_flags
-from llmrun_runtime.engines.sidecar.engine import PORT, SidecarEngine
+from llmrun_runtime.engines.sidecar.engine import SOCKET, SidecarEngine
 
 
 class Transformers(SidecarEngine):
@@ -19,6 +19,7 @@ class Transformers(SidecarEngine):
 
     def arguments(self, launch: Launch) -> list[str]:
         """Return the command line of `transformers serve`, with the flags of `engine_args`."""
-        program = ("-c", "from transformers.cli.transformers import main; main()", "serve", launch.weights)
+        module = "llmrun_runtime.engines.sidecar.on_socket"
+        program = ("-P", "-m", module, "transformers.cli.transformers:main", SOCKET, "serve", launch.weights)
         args = {"device": "auto" if launch.members[0].devices else "cpu", **launch.engine_args}
-        return [launch.python, *program, "--host", "127.0.0.1", "--port", PORT, *to_flags(args)]
+        return [launch.python, *program, *to_flags(args)]
