@@ -119,6 +119,11 @@ class Settings(BaseSettings):
         description="Token with which Prometheus reads `/metrics`. Without it, an endpoint beyond this machine, or "
         "one that requires keys, asks for the admin key.",
     )
+    trusted_network: bool = Field(
+        default=False,
+        description="Whether only trusted machines can reach the nodes' network. `nodes=` requires it: the members of "
+        "an engine on several nodes run what arrives there, without a credential.",
+    )
     ingresses: int = Field(
         default=1, ge=1, le=64, description="Number of ingress processes on the head. They share one port."
     )

@@ -38,7 +38,7 @@ class StubHome(Home):
 def stub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StubHome]:
     """A cluster with a head without GPUs, one node with two A10Gs, and two nodes with two H100s each."""
     # The fork server would import vLLM.
-    more_env = install(tmp_path_factory.mktemp("packages")) | {"LLMRUN_FORKSERVER": "0"}
+    more_env = install(tmp_path_factory.mktemp("packages")) | {"LLMRUN_FORKSERVER": "0", "LLMRUN_TRUSTED_NETWORK": "1"}
     home = StubHome(tmp_path_factory.mktemp("stub"), free_port(), more_env)
     home.ok("up", "--node-ip", "127.0.0.5")
     try:

@@ -284,6 +284,16 @@ async def test_a_deploy_that_nobody_confirmed_does_what_its_file_says(cluster: C
     assert set(cluster.models.deployed) == {"one"}
 
 
+async def test_an_engine_on_several_nodes_needs_a_trusted_network(cluster: Cluster) -> None:
+    spec = factories.spec("wide", accelerator=None, gpus=4, nodes=2)
+    request = DeployRequest(app="app", source="app.py", specs=(spec,))
+    with pytest.raises(Refused, match=r"wide: nodes=2 lets every machine.*LLMRUN_TRUSTED_NETWORK=1"):
+        await cluster.deployer.start(request)
+    cluster.deployer._trusted_network = True
+    with pytest.raises(Refused, match=r"no node has 2 nodes"):
+        await cluster.deployer.start(request)
+
+
 async def test_a_name_that_another_app_is_deploying_is_refused(cluster: Cluster) -> None:
     cluster.held.add("one")
     first = await cluster.start("one", app="first")

@@ -104,6 +104,7 @@ class ControlPlane:
             weights=self.weights,
             adapters=self.adapters,
             operations=self.operations,
+            trusted_network=settings.trusted_network,
         )
         self.warm_nodes = WarmNodes(
             self.models,

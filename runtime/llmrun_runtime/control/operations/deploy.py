@@ -35,6 +35,7 @@ class Deployer:
         weights: WeightsCatalog,
         adapters: AdaptersCatalog,
         operations: Operations,
+        trusted_network: bool = False,
     ) -> None:
         self._rollout = rollout
         self._database = database
@@ -42,6 +43,7 @@ class Deployer:
         self._weights = weights
         self._adapters = adapters
         self._operations = operations
+        self._trusted_network = trusted_network
         self._claims: list[Claim] = []
         """Of the deploys that had not ended at the last look, the oldest first."""
 
@@ -75,6 +77,13 @@ class Deployer:
         """Raise Refused for errors that are certain before anything starts."""
         if why := get_engine(spec.engine).refuses(spec):
             raise Refused(f"{spec.name}: {why}", 422)
+        if spec.nodes > 1 and not self._trusted_network:  # vLLM 0.32 unpickles what its members receive
+            raise Refused(
+                f"{spec.name}: nodes={spec.nodes} lets every machine on the nodes' network run code on them: "
+                f"an engine's members have no credential for each other. If only trusted machines can reach that "
+                f"network, start the cluster with LLMRUN_TRUSTED_NETWORK=1",
+                409,
+            )
         real = [node for node in nodes if node.id]
         path = Path(spec.path).expanduser() if spec.path else None
         if path and len(nodes) == len(real) == 1 and not path.exists():
