@@ -77,6 +77,9 @@ class LLMOptions(TypedDict, total=False):
     max_in_flight: int
     """The largest number of requests that wait or are being answered, over all replicas and clients. Further requests
     get status 429. With 0 there is no limit."""
+    max_output_tokens: int
+    """The largest number of tokens that one request may generate, in all its choices together. Requests that ask for
+    more get status 400; the others get it as their `max_tokens` if they set none. With 0 there is no limit."""
     stall_timeout: float
     """Seconds without any output while requests are in flight, after which the replica checks its engine with a request
     of its own, and replaces the engine if that is not answered in the same time or within 60 s. An engine that does not

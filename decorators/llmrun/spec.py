@@ -90,6 +90,7 @@ class ModelSpec(BaseModel):
     rpm: Annotated[int, Marker.NO_RESTART, Marker.NEEDS_CONTROL] = Field(default=0, ge=0)
     tpm: Annotated[int, Marker.NO_RESTART, Marker.NEEDS_CONTROL] = Field(default=0, ge=0)
     max_in_flight: Annotated[int, Marker.NO_RESTART, Marker.NEEDS_CONTROL] = Field(default=0, ge=0)
+    max_output_tokens: Annotated[int, Marker.NO_RESTART, Marker.NEEDS_CONTROL] = Field(default=0, ge=0)
     stall_timeout: float = Field(default=120, ge=0, allow_inf_nan=False)
     cold_start: ColdStartMode = "default"
     task: Task = "auto"

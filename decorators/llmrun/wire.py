@@ -226,6 +226,8 @@ class KeyFacts(Answer):
     """Tokens per minute, of prompts and answers together."""
     max_in_flight: int = Field(default=0, ge=0)
     """Requests that wait or are being answered."""
+    max_output_tokens: int = Field(default=0, ge=0)
+    """Tokens that one request may generate, in all its choices."""
     wake: bool = True
     """Whether requests wake models. Otherwise they reach hot models only, and do not keep them hot."""
     priority: Priority | str = "normal"

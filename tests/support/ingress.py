@@ -43,6 +43,8 @@ class Engine:
     """A fake engine: records requests, and misbehaves as their bodies ask."""
 
     def __init__(self) -> None:
+        self.body: dict[str, Any] = {}
+        """The last JSON body."""
         self.requests: list[Request] = []
         self.client_left = asyncio.Event()
         """A client has disconnected before the end of its response."""
@@ -77,7 +79,7 @@ class Engine:
             await asgi.send_json(send, 503, {}, [(GONE_HEADER.encode(), b"1")])
             return
         form = request.headers.get("content-type", "").startswith("multipart/form-data")
-        body = {} if form else json.loads(await request.body() or b"{}")
+        self.body = body = {} if form else json.loads(await request.body() or b"{}")
         if body.get("refuse"):
             await asgi.send_json(send, 400, {"error": {"message": "no\nsuch"}})
             return

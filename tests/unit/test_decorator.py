@@ -279,10 +279,10 @@ def test_markers_of_options() -> None:
         *("min_replicas", "max_replicas", "idle_timeout", "schedule", "min_uptime", "evictable"),
         "max_wait_for_room",
         *("target_ongoing_requests", "max_ongoing_requests", "max_queued"),
-        *("rpm", "tpm", "max_in_flight", "log_engine_metrics"),
+        *("rpm", "tpm", "max_in_flight", "max_output_tokens", "log_engine_metrics"),
     )
     assert marked(LoRA, Marker.NO_RESTART) == ("path", "adapters", "refresh")
     assert marked(ModelSpec, Marker.NEEDS_CONTROL) == (
         *("weights_nodes", "schedule", "min_uptime", "evictable", "max_wait_for_room"),
-        *("rpm", "tpm", "max_in_flight", "log_engine_metrics"),
+        *("rpm", "tpm", "max_in_flight", "max_output_tokens", "log_engine_metrics"),
     )

@@ -49,6 +49,10 @@ def create(
     max_in_flight: Annotated[
         int, typer.Option(metavar="N", min=0, help="Maximum concurrent requests. 0 means unlimited.")
     ] = 0,
+    max_output_tokens: Annotated[
+        int,
+        typer.Option(metavar="N", min=0, help="Maximum tokens that one request may generate. 0 means unlimited."),
+    ] = 0,
     wake: Annotated[
         bool,
         typer.Option(help="Let requests wake cold models and keep models hot."),
@@ -72,6 +76,7 @@ def create(
             rpm=rpm,
             tpm=tpm,
             max_in_flight=max_in_flight,
+            max_output_tokens=max_output_tokens,
             wake=wake,
             priority=priority,
             expires=_parse_time(expires).timestamp() if expires else 0,
@@ -98,9 +103,10 @@ def list_(as_json: AsJson = False) -> None:
     if not rows:
         out.print("No keys; requests need no authentication. Create one with `llmrun key create NAME`.")
         return
-    table = make_table("NAME", "MODELS", "RPM", "TPM", "MAX IN FLIGHT", "WAKE", "PRIORITY", "EXPIRES", "CREATED")
+    limit_names = ("RPM", "TPM", "MAX IN FLIGHT", "MAX OUTPUT")
+    table = make_table("NAME", "MODELS", *limit_names, "WAKE", "PRIORITY", "EXPIRES", "CREATED")
     for row in rows:
-        limits = [str(limit or "-") for limit in (row.rpm, row.tpm, row.max_in_flight)]
+        limits = [str(limit or "-") for limit in (row.rpm, row.tpm, row.max_in_flight, row.max_output_tokens)]
         expires = format_time(row.expires) if row.expires else "never"
         expires += " (expired)" if 0 < row.expires <= time.time() else ""
         models = ", ".join(row.models) or "all"

@@ -192,7 +192,7 @@ class ControlPlane:
         for subject, tpm in limited.items():
             others = self.registry.usage_elsewhere(ingress, subject)
             tokens, wait = self.usage.tokens(subject, tpm, now) if tpm else (0, 0)
-            usage[subject] = RemoteUsage(others.requests, others.in_flight, tokens, wait)
+            usage[subject] = RemoteUsage(others.requests, others.in_flight, tokens, wait, others.reserved)
         return {subject: row for subject, row in usage.items() if row != RemoteUsage()}
 
     async def read_logs(

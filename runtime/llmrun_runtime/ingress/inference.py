@@ -18,6 +18,7 @@ from llmrun_runtime.asgi import Receive, Scope, Send
 from llmrun_runtime.ingress.admission.admit import Admission, admit
 from llmrun_runtime.ingress.admission.body import read_body
 from llmrun_runtime.ingress.admission.held_bytes import HeldBody, HeldBytes
+from llmrun_runtime.ingress.admission.output_tokens import with_field
 from llmrun_runtime.ingress.admission.rate_limits import Limiter
 from llmrun_runtime.ingress.admission.request import LARGE_BYTES, PRIORITY_HEADER, ParsedRequest, parse_request
 from llmrun_runtime.ingress.admission.revision import Resolver, resolve_pin
@@ -79,6 +80,8 @@ class Inference:
             with self._held.body(record.key) as body:
                 await self._read(scope, receive, body)
                 admission = admit(self._queue.table, key, scope, await self._parse(scope, body))
+                if admission.capped:
+                    body.replace(with_field(body.content, *admission.capped))
                 await self._answer(admission, scope, receive, send, body, record)
         except ClientDisconnect:
             return  # while it uploaded
@@ -114,7 +117,7 @@ class Inference:
             self._check_deaths(_digest(admission, scope, body), record)
         stream = KeepaliveStream(send, [record.id_header], self._keepalive)
         try:
-            with self._limiter.acquire(admission.limits, time.monotonic()):
+            with self._limiter.acquire(admission.limits, time.monotonic(), admission.output_tokens):
                 record.rate_limit_headers = self._limiter.headers(admission.limits, time.monotonic())
                 work = self._queue_and_relay(admission, scope, body, stream, record)
                 await cancel_on_disconnect(self._in_time(work), receive)

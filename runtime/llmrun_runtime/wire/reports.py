@@ -112,6 +112,8 @@ class LocalUsage(Message):
     requests: int = 0
     """In the last minute."""
     in_flight: int = 0
+    reserved: int = 0
+    """Tokens that its requests in flight may still generate."""
 
 
 @dataclass(frozen=True)
@@ -126,3 +128,5 @@ class RemoteUsage(Message):
     """In the last minute, at all replicas."""
     tokens_wait: float = 0
     """Seconds until its tokens are below its limit."""
+    reserved: int = 0
+    """Tokens that requests in flight at other ingresses may still generate."""

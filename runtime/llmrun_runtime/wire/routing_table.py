@@ -51,6 +51,8 @@ class ModelRoute(Message):
     """Tokens per minute."""
     max_in_flight: int = 0
     """Requests that wait or are being served."""
+    max_output_tokens: int = 0
+    """Tokens that one request may generate. 0 is no limit."""
     max_model_len: int = 0
     """Tokens of a prompt and its completion together; 0 until an engine has reported it."""
     log_engine_metrics: bool = True

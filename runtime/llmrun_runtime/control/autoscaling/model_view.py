@@ -82,6 +82,7 @@ class ModelView:
             rpm=row.spec.rpm,
             tpm=row.spec.tpm,
             max_in_flight=row.spec.max_in_flight,
+            max_output_tokens=row.spec.max_output_tokens,
             max_model_len=state.max_model_len,
             log_engine_metrics=row.spec.log_engine_metrics,
             lora=row.spec.lora is not None,

@@ -65,7 +65,9 @@ class Registry:
     def usage_elsewhere(self, ingress: str, subject: Subject) -> LocalUsage:
         """Return a subject's usage at the other ingresses."""
         rows = [rows[subject] for key, rows in self.local_usage.items() if key != ingress and subject in rows]
-        return LocalUsage(sum(row.requests for row in rows), sum(row.in_flight for row in rows))
+        return LocalUsage(
+            sum(row.requests for row in rows), sum(row.in_flight for row in rows), sum(row.reserved for row in rows)
+        )
 
     def mark_used(self, model: str, when: float) -> None:
         """Record that a request waited or was in flight then."""

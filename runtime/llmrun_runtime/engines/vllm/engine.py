@@ -36,6 +36,7 @@ TORCH_PACKAGES = ("torchvision", "torchaudio")
 
 DEFAULT_ENV = {
     **{"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"},
+    "VLLM_MAX_N_SEQUENCES": "128",  # OpenAI's limit of `n`; vLLM's own is 16,384
     "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0",  # an allowed host cannot redirect to another one
 }
 # Clients must not make engines connect to arbitrary hosts, such as those of the cluster's own network. No host has this

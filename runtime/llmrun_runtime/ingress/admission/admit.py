@@ -8,7 +8,7 @@ from functools import partial
 from llmrun.wire import KeyInfo
 from llmrun_runtime.asgi import Scope
 from llmrun_runtime.ingress.admission.auth import can_access, check_may_wake
-from llmrun_runtime.ingress.admission.rate_limits import Limit, limits_for
+from llmrun_runtime.ingress.admission.rate_limits import Limit, limits_for, output_cap
 from llmrun_runtime.ingress.admission.request import ParsedRequest, parse_max_wait, parse_priority
 from llmrun_runtime.ingress.admission.target import Target, check_path, find_target
 from llmrun_runtime.wire.reports import PRIORITIES
@@ -25,6 +25,10 @@ class Admission:
     max_wait: float | None
     """Seconds to wait for a replica, as the client set it; None if it did not."""
     limits: list[Limit]
+    output_tokens: int
+    """The tokens that it may generate; 0 if that is not known."""
+    capped: tuple[str, int] | None
+    """The field and the value that cap its output; None without a cap."""
     priority: int
     """In the queue: its index in PRIORITIES."""
 
@@ -40,7 +44,8 @@ def admit(table: Table, key: KeyInfo | None, scope: Scope, request: ParsedReques
     1. The headers are valid.
     2. The model, or its adapter, exists. What the key may not use does not exist for it.
     3. The model's engine serves the path.
-    4. The model is running, or the key may wake it.
+    4. Its output is within the caps of the key and the model.
+    5. The model is running, or the key may wake it.
     """
     # 1.
     max_wait = parse_max_wait(scope)
@@ -52,5 +57,10 @@ def admit(table: Table, key: KeyInfo | None, scope: Scope, request: ParsedReques
     # 3.
     check_path(target.model, scope["path"])
     # 4.
+    cap, path, output = output_cap(key, target.model), scope["path"], request.wanted.total(scope["path"])
+    capped = cap.apply(path, request.wanted) if cap else None
+    if capped:
+        output = capped[1] * request.wanted.choices
+    # 5.
     check_may_wake(key, target.model)
-    return Admission(key, request, target, max_wait, limits_for(key, target.model), priority)
+    return Admission(key, request, target, max_wait, limits_for(key, target.model), output, capped, priority)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from llmrun.wire import KeyInfo
+from llmrun_runtime.ingress.admission.output_tokens import OutputCap
 from llmrun_runtime.ingress.errors import HTTPError
 from llmrun_runtime.rate_window import WINDOW_S, RateWindow
 from llmrun_runtime.wire.reports import LocalUsage, RemoteUsage, Subject, key_subject, model_subject
@@ -38,6 +39,14 @@ def limits_for(key: KeyInfo | None, model: ModelRoute) -> list[Limit]:
     return [limit for limit in limits if limit.rpm or limit.tpm or limit.max_in_flight]
 
 
+def output_cap(key: KeyInfo | None, model: ModelRoute) -> OutputCap | None:
+    """Return the smaller of the caps on a request's output; None if there is none."""
+    caps = [OutputCap(model.max_output_tokens, f"model {model.name}")]
+    if key:
+        caps.append(OutputCap(key.max_output_tokens, f"key {key.name}"))
+    return min((cap for cap in caps if cap.tokens), key=lambda cap: cap.tokens, default=None)
+
+
 class Limiter:
     """Counts the requests of each subject at this ingress and enforces limits."""
 
@@ -46,6 +55,8 @@ class Limiter:
         self._remote_since = 0.0
         self._requests: dict[Subject, RateWindow] = {}
         self._in_flight: Counter[Subject] = Counter()
+        self._reserved: Counter[Subject] = Counter()
+        """The tokens that requests in flight may still generate."""
 
     def set_remote(self, usage: Mapping[Subject, RemoteUsage], now: float) -> None:
         """Store the usage at other ingresses and of tokens, as control reports it."""
@@ -55,16 +66,17 @@ class Limiter:
         """Return the usage of subjects with limits at this ingress, for control."""
         self._requests = {subject: window for subject, window in self._requests.items() if window.total(now)}
         self._in_flight = +self._in_flight  # without the subjects at zero
+        self._reserved = +self._reserved
         subjects = self._requests.keys() | self._in_flight.keys()
-        return {s: LocalUsage(self._local_requests(s, now), self._in_flight[s]) for s in subjects}
+        return {s: LocalUsage(self._local_requests(s, now), self._in_flight[s], self._reserved[s]) for s in subjects}
 
     @contextlib.contextmanager
-    def acquire(self, limits: Sequence[Limit], now: float) -> Iterator[None]:
-        """Count a request while the block runs. Raises HTTPError (429) if a limit is reached.
+    def acquire(self, limits: Sequence[Limit], now: float, output_tokens: int = 0) -> Iterator[None]:
+        """Count a request while the block runs. Raises HTTPError (429) if a limit is reached, or would be.
 
         1. Concurrent requests.
         2. Requests in the last minute.
-        3. Tokens of earlier requests in the last minute: those of this one are not known yet.
+        3. Tokens in the last minute, with those that this request and the others in flight may still generate.
         """
         for limit in limits:
             remote = self._usage_elsewhere(limit.subject, now)
@@ -78,17 +90,22 @@ class Limiter:
                 wait = window.wait(now, max(1, limit.rpm - remote.requests)) if window else CONCURRENCY_RETRY_S
                 raise _limit_reached(limit, f"{_count(limit.rpm, 'request')} per minute (rpm)", wait)
             # 3.
-            if limit.tpm and remote.tokens >= limit.tpm:
+            reserved = self._reserved[limit.subject] + remote.reserved + output_tokens
+            if limit.tpm and (remote.tokens >= limit.tpm or remote.tokens + reserved > limit.tpm):
                 tokens = f"{_count(limit.tpm, 'token')} per minute (tpm), {remote.tokens} used"
+                if reserved:
+                    tokens += f", {reserved} more if this request and those in flight use their max_tokens"
                 raise _limit_reached(limit, tokens, remote.tokens_wait)
         for limit in limits:
             self._in_flight[limit.subject] += 1
+            self._reserved[limit.subject] += output_tokens
             self._requests.setdefault(limit.subject, RateWindow()).add(now)
         try:
             yield
         finally:
             for limit in limits:
                 self._in_flight[limit.subject] -= 1
+                self._reserved[limit.subject] -= output_tokens
 
     def headers(self, limits: Sequence[Limit], now: float) -> list[tuple[bytes, bytes]]:
         """Return OpenAI's `x-ratelimit-*` headers, each kind for the limit with the least remaining."""

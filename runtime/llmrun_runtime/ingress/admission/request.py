@@ -14,6 +14,7 @@ import python_multipart
 
 from llmrun_runtime.asgi import Scope
 from llmrun_runtime.ingress.admission.compat import normalize
+from llmrun_runtime.ingress.admission.output_tokens import UNKNOWN, Wanted
 from llmrun_runtime.ingress.errors import HTTPError
 from llmrun_runtime.wire.reports import PRIORITIES
 
@@ -56,6 +57,8 @@ class ParsedRequest:
     """The start of the prompt, for routing; b"" for a short one."""
     normalized: bytes = b""
     """The body to send to the engine; b"" for the original one."""
+    wanted: Wanted = UNKNOWN
+    """What it says about its output."""
 
 
 def parse_request(body: bytes, content_type: bytes = b"application/json") -> ParsedRequest:
@@ -75,7 +78,7 @@ def parse_request(body: bytes, content_type: bytes = b"application/json") -> Par
         raise HTTPError(400, f"duplicate key {duplicate!r} in the request body", "duplicate_key", param=duplicate)
     normalized = normalize(parsed)
     encoded = json.dumps(normalized, ensure_ascii=False).encode() if normalized else b""
-    return ParsedRequest(_model_of(parsed), parsed.get("stream") is True, _prefix(body), encoded)
+    return ParsedRequest(_model_of(parsed), parsed.get("stream") is True, _prefix(body), encoded, Wanted.of(parsed))
 
 
 def _check_size(body: bytes) -> None:
