@@ -32,7 +32,7 @@ from llmrun.wire import (
     WeightsRequest,
     WeightsRow,
 )
-from llmrun_cli.credentials import admin_credentials
+from llmrun_cli.credentials import admin_credentials, trusted
 
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 60
@@ -53,6 +53,7 @@ class Client:
             auth=admin_credentials(settings),
             timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
             trust_env=False,
+            verify=trusted(settings),
         )
         self._cluster_version = ""
 
@@ -223,6 +224,11 @@ def unreachable(url: str, error: Exception) -> Unreachable:
     settings = Settings()
     if url == settings.resolved_url() and (reason := settings.stop_reason()):
         return Unreachable(f"{reason} Start it again with `llmrun up`")
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return Unreachable(
+            f"cannot reach llmrun at {url}: its certificate is not trusted ({error}). Set LLMRUN_CA_FILE to the file "
+            f"of its authority, and use the name in the certificate"
+        )
     return Unreachable(
         f"cannot reach llmrun at {url} ({error}): start a cluster with `llmrun up`, or set LLMRUN_URL to a running one"
     )

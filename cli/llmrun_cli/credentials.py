@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import secrets
+import ssl
 from collections.abc import Generator
 
 import httpx
@@ -18,6 +19,7 @@ from llmrun.identity import CHALLENGE_HEADER, PROOF_HEADER, is_proof
 from llmrun.settings import LOOPBACK, Settings
 
 PROOF_TIMEOUT_S = 10
+DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def admin_credentials(settings: Settings) -> httpx.Auth | None:
@@ -44,6 +46,29 @@ def _bearer(settings: Settings, url: str, key: str, name: str) -> httpx.Auth:
             f"(`ssh -L 8000:127.0.0.1:8000 HOST`); on a network that you trust, set LLMRUN_INSECURE=1"
         )
     return Bearer(key)
+
+
+def trusted(settings: Settings) -> ssl.SSLContext | bool:
+    """Return what decides whether a certificate is trusted (httpx's `verify`). Raises ControlError.
+
+    1. LLMRUN_CA_FILE.
+    2. For the cluster of this home, exactly the certificate that it was given, whatever name that is for.
+    3. The public authorities.
+    """
+    url = settings.resolved_url()
+    own = settings.own_certificate() if settings.is_own(url) else ""
+    file = settings.ca_file or own
+    if not file or not url.startswith("https://"):
+        return True
+    try:
+        context = ssl.create_default_context(cafile=file)
+    except OSError as error:  # ssl.SSLError is one
+        name = "LLMRUN_CA_FILE" if settings.ca_file else "the cluster's certificate"
+        raise ControlError(f"cannot read {name} {file}: {error.strerror or error}. It must be a PEM file") from error
+    if not settings.ca_file:
+        context.check_hostname = False
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # it need not be an authority's
+    return context
 
 
 class Bearer(httpx.Auth):
@@ -77,7 +102,7 @@ class ProvenCluster(Bearer):
                 extensions={"timeout": httpx.Timeout(PROOF_TIMEOUT_S).as_dict()},
             )
             proof = response.headers.get(PROOF_HEADER, "")
-            if not is_proof(proof, self._key, challenge, self._url.port or 80):
+            if not is_proof(proof, self._key, challenge, self._url.port or DEFAULT_PORTS.get(self._url.scheme, 0)):
                 raise ControlError(
                     f"{self._url} is not the cluster of this LLMRUN_HOME, or one of an earlier release: the admin key "
                     f"was not sent. Start the cluster with `llmrun up`, with --port if another process uses this one"

@@ -16,15 +16,24 @@ import httpx
 
 from llmrun.errors import BackupError, ClusterError
 from llmrun.settings import DEFAULT_URL, Settings
+from llmrun_cli.credentials import trusted
 
 PROBE_TIMEOUT_S = 2
 EXIT_TIMEOUT_S = 10
 HTTP_PORT = 80  # of a URL without a port
 
 
-def up_command(host: str, port: int, node_ip: str = "127.0.0.1", *, insecure: bool = False) -> list[str]:
-    """Return the command that runs a cluster in the foreground. Raises ClusterError if the runtime is not installed."""
+def up_command(
+    settings: Settings, host: str, port: int, node_ip: str = "127.0.0.1", *, insecure: bool = False
+) -> list[str]:
+    """Return the command that runs a cluster in the foreground. Raises ClusterError if the runtime is not installed.
+
+    The settings have the certificate and where the admin API can be reached.
+    """
     command = [*_runtime(), "up", "--host", host, "--port", str(port), "--node-ip", node_ip]
+    for option, file in (("--tls-cert", settings.tls_cert), ("--tls-key", settings.tls_key)):
+        command += [option, str(Path(file).expanduser().absolute())] if file else []
+    command += ["--admin-host", settings.admin_host] if settings.admin_host else []
     return [*command, "--insecure"] if insecure else command
 
 
@@ -111,11 +120,11 @@ def ensure(settings: Settings, starting: Callable[[str], AbstractContextManager[
         return
     url = settings.resolved_url()
     try:
-        httpx.get(f"{url}/health", timeout=PROBE_TIMEOUT_S, trust_env=False)
+        httpx.get(f"{url}/health", timeout=PROBE_TIMEOUT_S, trust_env=False, verify=trusted(settings))
     except httpx.ConnectError:
         address = httpx.URL(url)  # the default, or that of this home's previous cluster
         with starting(url):
-            start(up_command(address.host, address.port or HTTP_PORT))
+            start(up_command(settings, address.host, address.port or HTTP_PORT))
     except httpx.HTTPError:
         return  # something listens; the next call reports what is wrong
 

@@ -104,6 +104,21 @@ class Settings(BaseSettings):
         default="",
         description="Origins of web pages that may call the ingress: comma-separated, or `*` for all. By default none.",
     )
+    tls_cert: str = Field(
+        default="",
+        description="PEM file with the certificate, and its chain, that the ingress presents; with it, clients use "
+        "`https://`. A renewed file is used within 10 seconds.",
+    )
+    tls_key: str = Field(default="", description="PEM file with the certificate's key, if it is not in the same file.")
+    ca_file: str = Field(
+        default="",
+        description="PEM file with the authorities that commands trust for `https://` URLs, instead of public ones.",
+    )
+    admin_host: str = Field(
+        default="",
+        description="Address of this machine at which llmrun's own API can be reached from other machines, or "
+        "`0.0.0.0` for all. By default it can be reached from this machine only.",
+    )
     allowed_hosts: str = Field(
         default="",
         description="Names, comma-separated, under which an endpoint without API keys may be called, besides "
@@ -185,6 +200,13 @@ class Settings(BaseSettings):
             return str(json.loads(self.cluster_file.read_text())["url"])
         except (OSError, ValueError, KeyError, TypeError):
             return DEFAULT_URL
+
+    def own_certificate(self) -> str:
+        """Return the path of the certificate of the cluster that runs from this home, "" if it has none."""
+        try:
+            return str(json.loads(self.cluster_file.read_text()).get("tls_cert", ""))
+        except (OSError, ValueError, AttributeError):
+            return ""
 
     def is_own(self, url: str) -> bool:
         """Whether `url` is that of the cluster that runs, or would be started, from this home."""

@@ -11,6 +11,8 @@ from typing import Any
 
 import ray
 
+from llmrun_runtime.listening import Listening
+
 NAMESPACE = "llmrun"
 CONTROL = "control"
 INGRESS = "ingress"
@@ -30,12 +32,14 @@ class ClusterActors:
     """Creates control and the ingresses, in whichever process notices that one is missing."""
 
     settings: dict[str, Any]
-    url: str
-    host: str
-    port: int
-    insecure: bool
+    listening: Listening
     generation: int = 0
     """The number of `llmrun restart`s. Ingresses of two generations exist while the older one drains."""
+
+    @classmethod
+    def of(cls, described: dict[str, Any]) -> ClusterActors:
+        """Read what `asdict` returned."""
+        return cls(**{**described, "listening": Listening(**described["listening"])})
 
     @property
     def ingress_names(self) -> list[str]:

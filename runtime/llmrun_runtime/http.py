@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import socket
+import ssl
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -13,6 +17,7 @@ import uvicorn
 from llmrun.errors import ClusterError
 from llmrun_runtime.asgi import App
 from llmrun_runtime.http_protocol import LimitedProtocol
+from llmrun_runtime.listening import Listening
 
 # Longer than the ingress keeps an idle connection to control open.
 KEEP_ALIVE_S = 75
@@ -21,6 +26,9 @@ KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S = 30, 10
 # For a client that acknowledges nothing, or that does not read.
 UNREAD_TIMEOUT_MS = 60_000
 POLL_S = 0.05
+CERTIFICATE_CHECK_S = 10.0
+
+log = logging.getLogger("llmrun.ingress")
 
 
 def http_url(host: str, port: int) -> str:
@@ -59,7 +67,9 @@ def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
 class HTTPServer:
     """Serves an ASGI app on listening sockets until it is cancelled or drained."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: App, listening: Listening | None = None) -> None:
+        """`listening`: has the certificate; None for plain HTTP."""
+        self._listening = listening
         self._config = uvicorn.Config(
             app,
             http=LimitedProtocol,
@@ -70,11 +80,14 @@ class HTTPServer:
             server_header=False,
             timeout_keep_alive=KEEP_ALIVE_S,
         )
+        self._config.load()
         self._server = uvicorn.Server(self._config)
 
     async def serve(self, sockets: Sequence[socket.socket]) -> None:
-        """Serve until cancelled; then close the sockets and all connections."""
+        """Serve until cancelled; then close the sockets and all connections. Raises ClusterError."""
         server = self._server
+        tls = self._config.ssl = self._listening.tls() if self._listening else None
+        reloading = asyncio.ensure_future(self._reload_certificate(tls))
         try:
             await server.serve(sockets=list(sockets))
         except asyncio.CancelledError:
@@ -83,8 +96,27 @@ class HTTPServer:
                 await server.shutdown(sockets=list(sockets))
             raise
         finally:
+            reloading.cancel()
             for sock in sockets:
                 sock.close()
+
+    async def _reload_certificate(self, tls: ssl.SSLContext | None) -> None:
+        """Use a renewed certificate for new connections, within CERTIFICATE_CHECK_S. Never returns."""
+        listening = self._listening
+        if not tls or not listening:
+            return
+        files = [Path(file) for file in (listening.tls_cert, listening.tls_key) if file]
+        seen = _changes(files)
+        while True:
+            await asyncio.sleep(CERTIFICATE_CHECK_S)
+            if (now := _changes(files)) == seen:
+                continue
+            try:
+                listening.load_certificate(tls)
+                log.info("%s has been renewed", listening.tls_cert)
+                seen = now
+            except ClusterError as error:  # perhaps only one of the two files has been replaced yet
+                log.warning("continuing with the earlier certificate: %s", error)
 
     @property
     def _connections(self) -> set[Any]:
@@ -129,6 +161,16 @@ class HTTPServer:
             for each in self._connections
         ):
             await asyncio.sleep(POLL_S)
+
+
+def _changes(files: Sequence[Path]) -> list[tuple[int, int]]:
+    """Return what changes when a file is replaced."""
+    found = []
+    for file in files:
+        with contextlib.suppress(OSError):
+            stat = file.stat()
+            found.append((stat.st_ino, stat.st_mtime_ns))
+    return found
 
 
 async def serve(app: App, sock: socket.socket) -> None:

@@ -11,6 +11,7 @@ from llmrun.spec import ModelSpec
 from llmrun_runtime.actors import ClusterActors
 from llmrun_runtime.control.actor import Control
 from llmrun_runtime.control.state.models import Deployed
+from llmrun_runtime.listening import Listening
 from llmrun_runtime.placement import Placement
 from llmrun_runtime.wire.reports import ReplicaReport
 
@@ -40,5 +41,5 @@ async def make_control(home: Path) -> Control:
     """Return a control as Ray creates it."""
     settings = Settings(home=home).model_dump(mode="json")
     control = Control.__new__(Control)
-    await control.__init__(ClusterActors(settings, "http://127.0.0.1:8000", "127.0.0.1", 8000, insecure=False))  # type: ignore[misc]
+    await control.__init__(ClusterActors(settings, Listening()))  # type: ignore[misc]
     return control

@@ -11,7 +11,7 @@ import typer
 from llmrun.errors import ControlError
 from llmrun.settings import Settings
 from llmrun_cli.client import CONNECT_TIMEOUT_S, to_error, unreachable
-from llmrun_cli.credentials import api_credentials
+from llmrun_cli.credentials import api_credentials, trusted
 from llmrun_cli.terminal import exit_on_interrupt, note, write
 
 
@@ -35,6 +35,7 @@ def chat(
         auth=api_credentials(settings),
         timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
         trust_env=False,
+        verify=trusted(settings),
     )
     options: dict[str, Any] = {"model": model, "max_tokens": max_tokens}
     if temperature is not None:

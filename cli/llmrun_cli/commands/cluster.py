@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from typing import Annotated
 
 import httpx
 import typer
 
-from llmrun.settings import DEFAULT_URL, Settings
+from llmrun.settings import DEFAULT_URL, LOOPBACK, Settings
 from llmrun_cli import local_cluster
-from llmrun_cli.terminal import err, out
+from llmrun_cli.terminal import err, note, out
 
 
 def up(
@@ -34,19 +35,40 @@ def up(
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Listen on --host without API keys (anyone can connect).")
     ] = False,
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Serve https:// with this certificate (PEM). Defaults to LLMRUN_TLS_CERT."),
+    ] = None,
+    tls_key: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Key of the certificate (PEM). Defaults to LLMRUN_TLS_KEY."),
+    ] = None,
+    admin_host: Annotated[
+        str | None,
+        typer.Option(
+            metavar="IP",
+            help="Address at which other machines can reach llmrun's own API, which runs code: 0.0.0.0 for all. "
+            "Defaults to LLMRUN_ADMIN_HOST, or none.",
+        ),
+    ] = None,
 ) -> None:
     """Start a cluster on this machine.
 
     Restores the models deployed in this LLMRUN_HOME. If RAY_ADDRESS is set, llmrun runs on that Ray cluster instead.
     """
-    url = httpx.URL(Settings().url or DEFAULT_URL)
+    settings = Settings()
+    given = {"tls_cert": tls_cert, "tls_key": tls_key, "admin_host": admin_host}
+    settings = settings.model_copy(update={name: str(value) for name, value in given.items() if value is not None})
+    url = httpx.URL(settings.url or DEFAULT_URL)
     address = host or url.host, port or url.port or local_cluster.HTTP_PORT
-    command = local_cluster.up_command(*address, node_ip, insecure=insecure)
+    command = local_cluster.up_command(settings, *address, node_ip, insecure=insecure)
     if foreground:
         os.execv(command[0], command)
     with err.status("Starting a cluster (Ray, control, ingress)"):
         ready_url = local_cluster.start(command)
     out.print(f"llmrun is running at {ready_url}")
+    if address[0] not in LOOPBACK and not settings.tls_cert:
+        note("Requests from other machines travel unencrypted, their keys, too. Use --tls-cert, or a TLS proxy.")
 
 
 def restart() -> None:

@@ -34,6 +34,7 @@ from llmrun_runtime.actors import (
     ingress_generation,
 )
 from llmrun_runtime.control.autoscaling.serve_config import parse_app_name
+from llmrun_runtime.listening import Listening
 
 READY_TIMEOUT_S = 60
 DRAIN_S = 60  # after that, Serve continues to drain the replicas
@@ -44,7 +45,7 @@ POLL_S = 0.2
 PROGRESS_S = 0.5
 
 
-def start(host: str, port: int, url: str, insecure: bool) -> None:
+def start(listening: Listening) -> None:
     """Start Serve without its proxies, control and the ingress. Raises ClusterError."""
     with contextlib.suppress(ValueError):
         control_handle()
@@ -52,7 +53,7 @@ def start(host: str, port: int, url: str, insecure: bool) -> None:
             "llmrun is already running on this cluster: set LLMRUN_URL to its ingress. To apply new settings or a new "
             "release, run `llmrun restart` where it was started"
         )
-    actors = ClusterActors(Settings().model_dump(mode="json"), url, host, port, insecure)
+    actors = ClusterActors(Settings().model_dump(mode="json"), listening)
     try:
         _start_actors(actors)
     except Exception:  # also if Serve fails to start: control exists by then
@@ -84,7 +85,7 @@ def restart() -> None:
     if not ingresses:
         raise ClusterError("llmrun is not running on this cluster: start it with `llmrun up`")
     latest = max(ingresses, key=lambda name: ingresses[name])
-    old = ClusterActors(**_get(ray.get_actor(latest, namespace=NAMESPACE).describe.remote()))
+    old = ClusterActors.of(_get(ray.get_actor(latest, namespace=NAMESPACE).describe.remote()))
     new = replace(old, settings=Settings().model_dump(mode="json"), generation=old.generation + 1)
     try:
         _replace_control(new)
@@ -195,15 +196,13 @@ def main() -> int:
     """Run one action; print its result. Return the exit code."""
     parser = argparse.ArgumentParser()
     parser.add_argument("action", choices=["start", "restart", "stop"])
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--url", default="")
-    parser.add_argument("--insecure", action="store_true")
+    Listening.add_arguments(parser)
     parser.add_argument(
         "--stay", action="store_true", help="begin at the first line of standard input, exit at its end"
     )
     parser.add_argument("--now", action="store_true", help="stop: end requests in flight")
     args = parser.parse_args()
+    listening = Listening.of(args)
     if args.stay:
         for name in (CONTROL_CLASS, INGRESS_CLASS):
             resolve_name(name)
@@ -211,7 +210,7 @@ def main() -> int:
     try:
         ray.init(namespace=NAMESPACE, logging_level=logging.WARNING, log_to_driver=False)
         if args.action == "start":
-            start(args.host, args.port, args.url, args.insecure)
+            start(listening)
         elif args.action == "restart":
             restart()
         else:
@@ -225,7 +224,7 @@ def main() -> int:
         first_line = str(error).strip().partition("\n")[0]
         _print_result({"error": f"Ray failed: {type(error).__name__}: {first_line}"})
         return 1
-    _print_result({"stopped": True} if args.action == "stop" else {"ready": args.url})
+    _print_result({"stopped": True} if args.action == "stop" else {"ready": listening.url})
     if args.stay:
         _obey()
     return 0

@@ -15,7 +15,6 @@ from typing import Any
 
 from llmrun.errors import ClusterError
 from llmrun.settings import Settings
-from llmrun_runtime.http import http_url
 
 TIMEOUT_S = 120
 POLL_S = 0.1
@@ -108,15 +107,3 @@ class BootstrapProcess:
                 self._events.put(json.loads(line))
         self._process.wait()
         self._events.put(None)
-
-
-def ingress_args(host: str, port: int, insecure: bool) -> list[str]:
-    """The arguments for the action `start`."""
-    args = ["--host", host, "--port", str(port), "--url", url_of(host, port)]
-    return [*args, "--insecure"] if insecure else args
-
-
-def url_of(host: str, port: int) -> str:
-    """The URL at which clients on this machine reach a server that listens on `host`."""
-    host = "127.0.0.1" if host in ("0.0.0.0", "::", "localhost") else host
-    return http_url(host, port)

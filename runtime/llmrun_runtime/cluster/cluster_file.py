@@ -18,6 +18,8 @@ class ClusterFile:
     """The parent process of a local cluster; 0 if llmrun has joined a Ray cluster that it did not start."""
     temp: str = ""
     """The folder of a local cluster's Ray."""
+    tls_cert: str = ""
+    """The file with the ingress's certificate; "" for plain HTTP. Commands of this home trust exactly that one."""
 
     @classmethod
     def read(cls, path: Path) -> ClusterFile | None:

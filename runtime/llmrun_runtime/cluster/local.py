@@ -33,13 +33,12 @@ from llmrun.settings import LOOPBACK, Settings, read_or_create_secret
 from llmrun_runtime import http
 from llmrun_runtime.cluster.bootstrap_process import (
     BootstrapProcess,
-    ingress_args,
     run_bootstrap,
-    url_of,
 )
 from llmrun_runtime.cluster.cluster_file import ClusterFile
 from llmrun_runtime.cluster.processes import END_TIMEOUT_S, end_processes
 from llmrun_runtime.cluster.restarts import RestartPolicy
+from llmrun_runtime.listening import Listening
 from llmrun_runtime.ray_internals import PRELOADED_MODULES
 
 START_TIMEOUT_S = 120
@@ -61,11 +60,10 @@ NOWHERE = "http://127.0.0.1:9/"
 class LocalCluster:
     """A Ray cluster with llmrun on this machine, whose parent is this process."""
 
-    def __init__(self, settings: Settings, host: str, port: int, node_ip: str, insecure: bool) -> None:
+    def __init__(self, settings: Settings, listening: Listening, node_ip: str) -> None:
         self._settings = settings
-        self._insecure = insecure
-        self._host, self._port, self._node_ip = host, port, node_ip
-        self.url = url_of(host, port)
+        self._listening, self._node_ip = listening, node_ip
+        self.url = listening.url
         # The folder of Ray's sockets. Their paths must be shorter than 108 bytes, so it is not in the home.
         name = hashlib.sha256(str(settings.root).encode()).hexdigest()[:10]
         self._temp = Path(tempfile.gettempdir()) / f"llmrun-{name}"
@@ -86,18 +84,19 @@ class LocalCluster:
         self._start()
 
     def _start(self) -> None:
-        http.bind(self._host, self._port).close()
+        self._listening.tls()
+        http.bind(self._listening.host, self._listening.port).close()
         address = f"{self._node_ip}:{self._ports[0]}"
         env = _environment(self._settings, address)
         shutil.rmtree(self._temp, ignore_errors=True)
         self._temp.mkdir(mode=0o700)
         logs = _make_logs(self._settings)
-        args = ["--stay", *ingress_args(self._host, self._port, self._insecure)]
+        args = ["--stay", *self._listening.arguments()]
         self._bootstrap = BootstrapProcess("start", env, args, logs / "boot.log")  # does its imports while Ray starts
         self._ray = self._start_ray(env, self._ports, logs / "ray.log")
         self._wait_for_ray(self._ports[0])
         self._bootstrap.finish()
-        cluster = ClusterFile(self.url, address, os.getpid(), str(self._temp))
+        cluster = ClusterFile(self.url, address, os.getpid(), str(self._temp), self._listening.tls_cert)
         cluster.write(self._settings.cluster_file)
 
     def run(self, on_waiting: Callable[[int], None]) -> None:
@@ -222,12 +221,13 @@ def _environment(settings: Settings, ray_address: str) -> dict[str, str]:
     return env
 
 
-def join(settings: Settings, host: str, port: int, insecure: bool) -> str:
+def join(settings: Settings, listening: Listening) -> str:
     """Start llmrun on the Ray cluster at `RAY_ADDRESS`; return the ingress's URL. Raises ClusterError."""
     settings.make_home()
     log = _make_logs(settings) / "boot.log"
-    run_bootstrap("start", dict(os.environ), ingress_args(host, port, insecure), log)
-    cluster = ClusterFile(url_of(host, port), os.environ["RAY_ADDRESS"])
+    listening.tls()
+    run_bootstrap("start", dict(os.environ), listening.arguments(), log)
+    cluster = ClusterFile(listening.url, os.environ["RAY_ADDRESS"], tls_cert=listening.tls_cert)
     cluster.write(settings.cluster_file)
     return cluster.url
 
@@ -387,10 +387,8 @@ def main() -> int:
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("action", choices=["up", "restart", "down"])
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
+    Listening.add_arguments(parser)
     parser.add_argument("--node-ip", default="127.0.0.1")
-    parser.add_argument("--insecure", action="store_true")
     parser.add_argument("--detach", action="store_true", help="print events; log to a file once ready")
     parser.add_argument("--now", action="store_true", help="down: end requests in flight")
     args = parser.parse_args()
@@ -404,10 +402,10 @@ def main() -> int:
             _emit({"ready": restart(settings)})
             return 0
         if os.environ.get("RAY_ADDRESS"):
-            _report_ready(join(settings, args.host, args.port, args.insecure), for_people)
+            _report_ready(join(settings, Listening.of(args)), for_people)
             return 0
         with lock_home(settings):
-            cluster = LocalCluster(settings, args.host, args.port, args.node_ip, args.insecure)
+            cluster = LocalCluster(settings, Listening.of(args), args.node_ip)
             try:
                 cluster.start()
                 _report_ready(cluster.url, for_people)

@@ -43,7 +43,7 @@ class Control:
     async def __init__(self, actors: ClusterActors) -> None:  # type: ignore[misc] # Ray awaits it
         # Nothing here may fail for a while: Ray never restarts an actor whose constructor raised.
         self._actors = actors
-        self._settings, self._url = Settings.model_validate(actors.settings), actors.url
+        self._settings, self._url = Settings.model_validate(actors.settings), actors.listening.url
         with contextlib.suppress(OSError):  # a full disk
             log_to_file(self._settings.root, "control")
         self._socket = http.bind("127.0.0.1", 0)

@@ -75,7 +75,8 @@ class IngressActor:
         self._older: list[str] = []
         """The ingresses of earlier generations that still drain."""
         self._sockets: list[socket.socket] = []
-        self._keys_only = actors.host not in LOOPBACK and not actors.insecure
+        listening = actors.listening
+        self._keys_only = listening.host not in LOOPBACK and not listening.insecure
         self._metrics = IngressMetrics(name, self._queue, self._other_metrics)
         self._readiness = Readiness()
         ingress = Ingress(
@@ -86,9 +87,10 @@ class IngressActor:
             self._resolve_revision,
             self._readiness,
             keys_only=self._keys_only,
+            admin_host=listening.admin_host,
         )
         app: App = with_cors(ingress, self._settings.cors_origins) if self._settings.cors_origins else ingress
-        self._server = http.HTTPServer(app)
+        self._server = http.HTTPServer(app, listening)
         self._drain = Drain(self._queue, ingress, self._server, self._readiness)
         self._first_table = asyncio.Event()
         self._ended = False
@@ -103,8 +105,9 @@ class IngressActor:
         await self._first_table.wait()
         if self._keys_only and not self._queue.table.keys:
             raise ClusterError(
-                f"--host {self._actors.host} requires an API key, and none exists. Create one first (`llmrun up`, "
-                f"`llmrun key create NAME`, `llmrun down`), or accept requests without keys with --insecure"
+                f"--host {self._actors.listening.host} requires an API key, and none exists. Create one "
+                f"first (`llmrun up`, `llmrun key create NAME`, `llmrun down`), or accept requests without keys with "
+                f"--insecure"
             )
         await asyncio.shield(self._listening)
 
@@ -193,9 +196,10 @@ class IngressActor:
         alone = not self._older and not set(self._others) & set(names)
         while not sockets:
             try:
+                host, port = self._actors.listening.host, self._actors.listening.port
                 if alone:
-                    http.bind(self._actors.host, self._actors.port).close()
-                sockets = [http.bind(self._actors.host, self._actors.port, shared=True)]
+                    http.bind(host, port).close()
+                sockets = [http.bind(host, port, shared=True)]
             except ClusterError as error:
                 log.warning("%s", error)
                 if not self._listening.done():

@@ -20,6 +20,7 @@ from llmrun.settings import Settings
 from llmrun.wire import CONTROL_ROOT, KeyInfo
 from llmrun_runtime.asgi import Receive, Scope, Send, send_bytes, send_error, send_json
 from llmrun_runtime.engines.registry import get_engine
+from llmrun_runtime.ingress.admission.admin_access import check_admin_access
 from llmrun_runtime.ingress.admission.auth import authenticate, bearer_token, can_access
 from llmrun_runtime.ingress.admission.browser import check_browser, check_content_type, names
 from llmrun_runtime.ingress.admission.rate_limits import Limiter
@@ -48,7 +49,10 @@ USUAL_PATHS = get_engine("vllm").paths
 
 
 class Ingress:
-    """The ASGI app; call `close` at the end. `keys_only`: require an API key even while none exists."""
+    """The ASGI app; call `close` at the end.
+
+    `keys_only`: require an API key even while none exists. `admin_host`: see `check_admin_access`.
+    """
 
     def __init__(
         self,
@@ -60,9 +64,11 @@ class Ingress:
         readiness: Readiness,
         *,
         keys_only: bool = False,
+        admin_host: str = "",
         keepalive: KeepaliveTiming = DEFAULT_TIMING,
     ) -> None:
         self._queue = queue
+        self._admin_host = admin_host
         self._keys_only = keys_only or settings.require_key is True
         self._hosts, self._origins = names(settings.allowed_hosts), names(settings.cors_origins)
         self._metrics_token = settings.metrics_token
@@ -197,6 +203,7 @@ class Ingress:
 
     async def _control(self, scope: Scope, receive: Receive, send: Send) -> None:
         check_headers(scope)
+        check_admin_access(scope, self._admin_host)
         host, port = self._queue.table.control
         try:
             work = forward(self._http(), scope, receive, send, f"http://{host}:{port}{scope['path']}")
