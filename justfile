@@ -55,20 +55,23 @@ setup:
 _smollm2: setup
     @[ -f {{weights}}/config.json ] || (echo "== converting the weights of SmolLM2-135M-Instruct" && python examples/smollm2/make_weights.py {{weights}})
 
-# a test queries a real Prometheus: unpack Debian's package into .venv, so that no service is installed
-_prometheus: setup
+# tests run real programs: unpack Debian's packages into .venv, so that no service is installed
+_prometheus: (_unpacked "prometheus" "usr/bin/prometheus" "usr/bin/promtool")
+_nginx: (_unpacked "nginx" "usr/sbin/nginx")
+
+_unpacked package +files: setup
     #!/usr/bin/env bash
     set -euo pipefail
-    if command -v prometheus >/dev/null && command -v promtool >/dev/null; then exit 0; fi
+    if command -v $(basename -a {{files}}) >/dev/null; then exit 0; fi
     if ! command -v apt-get >/dev/null; then exit 0; fi # the test names what to install
-    echo "== unpacking Prometheus from the distribution's package"
+    echo "== unpacking {{package}} from the distribution's package"
     folder=$(mktemp -d)
     trap 'rm -rf "$folder"' EXIT
     cd "$folder"
     [ "$(id -u)" != 0 ] || apt-get update -qq
-    apt-get download -qq -o APT::Sandbox::User=root prometheus
-    dpkg-deb -x prometheus_*.deb .
-    mv usr/bin/prometheus usr/bin/promtool {{bin}}
+    apt-get download -qq -o APT::Sandbox::User=root {{package}}
+    dpkg-deb -x {{package}}_*.deb .
+    mv {{files}} {{bin}}
 
 # tests run a real PostgreSQL: unpack Debian's packages into .venv, so that no service is installed
 _postgres: setup
@@ -99,7 +102,7 @@ _postgres: setup
     done
 
 # run everything that CI runs: checks, unit tests, then end-to-end tests (35 minutes on 2 cores)
-test: setup _smollm2 _prometheus _postgres check unit e2e
+test: setup _smollm2 _prometheus _nginx _postgres check unit e2e
 
 # lint, formatting, spelling and types (30 s)
 check: setup
@@ -117,7 +120,7 @@ smoke: setup _smollm2
     pytest tests/e2e/test_smoke.py
 
 # run the tests that need a cluster and real engines (30 minutes)
-e2e *args: setup _smollm2 _prometheus
+e2e *args: setup _smollm2 _prometheus _nginx
     pytest tests/e2e --durations=30 {{args}}
 
 # choose the newest versions of all packages that `just setup` installs, and write them with their checksums

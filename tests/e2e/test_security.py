@@ -5,17 +5,22 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import pickle
+import re
+import shutil
 import stat
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
+import httpx
 import psutil
 import pytest
 from ray.serve.generated.serve_pb2 import ASGIRequest
 
-from tests.support.cluster import BIN, Home, free_port, leftovers, new_processes, write_app
+from tests.support.certificates import Authority
+from tests.support.cluster import BIN, REPO, Home, free_port, leftovers, new_processes, until, write_app
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 # Modules that the processes of a cluster import sooner or later, from the standard library and from packages.
@@ -117,3 +122,52 @@ def test_no_port_unpickles_what_a_stranger_sends_to_ray_serve(attacked: Home, tm
     assert not (tmp_path / "touched").exists()
     assert grpc.StatusCode.UNAUTHENTICATED in codes.values()  # the replica's server was among them
     assert grpc.StatusCode.OK not in codes.values(), codes
+
+
+@contextlib.contextmanager
+def nginx(folder: Path, upstream: int) -> Iterator[str]:
+    """Run nginx with the configuration of the documentation; yields its URL."""
+    assert shutil.which("nginx"), "a real nginx is needed: `apt-get install nginx` (`just test` does it where it may)"
+    page = (REPO / "docs/how-to/beyond-this-machine.md").read_text()
+    block = re.search(r"```nginx\n(.*?)```", page, re.DOTALL)
+    assert block
+    port, site = free_port(), block[1]
+    for documented, here in (
+        ("listen 8443", f"listen 127.0.0.1:{port}"),
+        ("/etc/ssl/gpu-box.pem", str(folder / "cert.pem")),
+        ("/etc/ssl/gpu-box.key", str(folder / "key.pem")),
+        ("127.0.0.1:8000", f"127.0.0.1:{upstream}"),
+    ):
+        assert documented in site
+        site = site.replace(documented, here)
+    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    paths = "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in kinds)
+    text = f"daemon off; pid {folder}/pid; error_log {folder}/error.log;\nevents {{}}\n"
+    (folder / "nginx.conf").write_text(text + f"http {{ access_log off;\n{paths}{site}}}\n")
+    command = ["nginx", "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log")]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        try:
+            until((folder / "pid").exists, 10, "nginx has started")
+            yield f"https://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+
+
+def test_nginx_of_the_documentation_passes_streams_on_event_by_event(attacked: Home, tmp_path: Path) -> None:
+    Authority.create(tmp_path).issue("gpu-box.example", tmp_path / "cert.pem", tmp_path / "key.pem")
+    key = attacked.ok("key", "create", "proxied").split()[0]
+    body = {"model": "target", "prompt": "Hi", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    try:
+        with nginx(tmp_path, attacked.port) as url, httpx.Client(verify=False, timeout=60) as client:
+            headers = {"authorization": f"Bearer {key}", "host": "gpu-box.example"}
+            began, arrivals = time.monotonic(), []
+            with client.stream("POST", f"{url}/v1/completions", json=body, headers=headers) as answer:
+                assert answer.status_code == 200, answer.read()
+                for line in answer.iter_lines():
+                    if line.startswith("data: {"):
+                        arrivals.append(time.monotonic() - began)
+            assert len(arrivals) > 100 and arrivals[0] < arrivals[-1] / 2, (arrivals[0], arrivals[-1])
+            assert client.get(f"{url}/v1/models", headers={"host": "gpu-box.example"}).status_code == 401
+            assert client.get(f"{url}/llmrun/v1/status", headers=headers).status_code == 404
+    finally:
+        attacked.ok("key", "revoke", "proxied")
