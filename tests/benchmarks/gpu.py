@@ -75,7 +75,7 @@ def vllm_serve(weights: Path, cache: Path, log: Path, *flags: str) -> Iterator[t
     """Run `vllm serve`; yields its URL and the seconds from its start to the first token."""
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(weights), "--served-model-name", "m"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(MAX_LEN), *flags]
+    command += ["--host", "127.0.0.1", "--port", str(port), *flags]
     env = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CACHE_ROOT": str(cache)}
     url, started = f"http://127.0.0.1:{port}", time.monotonic()
     with (
@@ -193,18 +193,21 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, default=SMOLLM2, help="folder with a Llama tokenizer")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--logs", type=Path, help="copy the cluster's and vLLM's logs here")
+    parser.add_argument("--flags", default="", help="further flags for both engines, like --enforce-eager")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="bench-gpu-"))
     home = Home(folder / "home", free_port())
     weights, cache, share = folder / "weights", folder / "cache", str(SHARED)
-    options = f'engine_args="--max-model-len {MAX_LEN}"'
-    shared_options = f'engine_args="--max-model-len {MAX_LEN} --gpu-memory-utilization {share}", cpus=1'
+    flags = f"--max-model-len {MAX_LEN} {args.flags}".strip()
+    options = f'engine_args="{flags}"'
+    shared_options = f'engine_args="{flags} --gpu-memory-utilization {share}", cpus=1'
+    server_flags = [*flags.split(), "--gpu-memory-utilization", share]
 
     def start_and_decode() -> None:
-        with vllm_serve(weights, cache, folder / "vllm-1.log", "--gpu-memory-utilization", share) as (_, seconds):
+        with vllm_serve(weights, cache, folder / "vllm-1.log", *server_flags) as (_, seconds):
             say("vllm serve, first start", seconds=round(seconds, 2), gpu_mib=gpu_memory_mib())
         until(lambda: gpu_memory_mib() < 1000, 30, "vLLM has left the GPU")
-        with vllm_serve(weights, cache, folder / "vllm-2.log", "--gpu-memory-utilization", share) as (url, seconds):
+        with vllm_serve(weights, cache, folder / "vllm-2.log", *server_flags) as (url, seconds):
             say("vllm serve, second start", seconds=round(seconds, 2))
             say("llmrun deploy", seconds=round(deploy(home, folder, "shared", weights, shared_options), 2))
             say("llmrun, first start", seconds=round(first_token(home.url, "shared"), 2))
@@ -219,7 +222,7 @@ def main() -> None:
         say("llmrun, first start", seconds=round(first_token(home.url, "one"), 2), gpu_mib=gpu_memory_mib())
         wakes(home, "one", args.rounds)
         deploy(home, folder, "two", weights, options)
-        swaps(home, ("one", "two"), 4)
+        swaps(home, ("one", "two"), max(2, args.rounds - 1))
 
     def halves() -> None:
         for name in ("left", "right"):
