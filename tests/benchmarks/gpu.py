@@ -177,27 +177,30 @@ def swaps(home: Home, names: tuple[str, str], rounds: int) -> None:
     say("swap", seconds=[round(s, 2) for s in seconds])
 
 
-def stage(name: str, work: Callable[[], None]) -> None:
-    """Run one stage; print how long it took, and the cause if it fails."""
+def stage(name: str, work: Callable[[], None]) -> bool:
+    """Run one stage; print how long it took, and the cause if it fails. Return whether it did not."""
     started = time.monotonic()
     try:
         work()
     except FAULTS as error:  # the other stages still run
         say(name, failed=f"{type(error).__name__}: {str(error)[-1500:]}", at=traceback.format_exc(limit=-2)[-600:])
+        return False
     say(name, took=round(time.monotonic() - started, 1))
+    return True
 
 
-def main() -> None:
-    """Run all stages."""
+def main() -> int:
+    """Run all stages; return 1 if vLLM's own server does not start."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokenizer", type=Path, default=SMOLLM2, help="folder with a Llama tokenizer")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--logs", type=Path, help="copy the cluster's and vLLM's logs here")
     parser.add_argument("--flags", default="", help="further flags for both engines, like --enforce-eager")
+    parser.add_argument("--weights", type=Path, help="keep the random weights in this folder, or take them from it")
     args = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="bench-gpu-"))
     home = Home(folder / "home", free_port())
-    weights, cache, share = folder / "weights", folder / "cache", str(SHARED)
+    weights, cache, share = args.weights or folder / "weights", folder / "cache", str(SHARED)
     flags = f"--max-model-len {MAX_LEN} {args.flags}".strip()
     options = f'engine_args="{flags}"'
     shared_options = f'engine_args="{flags} --gpu-memory-utilization {share}", cpus=1'
@@ -233,14 +236,17 @@ def main() -> None:
         say("halves", states=states, gpu_mib=gpu_memory_mib())
 
     try:
-        say("before", gpu_mib=gpu_memory_mib())
-        stage("weights", lambda: make_weights(weights, args.tokenizer))
+        say("before", gpu_mib=gpu_memory_mib(), flags=args.flags)
+        if not (weights / "tokenizer.json").exists():
+            stage("weights", lambda: make_weights(weights, args.tokenizer))
         stage("up", lambda: say("up", printed=home.ok("up")[-300:]))
-        stage("start and decode", start_and_decode)
+        if not stage("start and decode", start_and_decode) and not (folder / "vllm-2.log").exists():
+            return 1
         stage("wake and swap", wake_and_swap)
         stage("halves", halves)
         stage("down", lambda: say("down", printed=home.ok("down")[-300:]))
         say("after", gpu_mib=gpu_memory_mib())
+        return 0
     finally:
         if args.logs:
             shutil.make_archive(str(args.logs / "logs"), "gztar", folder, "home/logs")
@@ -251,4 +257,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
