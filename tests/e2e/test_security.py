@@ -86,7 +86,7 @@ def listening(home: Home) -> dict[int, str]:
             if process.environ().get("LLMRUN_HOME") == str(home.path):
                 for found in process.net_connections("tcp"):
                     if found.status == psutil.CONN_LISTEN:
-                        sockets[found.laddr.port] = found.laddr.ip
+                        sockets[found.laddr.port] = found.laddr.ip.removeprefix("::ffff:")
     return sockets
 
 

@@ -24,6 +24,7 @@ from llmrun.errors import EngineError
 from llmrun.spec import ModelSpec
 from llmrun_runtime.engines.base import Launch, Loader, Member
 from llmrun_runtime.engines.forkserver import prestart
+from llmrun_runtime.engines.forkserver import supervisor as forkserver_supervisor
 from llmrun_runtime.engines.forkserver.prestart import Prestarts, adopt, prestart_socket
 from llmrun_runtime.engines.forkserver.supervisor import ForkServerSupervisor, forkserver_socket
 from llmrun_runtime.engines.process import start
@@ -284,8 +285,21 @@ async def test_a_fork_server_with_threads_exits(tmp_path: Path) -> None:
     node.supervisor.start()
     with pytest.raises(ForkRefused):
         await node.fork()
-    assert "2 threads and cannot fork safely" in node.output.read_text()
+    assert "2 threads (llmrun: fork se, llmrun: fork se) and cannot fork safely" in node.output.read_text()
     await node.supervisor.close()
+
+
+async def test_a_fork_server_whose_imports_fail_slowly_has_failed_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(forkserver_supervisor, "MIN_LIFE_S", 0.0)
+    node = Node(tmp_path, THREADS="1")
+    supervisor = ForkServerSupervisor(ThingEngine(), node.socket, node.output, node.env, backoff_s=0.1)
+    supervisor.start()
+    await eventually(lambda: "failed, retrying in 0.2 s" in caplog.text)
+    await supervisor.close()
+    assert "failed, retrying in 0.1 s: it exited with code 1: after its imports the fork server has" in caplog.text
+    assert "cannot fork safely" in node.output.with_suffix(".log.1").read_text()
 
 
 async def test_the_fork_server_exits_with_its_supervisor(tmp_path: Path) -> None:
@@ -402,13 +416,14 @@ async def test_the_fork_server_survives_invalid_clients(node: Node) -> None:
 
 async def test_a_fork_server_that_cannot_be_started_is_tried_again(tmp_path: Path) -> None:
     node = Node(tmp_path)
-    node.output.mkdir()  # opening it as a file fails, as on a full disk
-    supervisor = ForkServerSupervisor(ThingEngine(), node.socket, node.output, node.env, backoff_s=0.1)
+    node.output.write_text("")  # no file can be created below it, as on a full disk
+    output = node.output / "warm.log"
+    supervisor = ForkServerSupervisor(ThingEngine(), node.socket, output, node.env, backoff_s=0.1)
     supervisor.start()
     await eventually(lambda: not node.socket.exists())  # replicas do not wait for it
     with node.output.with_name("engine.log").open("ab") as log, pytest.raises(ForkRefused):
         fork(node.socket, (), node.env, log, "llmrun: thing")
-    node.output.rmdir()
+    node.output.unlink()
     await eventually(node.socket.exists)
     child, _ = await node.fork()
     child.send_signal(signal.SIGKILL)

@@ -164,7 +164,7 @@ class ForkServer:
         if install_times(self._module.PACKAGE) != self._install_times:
             return f"{self._module.PACKAGE} or a package next to it was reinstalled"
         if thread_count() > 1:
-            return f"it has {thread_count()} threads and cannot fork safely"
+            return f"it has {threads()} and cannot fork safely"
         if problem := self._module.fork_problem():
             return str(problem)
         if private_bytes() > MAX_GROWTH * self._baseline_bytes:
@@ -303,6 +303,15 @@ def thread_count() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
+def threads() -> str:
+    """Return the number of this process's threads, and their names, which tell who started them."""
+    names = []
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):  # it has just ended
+            names.append((task / "comm").read_text().strip())
+    return f"{len(names)} threads ({', '.join(names)})"
+
+
 def private_bytes() -> int:
     """Return the resident memory that this process does not share with others, in bytes."""
     pages = Path("/proc/self/statm").read_text().split()
@@ -327,7 +336,7 @@ def main() -> None:
         module = importlib.import_module(name)
         module.preload()
     if thread_count() > 1:
-        sys.exit(f"after its imports the fork server has {thread_count()} threads and cannot fork safely")
+        sys.exit(f"after its imports the fork server has {threads()} and cannot fork safely")
     gc.collect()
     gc.freeze()  # excludes what was imported from collections, so children keep sharing its pages
     print(f"fork server {os.getpid()} has imported {name} in {time.monotonic() - started:.1f} s", flush=True)

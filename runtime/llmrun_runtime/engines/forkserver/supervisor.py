@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import sys
@@ -17,7 +18,8 @@ from llmrun_runtime.engines.process.unix_sockets import listen_at
 
 log = logging.getLogger("ray.serve")
 SERVER = "llmrun_runtime.engines.forkserver.server"
-# A server that exits sooner has failed: engines start as plain processes until the back-off is over.
+# A server that exits sooner, or with an error, has failed: engines start as plain processes until the back-off is over.
+# Imports can take longer than this on a slow disk.
 MIN_LIFE_S = 60.0
 POLL_S = 5.0
 BACKOFF_S, MAX_BACKOFF_S = 5.0, 300.0
@@ -86,11 +88,11 @@ class ForkServerSupervisor:
                 started = time.monotonic()
                 try:
                     self._listen()
-                    await self._run_once()
-                    cause = f"it exited early: see {self._output}"
+                    code = await self._run_once()
+                    cause = f"it exited with code {code}: {last_line(self._output)} (see {self._output})"
                 except OSError as error:  # a full disk, or no more processes
-                    cause = str(error)
-                if time.monotonic() - started > MIN_LIFE_S:
+                    code, cause = 1, str(error)
+                if code <= 0 and time.monotonic() - started > MIN_LIFE_S:  # below 0: a signal, after it had served
                     backoff = self._backoff_s
                     continue
                 log.warning("the fork server of %s failed, retrying in %g s: %s", self._engine.name, backoff, cause)
@@ -100,12 +102,14 @@ class ForkServerSupervisor:
         finally:
             self._stop_listening()  # nothing would answer
 
-    async def _run_once(self) -> None:
-        """Start a server and wait until it exits."""
+    async def _run_once(self) -> int:
+        """Start a server and wait until it exits; return its exit code. The output of the one before is kept beside."""
         assert self._listener
         env = {**with_ld_preload(self._engine, self._env), LD_PRELOAD_BEFORE: self._env.get("LD_PRELOAD", "")}
         descriptor = self._listener.fileno()
         self._output.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            self._output.replace(self._output.with_suffix(".log.1"))
         with self._output.open("wb") as output:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-P", "-m", SERVER, self._engine.module, str(descriptor), str(self._poll_s)),
@@ -116,8 +120,17 @@ class ForkServerSupervisor:
                 env=env,
             )
         try:
-            await process.wait()
+            return await process.wait()
         finally:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
+
+
+def last_line(file: Path) -> str:
+    """Return the last line of a log that is not empty."""
+    try:
+        lines = file.read_text(errors="replace").strip().splitlines()
+    except OSError:
+        return "no output"
+    return lines[-1] if lines else "no output"

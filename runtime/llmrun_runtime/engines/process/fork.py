@@ -39,4 +39,5 @@ def fork(forkserver: Path, argv: Sequence[str], env: Mapping[str, str], output: 
             os.close(pidfd)
         if isinstance(error, ForkRefused):
             raise
-        raise ForkRefused(f"{type(error).__name__}: {error}") from error
+        hint = ", it has failed: see warm-*.log in the node's logs/" if isinstance(error, ConnectionResetError) else ""
+        raise ForkRefused(f"the fork server did not answer ({type(error).__name__}: {error}){hint}") from error

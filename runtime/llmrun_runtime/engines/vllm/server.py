@@ -66,8 +66,8 @@ def preload() -> None:
     for module in (*MODULES, *(ON_CPU if current_platform.is_cpu() else ())):
         try:
             importlib.import_module(module)
-        except ImportError as error:  # another version of vLLM: children import what they need
-            print(f"not preloaded: {module}: {error}", flush=True)
+        except Exception as error:  # noqa: BLE001 - of another version, or for other hardware: children import what they need
+            print(f"not preloaded: {module}: {error!r}", flush=True)
     from llmrun_runtime.engines.vllm import startup  # noqa: PLC0415
 
     startup.prepare(from_forkserver=True)
