@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
 import json
+import socket
 from collections.abc import Iterator
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -15,9 +17,11 @@ from llmrun.errors import ControlError, Refused, Unreachable
 from llmrun.settings import Settings
 from llmrun.spec import ModelSpec
 from llmrun.wire import (
+    BY_HEADER,
     CONTROL_ROOT,
     VERSION_HEADER,
     AdapterRow,
+    AuditRow,
     CancelRequest,
     ColdStart,
     DeployRequest,
@@ -49,7 +53,7 @@ class Client:
         self.url = settings.resolved_url()
         self._http = httpx.Client(
             base_url=self.url,
-            headers={VERSION_HEADER: llmrun.__version__},
+            headers={VERSION_HEADER: llmrun.__version__, BY_HEADER: user().encode("ascii", "replace").decode()},
             auth=admin_credentials(settings),
             timeout=httpx.Timeout(READ_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
             trust_env=False,
@@ -171,6 +175,10 @@ class Client:
         query = f"?by={quote(by)}&since={quote(since)}"
         return [self._read(UsageLine, row) for row in self._call("GET", f"/usage{query}")]
 
+    def audit(self, tail: int) -> list[AuditRow]:
+        """Return the last changes of the cluster, the oldest first."""
+        return [self._read(AuditRow, row) for row in self._call("GET", f"/audit?tail={tail}")]
+
     def logs(self, model: str, tail: int, follow: bool) -> Iterator[dict[str, str]]:
         """Yield chunks of a model's logs, each with a `source` and a `text`."""
         query = f"?tail={tail}&follow={str(follow).lower()}"
@@ -217,6 +225,14 @@ class Client:
             raise ControlError(f"lost the connection to {self.url} ({error}): run the command again") from error
         except httpx.HTTPError as error:
             raise unreachable(self.url, error) from error
+
+
+def user() -> str:
+    """Return `user@host`, which names who changes something; the host alone if the user has no name."""
+    try:
+        return f"{getpass.getuser()}@{socket.gethostname()}"
+    except (OSError, KeyError):  # a container's user may have no name
+        return socket.gethostname()
 
 
 def unreachable(url: str, error: Exception) -> Unreachable:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from llmrun_cli.app_files.package import CodePackage, pack
 from llmrun_cli.app_files.python_file import LoadedModel, load_app
 from llmrun_cli.app_files.yaml_file import SUFFIXES as YAML_SUFFIXES
 from llmrun_cli.app_files.yaml_file import read_yaml
-from llmrun_cli.client import Client
+from llmrun_cli.client import Client, user
 
 
 @dataclass(frozen=True)
@@ -119,14 +118,6 @@ def removed(plan: Plan) -> list[str]:
 def start(client: Client, request: DeployRequest, plan: Plan) -> str:
     """Start the deploy; return the operation's id. Control refuses if it would no longer do what `plan` shows."""
     return client.deploy(request.model_copy(update={"plan": plan.fingerprint, "by": user()}))
-
-
-def user() -> str:
-    """Return `user@host`, by which `llmrun deploy list` names who deployed; the host alone if the user has no name."""
-    try:
-        return f"{getpass.getuser()}@{socket.gethostname()}"
-    except (OSError, KeyError):  # a container's user may have no name
-        return socket.gethostname()
 
 
 def follow(client: Client, operation: str) -> Iterator[Event]:

@@ -10,7 +10,20 @@ from typer.core import TyperGroup
 
 import llmrun
 from llmrun.errors import AppError, LLMRunError
-from llmrun_cli.commands import adapters, backup, chat, cluster, dashboards, deploy, export, init, keys, models, weights
+from llmrun_cli.commands import (
+    adapters,
+    audit,
+    backup,
+    chat,
+    cluster,
+    dashboards,
+    deploy,
+    export,
+    init,
+    keys,
+    models,
+    weights,
+)
 from llmrun_cli.terminal import error_line
 
 
@@ -48,6 +61,7 @@ app.add_typer(weights.weights, name="weights")
 app.add_typer(adapters.adapter, name="adapter")
 app.add_typer(keys.key, name="key")
 app.command()(keys.usage)
+app.command()(audit.audit)
 app.command()(dashboards.dashboards)
 app.command()(cluster.up)
 app.command()(cluster.restart)

@@ -11,6 +11,8 @@ from llmrun.weights import AnyWeights
 
 CONTROL_ROOT = "/llmrun/v1"
 VERSION_HEADER = "x-llmrun-version"
+BY_HEADER = "X-LLMRun-By"
+"""Who sends a request to control, as `user@host`."""
 """The sender's release, in requests to control and in its responses."""
 MAX_ADAPTER_BYTES = 8 * 2**30
 MAX_PACKAGE_BYTES = 100 * 2**20
@@ -256,6 +258,27 @@ class NewKey(Answer):
     key: str
     """Shown only once: control stores only its hash."""
     facts: KeyFacts
+
+
+class AuditRow(Answer):
+    """A change of the cluster, as recorded."""
+
+    at: float
+    """Unix time."""
+    who: str
+    """Whose key it was: `admin`."""
+    by: str = ""
+    """`user@host`, as the client calls itself."""
+    client: str = ""
+    """The IP address that it came from."""
+    action: str
+    """Like `DELETE /models/one`."""
+    subject: str = ""
+    """The name of what was changed, if the action does not have it."""
+    status: int = 0
+    """Of the response; 0 if there was none."""
+    request: str = ""
+    """The id in the ingress's log."""
 
 
 class UsageLine(Answer):

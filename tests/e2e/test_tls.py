@@ -72,6 +72,19 @@ def test_a_command_elsewhere_needs_the_authority(secure: Home, authority: Author
     assert "127.0.0.1" in error and "its certificate is not trusted" in error  # the name is checked, too
 
 
+def test_changes_are_in_the_audit_log(secure: Home) -> None:
+    secure.ok("key", "create", "ci")
+    secure.ok("key", "revoke", "ci")
+    assert "not found" in secure.fails("key", "revoke", "ci")
+    shown = secure.ok("audit", "--tail", "3").splitlines()
+    assert [line.split("127.0.0.1")[1].split() for line in shown[1:]] == [
+        ["POST", "/keys", "ci", "200"],
+        ["DELETE", "/keys/ci", "-", "200"],
+        ["DELETE", "/keys/ci", "-", "404"],
+    ]
+    assert all("@" in line and "admin" in line for line in shown[1:])
+
+
 def test_a_restart_keeps_the_certificate(secure: Home, authority: Authority) -> None:
     assert "https://" in secure.ok("restart")
     assert health(secure, authority).status_code == 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from llmrun_cli import deploy_output
 from llmrun_cli.client import Client, to_error
 from llmrun_cli.commands import models
 from llmrun_runtime.control.api.app import make_api
+from llmrun_runtime.control.audit import AuditLog
 
 HINT = f"This llmrun is 9.9, the cluster runs {llmrun.__version__}: install llmrun=={llmrun.__version__} here"
 
@@ -41,15 +43,16 @@ def answering(content: Any, version: str) -> Client:
     ],
 )
 async def test_a_request_that_another_release_does_not_know(
-    monkeypatch: pytest.MonkeyPatch, method: str, path: str, body: Any, status: int, words: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str, path: str, body: Any, status: int, words: str
 ) -> None:
-    plane: Any = SimpleNamespace(admin_key="k")
+    plane: Any = SimpleNamespace(admin_key="k", audit=AuditLog(tmp_path))
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(make_api(plane)),
         base_url="https://cluster",
         headers={"authorization": "Bearer k"},
     ) as client:
         response = await client.request(method, CONTROL_ROOT + path, json=body)
+    plane.audit.close()
     same = to_error(response)
     assert same.status == status and str(same) == words
     monkeypatch.setattr(llmrun, "__version__", "9.9")

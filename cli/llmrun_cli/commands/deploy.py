@@ -13,7 +13,7 @@ from llmrun.errors import AppError
 from llmrun.settings import Settings
 from llmrun_cli import deployment, local_cluster
 from llmrun_cli.app_files.yaml_file import schema as app_schema
-from llmrun_cli.client import Client
+from llmrun_cli.client import Client, user
 from llmrun_cli.deploy_output import show_code, show_events, show_plan
 from llmrun_cli.progress import starting_cluster
 from llmrun_cli.terminal import (
@@ -124,7 +124,7 @@ def cancel(
 
     Active versions stay active. A download that has begun continues in its node's cache.
     """
-    app = Client(Settings()).cancel_deploy(deploy_id, deployment.user())
+    app = Client(Settings()).cancel_deploy(deploy_id, user())
     out.print(f"Cancelled deploy {deploy_id} of {app}")
 
 

@@ -12,6 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from llmrun.errors import ClusterError
 from llmrun.identity import digest_of
 from llmrun.settings import Settings
+from llmrun_runtime.control.audit import AuditLog
 from llmrun_runtime.control.autoscaling.autoscaler import Autoscaler
 from llmrun_runtime.control.autoscaling.cold_starts import ColdStarts
 from llmrun_runtime.control.autoscaling.serve_apps import ServeApps
@@ -61,6 +62,7 @@ class ControlPlane:
             reason = str(error).splitlines()[0]
             raise ClusterError(f"cannot open the database: {reason}. Check LLMRUN_DATABASE_URL") from error
         metrics = CollectorRegistry()
+        self.audit = AuditLog(settings.root)
         self.cold_starts = ColdStarts(self.database, metrics)
         self.disk_watch = DiskWatch()
         metrics.register(self.disk_watch)

@@ -21,7 +21,7 @@ from llmrun.wire import CONTROL_ROOT, KeyInfo
 from llmrun_runtime.asgi import Receive, Scope, Send, send_bytes, send_error, send_json
 from llmrun_runtime.engines.registry import get_engine
 from llmrun_runtime.ingress.admission.admin_access import check_admin_access
-from llmrun_runtime.ingress.admission.auth import authenticate, bearer_token, can_access
+from llmrun_runtime.ingress.admission.auth import authenticate, bearer_token, can_access, check_admin_key
 from llmrun_runtime.ingress.admission.browser import check_browser, check_content_type, names
 from llmrun_runtime.ingress.admission.rate_limits import Limiter
 from llmrun_runtime.ingress.admission.request import check_headers, check_method
@@ -204,6 +204,7 @@ class Ingress:
     async def _control(self, scope: Scope, receive: Receive, send: Send) -> None:
         check_headers(scope)
         check_admin_access(scope, self._admin_host)
+        check_admin_key(self._queue.table, scope)
         host, port = self._queue.table.control
         try:
             work = forward(self._http(), scope, receive, send, f"http://{host}:{port}{scope['path']}")

@@ -8,6 +8,8 @@ KEY_HEADER = "x-llmrun-key"
 PROBE_HEADER = "x-llmrun-probe"
 # The adapter to use: its name and its pin, separated by a space.
 ADAPTER_HEADER = "x-llmrun-adapter"
+# To control: the address of the ingress's client.
+CLIENT_HEADER = "x-llmrun-client"
 STATE_PATH = "/_llmrun/state"
 # Its parameter, and that of LEAVE_PATH: `?since=NUMBER` leaves out counts that have not changed after that response.
 SINCE = "since"

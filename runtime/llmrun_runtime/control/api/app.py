@@ -7,10 +7,12 @@ from fastapi import FastAPI
 import llmrun
 from llmrun.wire import CONTROL_ROOT
 from llmrun_runtime.asgi import App
+from llmrun_runtime.control.api.audit import Audited
 from llmrun_runtime.control.api.auth import AdminKey
 from llmrun_runtime.control.api.errors import add_error_handlers
 from llmrun_runtime.control.api.routers import (
     adapters,
+    audit,
     deploys,
     keys,
     logs,
@@ -30,7 +32,7 @@ def make_api(plane: ControlPlane) -> App:
     api = FastAPI(title="llmrun control", version=llmrun.__version__, docs_url=None, redoc_url=None)
     api.state.plane = plane
     add_error_handlers(api)
-    for module in (models, deploys, packages, operations, weights, adapters, keys, usage, logs):
+    for module in (models, deploys, packages, operations, weights, adapters, keys, usage, logs, audit):
         api.include_router(module.router, prefix=CONTROL_ROOT)
     api.include_router(metrics.router)
-    return with_version(AdminKey(api, plane.admin_key))
+    return with_version(AdminKey(Audited(api, plane.audit), plane.admin_key))

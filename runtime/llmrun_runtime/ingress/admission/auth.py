@@ -10,6 +10,7 @@ from llmrun_runtime.ingress.errors import NOT_READY, HTTPError
 from llmrun_runtime.wire.routing_table import ModelRoute, Table
 
 BEARER = "bearer "
+ADMIN_HINT = "set LLMRUN_ADMIN_KEY to the content of `admin.key` in the head node's LLMRUN_HOME"
 ADMIN = KeyInfo(name=ADMIN_NAME, priority="high")
 
 
@@ -44,6 +45,14 @@ def authenticate(table: Table, scope: Scope, now: float, *, required: bool) -> K
         message = f"API key {key.name} has expired. Create another one with `llmrun key create NAME`"
         raise HTTPError(401, message, "expired_api_key", "authentication_error")
     return key
+
+
+def check_admin_key(table: Table, scope: Scope) -> None:
+    """Raise HTTPError (401) without the admin key: control, which checks it too, is not kept busy by strangers."""
+    given = bearer_token(scope)
+    if table.admin and (given is None or digest_of(given) != table.admin):
+        problem = "an admin key is required" if given is None else "invalid admin key"
+        raise HTTPError(401, f"{problem}: {ADMIN_HINT}", "invalid_admin_key", "authentication_error")
 
 
 def can_access(key: KeyInfo | None, model: ModelRoute, adapter: str = "") -> bool:

@@ -10,8 +10,10 @@ import aiohttp
 
 from llmrun_runtime.asgi import Receive, Scope, Send
 from llmrun_runtime.ingress.relay import DROPPED_FROM_RESPONSE, UpstreamUnavailable, forwarded_headers
+from llmrun_runtime.wire.headers import CLIENT_HEADER
 
 CONNECT_TIMEOUT_S = 5
+NOT_FORWARDED = frozenset({b"content-length", CLIENT_HEADER.encode()})
 METHODS_WITH_BODY = ("POST", "PUT", "PATCH")
 # aiohttp would add these; control should get the client's headers only.
 AUTO_HEADERS = ("user-agent", "accept", "accept-encoding", "content-type")
@@ -36,7 +38,7 @@ async def forward(session: aiohttp.ClientSession, scope: Scope, receive: Receive
         response = await session.request(
             scope["method"],
             url,
-            headers=forwarded_headers(scope, frozenset({b"content-length"})),
+            headers=[*forwarded_headers(scope, NOT_FORWARDED), (CLIENT_HEADER, (scope.get("client") or ("",))[0])],
             data=body,
             allow_redirects=False,
             skip_auto_headers=AUTO_HEADERS,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from llmrun.wire import CancelRequest, DeployRequest, DeployRow, Plan
+from llmrun_runtime.control.api.audit import Subject
 from llmrun_runtime.control.api.dependencies import Plane
 
 router = APIRouter()
@@ -17,8 +18,9 @@ async def plan(request: DeployRequest, plane: Plane) -> Plan:
 
 
 @router.post("/deploys")
-async def deploy(request: DeployRequest, plane: Plane) -> dict[str, str]:
+async def deploy(request: DeployRequest, plane: Plane, subject: Subject) -> dict[str, str]:
     """Start a deploy; return the operation's ID."""
+    subject(f"{request.app}: {', '.join(spec.name for spec in request.specs)}")
     return {"id": (await plane.deployer.start(request)).id}
 
 

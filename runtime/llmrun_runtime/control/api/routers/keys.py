@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from llmrun.wire import KeyInfo, NewKey
+from llmrun_runtime.control.api.audit import Subject
 from llmrun_runtime.control.api.dependencies import Plane
 
 router = APIRouter()
@@ -17,8 +18,9 @@ async def list_keys(plane: Plane) -> list[KeyInfo]:
 
 
 @router.post("/keys")
-async def create_key(info: KeyInfo, plane: Plane) -> NewKey:
+async def create_key(info: KeyInfo, plane: Plane, subject: Subject) -> NewKey:
     """Create an API key."""
+    subject(info.name)
     plane.adapters.check_names(info.models)
     return await plane.database.run(plane.keys.create, info)
 
