@@ -15,7 +15,7 @@ from llmrun_runtime import http
 from llmrun_runtime.ingress.admission.request import parse_request
 from llmrun_runtime.ingress.queue.keepalive import KeepaliveTiming
 from llmrun_runtime.ingress.routing import choose
-from llmrun_runtime.wire.headers import TOKEN_HEADER
+from llmrun_runtime.wire.headers import CLIENT_HEADER, TOKEN_HEADER
 from llmrun_runtime.wire.reports import Traffic
 from tests.support.ingress import CHAT, CHUNKS, Bench, Engine, route, running_ingress
 
@@ -242,6 +242,17 @@ async def test_requests_for_control_are_forwarded(bench: Bench, engine: Engine) 
     bench.table(control=("127.0.0.1", 1))
     status, _, answer = await bench.post(path="/llmrun/v1/plan")
     assert (status, answer["error"]["code"]) == (503, "control_away")
+
+
+async def test_control_is_not_kept_busy_by_requests_without_its_key(bench: Bench, engine: Engine) -> None:
+    bench.table(control=engine.serve_http(), admin=digest_of("secret"))
+    for headers in ({}, {"authorization": "Bearer guess"}, {"authorization": "Basic secret"}):
+        status, _, answer = await bench.post(path="/llmrun/v1/plan", headers=headers)
+        assert status == 401 and answer["error"]["code"] == "invalid_admin_key"
+    assert not engine.requests
+    headers = {"authorization": "Bearer secret", CLIENT_HEADER: "203.0.113.9"}
+    assert (await bench.post(path="/llmrun/v1/plan", headers=headers))[0] == 200
+    assert engine.requests[0].headers.getlist(CLIENT_HEADER) == ["127.0.0.1"]  # not what the client claims
 
 
 def test_routing_chooses_the_least_busy_free_replica() -> None:
