@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import IO
@@ -79,6 +79,26 @@ class CompressedLog(RotatingFileHandler):
     def _rotated(self) -> list[Path]:
         """The rotated files, the oldest first."""
         return sorted(self._path.parent.glob(f"{self._path.name}-*"))
+
+
+def read_compressed(path: Path) -> Iterator[str]:
+    """The lines of a CompressedLog, the oldest first, while it goes on and while a thread compresses its files. Blocks."""
+    names = {each.name.removesuffix(".gz") for each in path.parent.glob(f"{path.name}-*")}
+    for name in [*sorted(names), path.name]:
+        try:
+            with _opened(path.with_name(name)) as file:
+                yield from file
+        except FileNotFoundError:
+            continue  # above `keep_bytes`, or nothing is written yet
+        except (EOFError, gzip.BadGzipFile) as error:  # the machine lost its power
+            log.warning("cannot read %s: %s", path.with_name(name), error)
+
+
+def _opened(path: Path) -> IO[str]:
+    try:
+        return path.open(errors="replace")
+    except FileNotFoundError:  # its compressed copy was complete before it was removed
+        return gzip.open(f"{path}.gz", "rt", errors="replace")
 
 
 def _gzip(path: Path) -> None:

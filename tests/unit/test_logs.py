@@ -22,6 +22,7 @@ from llmrun_runtime.logs import (
     CompressedLog,
     log_path,
     mark_in_use,
+    read_compressed,
     read_logs,
     remove_logs,
     trim_logs,
@@ -157,8 +158,24 @@ def test_a_full_log_is_compressed_and_bounded(tmp_path: Path) -> None:
     for number in range(2000):
         handler.emit(logging.LogRecord("llmrun", logging.INFO, "", 0, f"request {number}", (), None))
         if number == 299:  # 3600 bytes
-            kept = gzip.decompress(rotated(tmp_path)[-1].read_bytes()) + (tmp_path / "ingress.log").read_bytes()
-            assert kept.decode().split("\n") == [*(f"request {n}" for n in range(300)), ""]
+            assert list(read_compressed(tmp_path / "ingress.log"))[-300:] == [f"request {n}\n" for n in range(300)]
     until(lambda: sum(path.stat().st_size for path in rotated(tmp_path)) <= 1000, 10, "1000 bytes of logs")
     handler.close()
     assert not compressed.exists() and (tmp_path / "ingress.log").read_text().endswith("request 1999\n")
+
+
+def test_a_log_that_is_being_compressed_is_read_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "audit.log"
+    assert list(read_compressed(path)) == []
+    for name, text in ("1.gz", "first\n"), ("2.gz", "second\n"), ("4.gz", "fourth\n"):
+        tmp_path.joinpath(f"audit.log-{name}").write_bytes(gzip.compress(text.encode()))
+    tmp_path.joinpath("audit.log-2").write_text("second\n")  # its copy is complete, it is not removed yet
+    tmp_path.joinpath("audit.log-3").write_text("third\n")
+    path.write_text("last\n")
+    lines = read_compressed(path)
+    assert next(lines) == "first\n"
+    tmp_path.joinpath("audit.log-3").unlink()  # compressed after the files were listed
+    tmp_path.joinpath("audit.log-3.gz").write_bytes(gzip.compress(b"third\n"))
+    assert list(lines) == ["second\n", "third\n", "fourth\n", "last\n"]
+    tmp_path.joinpath("audit.log-4.gz").write_bytes(gzip.compress(b"fourth\n")[:-4])
+    assert list(read_compressed(path))[-1] == "last\n" and "cannot read" in caplog.text

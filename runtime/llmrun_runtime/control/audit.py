@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import gzip
 import logging
 import threading
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO
 
 from pydantic import ValidationError
 
 from llmrun.wire import AuditRow
-from llmrun_runtime.logs import CompressedLog
+from llmrun_runtime.logs import CompressedLog, read_compressed
 
 LOG_BYTES, KEEP_COMPRESSED_BYTES = 16 * 2**20, 256 * 2**20
 log = logging.getLogger("llmrun.control")
@@ -52,18 +50,8 @@ class AuditLog:
 
     def tail(self, count: int) -> list[AuditRow]:
         """Return the last rows, the oldest first. Blocks."""
-        rows: deque[AuditRow] = deque(maxlen=count)
-        for file in [*sorted(self._path.parent.glob("audit.log-*")), self._path]:
-            try:
-                with _open(file) as lines:
-                    rows.extend(_rows(lines))
-            except (FileNotFoundError, EOFError):  # it is being compressed, or there is none yet
-                continue
-        return list(rows)
-
-
-def _open(file: Path) -> IO[str]:
-    return gzip.open(file, "rt", errors="replace") if file.suffix == ".gz" else file.open(errors="replace")
+        with self._lock:  # no file becomes another one meanwhile
+            return list(deque(_rows(read_compressed(self._path)), maxlen=count))
 
 
 def _rows(lines: Iterable[str]) -> Iterable[AuditRow]:
