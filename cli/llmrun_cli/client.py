@@ -27,6 +27,7 @@ from llmrun.wire import (
     DeployRequest,
     DeployRow,
     Event,
+    KeyChange,
     KeyFacts,
     KeyInfo,
     NewKey,
@@ -165,6 +166,15 @@ class Client:
     def create_key(self, info: KeyInfo) -> NewKey:
         """Create an API key."""
         return self._read(NewKey, self._call("POST", "/keys", json=info.model_dump(mode="json")))
+
+    def change_key(self, name: str, change: KeyChange) -> KeyFacts:
+        """Change an API key's permissions and limits."""
+        content = change.model_dump(mode="json", exclude_none=True)
+        return self._read(KeyFacts, self._call("PATCH", f"/keys/{quote(name, safe='')}", json=content))
+
+    def rotate_key(self, name: str, keep_s: float) -> NewKey:
+        """Give an API key a new secret; the old one stays valid for `keep_s` seconds."""
+        return self._read(NewKey, self._call("POST", f"/keys/{quote(name, safe='')}/rotate?keep_s={keep_s:g}"))
 
     def revoke_key(self, name: str) -> None:
         """Revoke an API key."""

@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import stat
+import tempfile
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -270,6 +271,22 @@ def _place(url: str) -> tuple[str, str, int | None]:
         port = None
     host = parts.hostname or ""
     return parts.scheme, LOOPBACK[0] if host in LOOPBACK else host, port
+
+
+def replace_secret(path: Path) -> str:
+    """Write a new secret (mode 0600, 256 random bits) to `path` in one step, and return it. Raises OSError."""
+    secret = secrets.token_hex(32)
+    descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secret)
+            file.flush()
+            os.fsync(descriptor)
+        Path(draft).replace(path)
+    except BaseException:
+        Path(draft).unlink(missing_ok=True)
+        raise
+    return secret
 
 
 def read_or_create_secret(path: Path) -> str:

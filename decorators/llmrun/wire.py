@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from llmrun.identity import ADMIN_NAME
 from llmrun.spec import ModelSpec
 from llmrun.weights import AnyWeights
 
@@ -216,6 +217,10 @@ class Status(Answer):
     """Disks that are almost full, one line each."""
 
 
+Role = Literal["user", "viewer", "admin"]
+"""What a key opens: the models; status, logs and usage of the cluster; or everything."""
+
+
 class KeyFacts(Answer):
     """An API key's permissions and limits. 0 means no limit."""
 
@@ -234,6 +239,9 @@ class KeyFacts(Answer):
     """Whether requests wake models. Otherwise they reach hot models only, and do not keep them hot."""
     priority: Priority | str = "normal"
     """The highest priority that its requests may have."""
+    role: Role | str = "user"
+    disabled: bool = False
+    """Whether it is rejected until it is enabled again."""
     expires: float = 0
     """Unix time; 0 if the key does not expire."""
     created: float = 0
@@ -250,6 +258,27 @@ class KeyInfo(KeyFacts):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     priority: Priority = "normal"
+    role: Role = "user"
+
+
+ADMIN = KeyInfo(name=ADMIN_NAME, priority="high", role="admin")
+"""The admin key."""
+
+
+class KeyChange(BaseModel):
+    """New values of a key's fields; None keeps the old one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    models: tuple[str, ...] | None = None
+    rpm: int | None = Field(default=None, ge=0)
+    tpm: int | None = Field(default=None, ge=0)
+    max_in_flight: int | None = Field(default=None, ge=0)
+    max_output_tokens: int | None = Field(default=None, ge=0)
+    wake: bool | None = None
+    priority: Priority | None = None
+    disabled: bool | None = None
+    expires: float | None = Field(default=None, ge=0)
+    """Unix time; 0: never."""
 
 
 class NewKey(Answer):
@@ -266,7 +295,7 @@ class AuditRow(Answer):
     at: float
     """Unix time."""
     who: str
-    """Whose key it was: `admin`."""
+    """The name of the key: `admin`, or one with the role of an admin."""
     by: str = ""
     """`user@host`, as the client calls itself."""
     client: str = ""

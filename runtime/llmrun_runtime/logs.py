@@ -82,7 +82,7 @@ class CompressedLog(RotatingFileHandler):
 
 
 def read_compressed(path: Path) -> Iterator[str]:
-    """The lines of a CompressedLog, the oldest first, while it goes on and while a thread compresses its files. Blocks."""
+    """Yield the lines of a CompressedLog, the oldest first, also while a thread compresses its files. Blocks."""
     names = {each.name.removesuffix(".gz") for each in path.parent.glob(f"{path.name}-*")}
     for name in [*sorted(names), path.name]:
         try:

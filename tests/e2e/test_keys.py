@@ -64,6 +64,50 @@ def used(cluster: Home, *by: str) -> list[dict[str, Any]]:
     return rows
 
 
+def test_keys_are_changed_rotated_and_disabled(cluster: Home, keyed: str) -> None:
+    old = create(cluster, "carol", "--rpm", "1")
+    assert [ask(cluster, old).status_code for _ in range(2)] == [200, 429]
+    cluster.ok("key", "update", "carol", "--rpm", "0")
+    assert ask(cluster, old).status_code == 200
+    new = cluster.run("key", "rotate", "carol", "--keep", "1h").stdout.strip()
+    assert new != old and [ask(cluster, key).status_code for key in (old, new)] == [200, 200]
+    newest = cluster.run("key", "rotate", "carol").stdout.strip()
+    assert [ask(cluster, key).status_code for key in (old, new, newest)] == [401, 401, 200]
+    cluster.ok("key", "disable", "carol")
+    assert "API key carol is disabled" in ask(cluster, newest).text and "disabled" in cluster.ok("key", "list")
+    cluster.ok("key", "enable", "carol")
+    assert ask(cluster, newest).status_code == 200
+    for args, words in (
+        (("update", "carol"), "nothing to change: add an option"),
+        (("update", "carol", "--model", "keyed", "--all-models"), "exclude each other"),
+        (("update", "nobody", "--rpm", "1"), "key 'nobody' not found; available: alice, carol"),
+        (("rotate", "nobody"), "key 'nobody' not found"),
+        (("rotate", "carol", "--keep", "5"), "'5': invalid duration; write for example 1h or 7d"),
+        (("rotate", "admin", "--keep", "1h"), "the admin key's old secret cannot be kept"),
+        (("create", "seer", "--role", "viewer", "--rpm", "5"), "a viewer's key opens no models"),
+    ):
+        assert words in cluster.fails("key", *args)
+
+
+def test_admins_and_viewers_have_keys_of_their_own(cluster: Home, keyed: str) -> None:
+    viewer, admin = create(cluster, "seer", "--role", "viewer"), create(cluster, "boss", "--role", "admin")
+    assert ask(cluster, viewer).status_code == 403 and ask(cluster, admin).status_code == 200
+    allowed: list[tuple[str, ...]] = [("status",), ("usage",), ("logs", "keyed")]
+    refused: list[tuple[str, ...]] = [("unload", "keyed"), ("key", "list"), ("audit",), ("delete", "keyed", "--yes")]
+    for command in allowed:
+        cluster.ok(*command, LLMRUN_ADMIN_KEY=viewer)
+    for command in refused:
+        assert "key seer is a viewer's" in cluster.fails(*command, LLMRUN_ADMIN_KEY=viewer)
+    cluster.ok("key", "revoke", "seer", LLMRUN_ADMIN_KEY=admin)
+    assert "boss" in cluster.ok("audit").splitlines()[-1]
+    assert "invalid admin key" in cluster.fails("status", LLMRUN_ADMIN_KEY=viewer)
+    before = (cluster.path / "admin.key").read_text()
+    after = cluster.run("key", "rotate", "admin").stdout.strip()
+    assert (cluster.path / "admin.key").read_text() == after != before
+    assert "keyed" in cluster.ok("status")
+    assert "invalid admin key" in cluster.fails("status", LLMRUN_ADMIN_KEY=before)
+
+
 def test_keys_are_created_listed_and_revoked(cluster: Home, keyed: str) -> None:
     assert ask(cluster, "").status_code == 401 and ask(cluster, "sk-llmrun-guess").status_code == 401
     assert ask(cluster, keyed).status_code == 200

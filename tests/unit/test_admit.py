@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from llmrun.wire import KeyInfo
+from llmrun.wire import ADMIN, KeyInfo
 from llmrun_runtime.asgi import Scope
 from llmrun_runtime.ingress.admission.admit import Admission, admit
-from llmrun_runtime.ingress.admission.auth import ADMIN
 from llmrun_runtime.ingress.admission.request import PREFIX_BYTES, SINGLE_HEADERS, check_headers, parse_request
 from llmrun_runtime.ingress.errors import HTTPError
 from llmrun_runtime.wire.reports import PRIORITIES

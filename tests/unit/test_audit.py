@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +14,7 @@ import httpx
 import pytest
 
 from llmrun.errors import Refused
-from llmrun.wire import BY_HEADER, CONTROL_ROOT, AuditRow, NewKey
+from llmrun.wire import ADMIN, BY_HEADER, CONTROL_ROOT, AuditRow, KeyInfo, NewKey
 from llmrun_runtime.control import audit as audit_module
 from llmrun_runtime.control.api.app import make_api
 from llmrun_runtime.control.audit import AuditLog
@@ -28,6 +29,9 @@ def row(number: int) -> AuditRow:
 class _Keys:
     def create(self, info: Any) -> NewKey:
         return NewKey(key="sk-llmrun-secret", facts=info)
+
+    def find(self, secret: str, now: float) -> KeyInfo | None:
+        return ADMIN if secret == "k" else None
 
     def revoke(self, name: str) -> None:
         raise Refused(f"key {name!r} not found", 404)
@@ -46,9 +50,10 @@ def audit(tmp_path: Path) -> Iterator[AuditLog]:
 
 @pytest.fixture
 def plane(audit: AuditLog) -> Any:
+    autoscaler = SimpleNamespace(wait_until_keys_are_routed=partial(_run, list))
     adapters = SimpleNamespace(check_names=lambda names: None)
     database = SimpleNamespace(run=_run)
-    return SimpleNamespace(admin_key="k", audit=audit, keys=_Keys(), adapters=adapters, database=database)
+    return SimpleNamespace(audit=audit, keys=_Keys(), autoscaler=autoscaler, adapters=adapters, database=database)
 
 
 async def test_changes_are_recorded_with_who_and_what_and_their_result(plane: Any, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import llmrun
 from llmrun.errors import ControlError
 from llmrun.settings import Settings
-from llmrun.wire import CONTROL_ROOT, VERSION_HEADER, Event, KeyInfo
+from llmrun.wire import ADMIN, CONTROL_ROOT, VERSION_HEADER, Event, KeyInfo
 from llmrun_cli import deploy_output
 from llmrun_cli.client import Client, to_error
 from llmrun_cli.commands import models
@@ -45,7 +45,7 @@ def answering(content: Any, version: str) -> Client:
 async def test_a_request_that_another_release_does_not_know(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, method: str, path: str, body: Any, status: int, words: str
 ) -> None:
-    plane: Any = SimpleNamespace(admin_key="k", audit=AuditLog(tmp_path))
+    plane: Any = SimpleNamespace(keys=SimpleNamespace(find=lambda secret, now: ADMIN), audit=AuditLog(tmp_path))
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(make_api(plane)),
         base_url="https://cluster",

@@ -10,7 +10,6 @@ from prometheus_client import CollectorRegistry
 from sqlalchemy.exc import SQLAlchemyError
 
 from llmrun.errors import ClusterError
-from llmrun.identity import digest_of
 from llmrun.settings import Settings
 from llmrun_runtime.control.audit import AuditLog
 from llmrun_runtime.control.autoscaling.autoscaler import Autoscaler
@@ -23,7 +22,7 @@ from llmrun_runtime.control.catalog.weights import WeightsCatalog
 from llmrun_runtime.control.database_check import check_database
 from llmrun_runtime.control.disk_watch import DiskWatch
 from llmrun_runtime.control.hung_replicas import HungReplicas
-from llmrun_runtime.control.keys import Keys
+from llmrun_runtime.control.keys import AdminSecret, Keys
 from llmrun_runtime.control.metrics import ControlMetrics
 from llmrun_runtime.control.operations.adapter_push import AdapterPushes
 from llmrun_runtime.control.operations.deploy import Deployer
@@ -53,9 +52,7 @@ class ControlPlane:
     def __init__(self, settings: Settings, url: str, address: tuple[str, int]) -> None:
         self.url = url
         settings.make_home()
-        self.admin_key = settings.resolved_admin_key()
-        if not self.admin_key:  # with an empty key, every client could run code
-            raise ClusterError(f"{settings.admin_key_file} is empty. Remove the file to have a new key created")
+        admin = AdminSecret(settings)
         try:
             self.database = Database(settings.resolved_database_url())
         except (SQLAlchemyError, ImportError) as error:  # the URL is invalid, or its driver is missing
@@ -66,7 +63,7 @@ class ControlPlane:
         self.cold_starts = ColdStarts(self.database, metrics)
         self.disk_watch = DiskWatch()
         metrics.register(self.disk_watch)
-        self.keys = Keys(self.database, settings.require_key)
+        self.keys = Keys(self.database, settings.require_key, admin)
         self.usage = Usage(self.database)
         self.registry = Registry()
         self.models = Models()
@@ -81,7 +78,6 @@ class ControlPlane:
             nodes=self.nodes.nodes,
             head=own_node,
             control=address,
-            admin=digest_of(self.admin_key),
         )
         self.hung_replicas = HungReplicas(self.registry, self.autoscaler.replica_hung)
         self.operations = Operations()

@@ -21,7 +21,7 @@ from llmrun.wire import CONTROL_ROOT, KeyInfo
 from llmrun_runtime.asgi import Receive, Scope, Send, send_bytes, send_error, send_json
 from llmrun_runtime.engines.registry import get_engine
 from llmrun_runtime.ingress.admission.admin_access import check_admin_access
-from llmrun_runtime.ingress.admission.auth import authenticate, bearer_token, can_access, check_admin_key
+from llmrun_runtime.ingress.admission.auth import authenticate, bearer_token, can_access, check_operator, is_operator
 from llmrun_runtime.ingress.admission.browser import check_browser, check_content_type, names
 from llmrun_runtime.ingress.admission.rate_limits import Limiter
 from llmrun_runtime.ingress.admission.request import check_headers, check_method
@@ -126,7 +126,7 @@ class Ingress:
             await send_json(send, 200, openapi(USUAL_PATHS))
         elif path == MODELS or path.startswith(MODELS + "/"):
             check_method(method, path, "GET", "HEAD")
-            await self._models(scope, path, send)
+            await self._models(scope, path, send, record)
         elif path == "/metrics":
             check_method(method, path, "GET", "HEAD")
             self._check_metrics_access(scope)
@@ -140,8 +140,7 @@ class Ingress:
             check_method(method, path, "POST")
             record.path = path
             with self._counted():
-                key = self._authenticate(scope)
-                record.key = key.name if key else ""
+                key = self._authenticate(scope, record)
                 check_content_type(scope)
                 await self._infer(scope, receive, send, key, record)
 
@@ -154,9 +153,9 @@ class Ingress:
             check_browser(scope, self._hosts, self._origins)
             return
         given = bearer_token(scope)
-        token = digest_of(self._metrics_token) if self._metrics_token else ""
-        if given is None or digest_of(given) not in (token, self._queue.table.admin):
-            message = "metrics require LLMRUN_METRICS_TOKEN, or the admin key: send `Authorization: Bearer TOKEN`"
+        is_token = bool(given and self._metrics_token) and digest_of(given or "") == digest_of(self._metrics_token)
+        if not (is_token or is_operator(self._queue.table, given, time.time())):
+            message = "metrics require LLMRUN_METRICS_TOKEN, or an admin's key: send `Authorization: Bearer TOKEN`"
             raise HTTPError(401, message, "invalid_metrics_token", "authentication_error")
 
     async def _metrics_page(self) -> bytes:
@@ -183,15 +182,16 @@ class Ingress:
             return []
         return [(PROOF_HEADER.lower().encode(), prove(digest, challenge, server[1]).encode())]
 
-    def _authenticate(self, scope: Scope) -> KeyInfo | None:
+    def _authenticate(self, scope: Scope, record: RequestRecord) -> KeyInfo | None:
         check_headers(scope)
         key = authenticate(self._queue.table, scope, time.time(), required=self._keys_only)
         if key is None:
             check_browser(scope, self._hosts, self._origins)
+        record.key, record.operator = (key.name, key.role == "admin") if key else ("", True)
         return key
 
-    async def _models(self, scope: Scope, path: str, send: Send) -> None:
-        key, table = self._authenticate(scope), self._queue.table
+    async def _models(self, scope: Scope, path: str, send: Send, record: RequestRecord) -> None:
+        key, table = self._authenticate(scope, record), self._queue.table
         if path == MODELS:
             body = await list_models(table.models.values(), partial(can_access, key))
             await send_bytes(send, 200, body, "application/json")
@@ -204,7 +204,7 @@ class Ingress:
     async def _control(self, scope: Scope, receive: Receive, send: Send) -> None:
         check_headers(scope)
         check_admin_access(scope, self._admin_host)
-        check_admin_key(self._queue.table, scope)
+        check_operator(self._queue.table, scope, time.time())
         host, port = self._queue.table.control
         try:
             work = forward(self._http(), scope, receive, send, f"http://{host}:{port}{scope['path']}")

@@ -9,7 +9,6 @@ import uuid
 from dataclasses import dataclass, field
 
 from llmrun_runtime.asgi import Scope
-from llmrun_runtime.ingress.admission.auth import ADMIN
 from llmrun_runtime.ingress.errors import HTTPError
 
 log = logging.getLogger("llmrun.ingress")
@@ -26,6 +25,8 @@ class RequestRecord:
     adapter: str = ""
     """The adapter's label in metrics."""
     key: str = ""
+    operator: bool = False
+    """Whether the sender may see causes: an admin, or, while no key is needed, whoever can connect."""
     path: str = ""
     status: int = 0
     began: float = field(default_factory=time.monotonic)
@@ -42,14 +43,10 @@ class RequestRecord:
         return f"{self.id}{key} {self.model or '-'} {self.path} {self.status or 'left'},{first} {took:.3f} s"
 
     def shown(self, error: HTTPError) -> HTTPError:
-        """Return the error as this request's sender may see it, and log what it may not see.
-
-        Without keys, whoever can connect is the operator.
-        """
-        operator = self.key in ("", ADMIN.name)
-        if error.cause and not operator:
+        """Return the error as this request's sender may see it, and log what it may not see."""
+        if error.cause and not self.operator:
             log.info("%s %s: %s: %s", self.id, self.key, error.message, error.cause)
-        return error.shown(to_operator=operator, request=self.id)
+        return error.shown(to_operator=self.operator, request=self.id)
 
     @property
     def id_header(self) -> tuple[bytes, bytes]:

@@ -8,7 +8,7 @@ import llmrun
 from llmrun.wire import CONTROL_ROOT
 from llmrun_runtime.asgi import App
 from llmrun_runtime.control.api.audit import Audited
-from llmrun_runtime.control.api.auth import AdminKey
+from llmrun_runtime.control.api.auth import Access
 from llmrun_runtime.control.api.errors import add_error_handlers
 from llmrun_runtime.control.api.routers import (
     adapters,
@@ -35,4 +35,4 @@ def make_api(plane: ControlPlane) -> App:
     for module in (models, deploys, packages, operations, weights, adapters, keys, usage, logs, audit):
         api.include_router(module.router, prefix=CONTROL_ROOT)
     api.include_router(metrics.router)
-    return with_version(AdminKey(Audited(api, plane.audit), plane.admin_key))
+    return with_version(Access(Audited(api, plane.audit), plane.keys))

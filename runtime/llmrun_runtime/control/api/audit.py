@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
-from llmrun.identity import ADMIN_NAME
 from llmrun.wire import BY_HEADER, CONTROL_ROOT, AuditRow
 from llmrun_runtime.asgi import App, Receive, Scope, Send
+from llmrun_runtime.control.api.auth import key_of
 from llmrun_runtime.control.audit import AuditLog
 from llmrun_runtime.wire.headers import CLIENT_HEADER
 
@@ -31,7 +31,7 @@ Subject = Annotated[Callable[[str], None], Depends(_subject)]
 
 
 class Audited:
-    """ASGI middleware, within `AdminKey`."""
+    """ASGI middleware, within `Access`."""
 
     def __init__(self, app: App, audit: AuditLog) -> None:
         self._app = app
@@ -58,7 +58,7 @@ class Audited:
         finally:
             row = AuditRow(
                 at=time.time(),
-                who=ADMIN_NAME,
+                who=key_of(scope).name,
                 by=headers.get(BY_HEADER.lower().encode(), b"").decode("latin-1")[:MAX_BY],
                 client=headers.get(CLIENT_HEADER.encode(), b"").decode("latin-1") or (scope.get("client") or ("",))[0],
                 action=f"{scope['method']} {scope['path'].removeprefix(CONTROL_ROOT)}",

@@ -64,9 +64,8 @@ class Autoscaler:
         nodes: Callable[[], list[Node]],
         head: Callable[[], str],
         control: tuple[str, int],
-        admin: str = "",
     ) -> None:
-        self.table = Table(epoch=uuid.uuid4().hex, control=control, admin=admin)
+        self.table = Table(epoch=uuid.uuid4().hex, control=control, admin=keys.admin_digest)
         self.on_proven: Callable[[Deployed], None] = lambda row: None
         """Called when an unproven version's first replica is ready."""
         self.on_wake: Callable[[Deployed], None] = lambda row: None
@@ -263,9 +262,22 @@ class Autoscaler:
 
         def is_routed() -> bool:
             route, row = self.table.models.get(model), self._models.get(model)
+            return route is not None and row is not None and route.version == row.version
+
+        await self._wait_for_ingresses(is_routed)
+
+    async def wait_until_keys_are_routed(self) -> None:
+        """Return when all ingresses have a table with the current keys, or after ROUTED_S."""
+        await self._wait_for_ingresses(
+            lambda: (self.table.keys, self.table.admin) == (self._keys.routes, self._keys.admin_digest)
+        )
+
+    async def _wait_for_ingresses(self, is_current: Callable[[], bool]) -> None:
+        """Return when all ingresses have the current table and `is_current`, or after ROUTED_S."""
+
+        def is_routed() -> bool:
             counted, calls = self._polls
-            has_version = route is not None and row is not None and route.version == row.version
-            return has_version and calls >= len(self._registry.ingresses) and counted == self.table.number
+            return is_current() and calls >= len(self._registry.ingresses) and counted == self.table.number
 
         if self._registry.ingresses:
             with contextlib.suppress(TimeoutError):
@@ -344,8 +356,9 @@ class Autoscaler:
 
     async def _publish(self, models: dict[str, ModelRoute]) -> None:
         """Replace the table if it changed."""
-        keys, required = self._keys.routes, self._keys.required
-        changed = models != self.table.models or (keys, required) != (self.table.keys, self.table.keys_required)
+        keys, required, admin = self._keys.routes, self._keys.required, self._keys.admin_digest
+        old = self.table
+        changed = models != old.models or (keys, required, admin) != (old.keys, old.keys_required, old.admin)
         if not self.table.number or changed:
             async with self._table_changed:
                 self.table = replace(
@@ -355,6 +368,7 @@ class Autoscaler:
                     names=by_names(models),
                     keys=keys,
                     keys_required=required,
+                    admin=admin,
                 )
                 self._table_changed.notify_all()
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from llmrun.identity import ADMIN_NAME, digest_of
+from llmrun.identity import digest_of
 from llmrun.lora import split_revision
-from llmrun.wire import KeyInfo
+from llmrun.wire import ADMIN, KeyInfo
 from llmrun_runtime.asgi import Scope
 from llmrun_runtime.ingress.errors import NOT_READY, HTTPError
 from llmrun_runtime.wire.routing_table import ModelRoute, Table
 
 BEARER = "bearer "
 ADMIN_HINT = "set LLMRUN_ADMIN_KEY to the content of `admin.key` in the head node's LLMRUN_HOME"
-ADMIN = KeyInfo(name=ADMIN_NAME, priority="high")
 
 
 def bearer_token(scope: Scope) -> str | None:
@@ -25,7 +24,8 @@ def authenticate(table: Table, scope: Scope, now: float, *, required: bool) -> K
 
     1. While no key exists, requests need none, unless keys are `required` here, or by the table.
     2. Otherwise the key is sent as OpenAI's clients do (`Authorization: Bearer …`), or as Anthropic's (`x-api-key`).
-    3. The key must exist and must not have expired. The admin key has access to everything.
+    3. The key must exist, and must not be disabled or expired. The admin key has access to everything.
+    4. A viewer's key opens no models.
     """
     # 1.
     if not table.keys and not required and not table.keys_required:
@@ -41,16 +41,41 @@ def authenticate(table: Table, scope: Scope, now: float, *, required: bool) -> K
     key = ADMIN if digest == table.admin else table.keys.get(digest)
     if key is None:
         raise HTTPError(401, "invalid API key (unknown or revoked)", "invalid_api_key", "authentication_error")
-    if key.expires and key.expires <= now:
-        message = f"API key {key.name} has expired. Create another one with `llmrun key create NAME`"
-        raise HTTPError(401, message, "expired_api_key", "authentication_error")
+    if problem := _problem(key, now):
+        raise HTTPError(401, *problem, "authentication_error")
+    # 4.
+    if key.role == "viewer":
+        message = f"API key {key.name} is a viewer's: it opens no models. Create one with `llmrun key create NAME`"
+        raise HTTPError(403, message, "viewer_key", "permission_error")
     return key
 
 
-def check_admin_key(table: Table, scope: Scope) -> None:
-    """Raise HTTPError (401) without the admin key: control, which checks it too, is not kept busy by strangers."""
+def _problem(key: KeyInfo, now: float) -> tuple[str, str] | None:
+    """Return the message and the error code for a key that is not valid now."""
+    if key.disabled:
+        return f"API key {key.name} is disabled. An admin can enable it", "disabled_api_key"
+    if key.expires and key.expires <= now:
+        message = f"API key {key.name} has expired or was rotated. Create another one with `llmrun key create NAME`"
+        return message, "expired_api_key"
+    return None
+
+
+def is_operator(table: Table, secret: str | None, now: float) -> bool:
+    """Whether the secret is the admin key's, or that of a valid key with the role of an admin or a viewer."""
+    if secret is None:
+        return False
+    digest = digest_of(secret)
+    key = table.keys.get(digest)
+    return digest == table.admin or bool(key and key.role in ("admin", "viewer") and not _problem(key, now))
+
+
+def check_operator(table: Table, scope: Scope, now: float) -> None:
+    """Raise HTTPError (401) without an admin's or a viewer's key: strangers do not keep control busy.
+
+    Control checks it again, and what a viewer may do.
+    """
     given = bearer_token(scope)
-    if table.admin and (given is None or digest_of(given) != table.admin):
+    if table.admin and not is_operator(table, given, now):
         problem = "an admin key is required" if given is None else "invalid admin key"
         raise HTTPError(401, f"{problem}: {ADMIN_HINT}", "invalid_admin_key", "authentication_error")
 
