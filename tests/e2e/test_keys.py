@@ -87,6 +87,7 @@ def test_keys_are_changed_rotated_and_disabled(cluster: Home, keyed: str) -> Non
         (("create", "seer", "--role", "viewer", "--rpm", "5"), "a viewer's key opens no models"),
     ):
         assert words in cluster.fails("key", *args)
+    cluster.ok("key", "revoke", "carol")
 
 
 def test_admins_and_viewers_have_keys_of_their_own(cluster: Home, keyed: str) -> None:
@@ -106,6 +107,7 @@ def test_admins_and_viewers_have_keys_of_their_own(cluster: Home, keyed: str) ->
     assert (cluster.path / "admin.key").read_text() == after != before
     assert "keyed" in cluster.ok("status")
     assert "invalid admin key" in cluster.fails("status", LLMRUN_ADMIN_KEY=before)
+    cluster.ok("key", "revoke", "boss")
 
 
 def test_keys_are_created_listed_and_revoked(cluster: Home, keyed: str) -> None:

@@ -159,10 +159,12 @@ class Bench:
 
     async def post(self, body: Any = None, path: str = CHAT, **options: Any) -> tuple[int, Any, Any]:
         """Return the status, the headers, and the body, parsed if it is JSON."""
-        data = body if isinstance(body, bytes) else json.dumps({"model": "one"} if body is None else body).encode()
+        if not isinstance(body, bytes | AsyncIterator):
+            body = json.dumps({"model": "one"} if body is None else body).encode()
+        data = BytesIO(body) if isinstance(body, bytes) else body
         headers = CIMultiDict(options.pop("headers", {}))
         headers.setdefault("content-type", "application/json")
-        async with self.session.post(self.url + path, data=BytesIO(data), headers=headers, **options) as response:
+        async with self.session.post(self.url + path, data=data, headers=headers, **options) as response:
             raw = await response.read()
             parsed = json.loads(raw) if response.content_type == "application/json" else raw
             return response.status, response.headers, parsed

@@ -6,6 +6,7 @@ import asyncio
 import json
 import statistics
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
@@ -166,6 +167,44 @@ async def test_limits_of_a_key_and_of_a_model(bench: Bench, engine: Engine) -> N
         await asyncio.sleep(0.05)
     assert [(await bench.post(**bearer("free")))[0] for _ in range(3)] == [200, 200, 429]  # the model's own limit
     assert bench.limiter.usage(time.monotonic())["key:slow"] == LocalUsage(2, 0)
+
+
+@pytest.mark.parametrize(
+    ("body", "status"), [(b"{", 400), (b'{"model": "nobody"}', 404), (b"x" * 3000, 413), (b'{"model": "other"}', 404)]
+)
+async def test_refused_requests_count(engine: Engine, body: bytes, status: int) -> None:
+    async with running_ingress(max_body_bytes=2000) as bench:
+        slow = KeyInfo(name="slow", rpm=2, models=("one",))
+        bench.table(route(engine.port), route(engine.port, name="other"), keys=keys(slow))
+        for _ in range(2):
+            got, headers, _ = await bench.post(body, **bearer("slow"))
+            assert got == status and headers["x-ratelimit-limit-requests"] == "2"
+        assert (await bench.post(**bearer("slow")))[0] == 429
+        assert not engine.requests
+
+
+async def test_a_key_above_its_limit_is_refused_before_its_body_is_read(bench: Bench, engine: Engine) -> None:
+    bench.table(route(engine.port), keys=keys(KeyInfo(name="slow", rpm=1), KeyInfo(name="few", max_in_flight=1)))
+    await bench.post(**bearer("slow"))
+    uploading, rest = asyncio.Event(), asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b'{"model": '
+        uploading.set()
+        await rest.wait()
+        yield b'"one"}'
+
+    status, _, answer = await asyncio.wait_for(bench.post(body(), **bearer("slow")), 5)
+    assert status == 429 and "(rpm)" in answer["error"]["message"]
+    uploading.clear()
+    upload = asyncio.create_task(bench.post(body(), **bearer("few")))
+    await asyncio.wait_for(uploading.wait(), 5)
+    while not bench.limiter.usage(time.monotonic()):
+        await asyncio.sleep(0.01)
+    status, _, answer = await bench.post(**bearer("few"))
+    assert status == 429 and "(max_in_flight)" in answer["error"]["message"]
+    rest.set()
+    assert (await asyncio.wait_for(upload, 5))[0] == 200
 
 
 def test_usage_at_other_ingresses_counts() -> None:

@@ -34,7 +34,7 @@ from llmrun_runtime.control.state.operation import Operation, Operations
 from llmrun_runtime.control.state.registry import Registry
 from llmrun_runtime.control.state.tables import Base
 from llmrun_runtime.control.usage import Usage
-from llmrun_runtime.ingress.admission.rate_limits import Limiter, limits_for
+from llmrun_runtime.ingress.admission.rate_limits import Limiter, key_limits, model_limits
 from llmrun_runtime.ingress.engine_deaths import EngineDeaths, request_digest
 from llmrun_runtime.ingress.queue.claim import Caller, WaitLimit
 from llmrun_runtime.ingress.queue.request_queue import RequestQueue
@@ -156,7 +156,7 @@ class Year:
             for name, replica in ((model, f"r{number}"), ("stays", f"s{number}")):
                 target = route(1, name=name, names=(name,), rpm=1000)
                 self.queue.update(Table(models={name: target}, names={name: name}))
-                with self.limiter.acquire(limits_for(key, target), self.monotonic):
+                with self.limiter.acquire([*key_limits(key), *model_limits(target)], self.monotonic):
                     caller = Caller(key.name, adapter_label=adapter)
                     claim = await self.queue.claim(name, WaitLimit(0, 1), caller=caller)
                     self.queue.release(claim)

@@ -19,7 +19,7 @@ from llmrun_runtime.ingress.admission.admit import Admission, admit
 from llmrun_runtime.ingress.admission.body import read_body
 from llmrun_runtime.ingress.admission.held_bytes import HeldBody, HeldBytes
 from llmrun_runtime.ingress.admission.output_tokens import with_field
-from llmrun_runtime.ingress.admission.rate_limits import Limiter
+from llmrun_runtime.ingress.admission.rate_limits import Limiter, key_limits, model_limits
 from llmrun_runtime.ingress.admission.request import LARGE_BYTES, PRIORITY_HEADER, ParsedRequest, parse_request
 from llmrun_runtime.ingress.admission.revision import Resolver, resolve_pin
 from llmrun_runtime.ingress.admission.target import Target, check_path
@@ -76,8 +76,10 @@ class Inference:
         self, scope: Scope, receive: Receive, send: Send, key: KeyInfo | None, record: RequestRecord
     ) -> None:
         """Answer a request whose key is authenticated. Raises HTTPError before the response starts."""
+        limits, now = key_limits(key), time.monotonic()
         try:
-            with self._held.body(record.key) as body:
+            # Before the body is read: a refused request costs, too, so it counts.
+            with self._limiter.acquire(limits, now), self._held.body(record.key) as body:
                 await self._read(scope, receive, body)
                 admission = admit(self._queue.table, key, scope, await self._parse(scope, body))
                 if admission.capped:
@@ -85,6 +87,9 @@ class Inference:
                 await self._answer(admission, scope, receive, send, body, record)
         except ClientDisconnect:
             return  # while it uploaded
+        except HTTPError:
+            record.rate_limit_headers = record.rate_limit_headers or self._limiter.headers(limits, time.monotonic())
+            raise
 
     async def _read(self, scope: Scope, receive: Receive, body: HeldBody) -> None:
         """Read the body. Raises ClientDisconnect or HTTPError, see `read_body`."""
@@ -117,7 +122,11 @@ class Inference:
             self._check_deaths(_digest(admission, scope, body), record)
         stream = KeepaliveStream(send, [record.id_header], self._keepalive)
         try:
-            with self._limiter.acquire(admission.limits, time.monotonic(), admission.output_tokens):
+            now = time.monotonic()
+            with (
+                self._limiter.acquire(model_limits(admission.target.model), now),
+                self._limiter.reserve(admission.limits, now, admission.output_tokens),
+            ):
                 record.rate_limit_headers = self._limiter.headers(admission.limits, time.monotonic())
                 work = self._queue_and_relay(admission, scope, body, stream, record)
                 await cancel_on_disconnect(self._in_time(work), receive)

@@ -8,7 +8,7 @@ from functools import partial
 from llmrun.wire import KeyInfo
 from llmrun_runtime.asgi import Scope
 from llmrun_runtime.ingress.admission.auth import can_access, check_may_wake
-from llmrun_runtime.ingress.admission.rate_limits import Limit, limits_for, output_cap
+from llmrun_runtime.ingress.admission.rate_limits import Limit, key_limits, model_limits, output_cap
 from llmrun_runtime.ingress.admission.request import ParsedRequest, parse_max_wait, parse_priority
 from llmrun_runtime.ingress.admission.target import Target, check_path, find_target
 from llmrun_runtime.wire.reports import PRIORITIES
@@ -63,4 +63,5 @@ def admit(table: Table, key: KeyInfo | None, scope: Scope, request: ParsedReques
         output = capped[1] * request.wanted.choices
     # 5.
     check_may_wake(key, target.model)
-    return Admission(key, request, target, max_wait, limits_for(key, target.model), output, capped, priority)
+    limits = [*key_limits(key), *model_limits(target.model)]
+    return Admission(key, request, target, max_wait, limits, output, capped, priority)

@@ -30,13 +30,24 @@ class Limit:
     tpm: int = 0
     max_in_flight: int = 0
 
+    @property
+    def limits(self) -> bool:
+        """Whether there is any."""
+        return bool(self.rpm or self.tpm or self.max_in_flight)
 
-def limits_for(key: KeyInfo | None, model: ModelRoute) -> list[Limit]:
-    """Return the limits that apply to a request for `model` with `key`."""
-    limits = [Limit(model_subject(model.name), f"model {model.name}", model.rpm, model.tpm, model.max_in_flight)]
-    if key:
-        limits.insert(0, Limit(key_subject(key.name), f"key {key.name}", key.rpm, key.tpm, key.max_in_flight))
-    return [limit for limit in limits if limit.rpm or limit.tpm or limit.max_in_flight]
+
+def key_limits(key: KeyInfo | None) -> list[Limit]:
+    """Return the limits of a key, which apply before the request's body is read."""
+    if not key:
+        return []
+    limit = Limit(key_subject(key.name), f"key {key.name}", key.rpm, key.tpm, key.max_in_flight)
+    return [limit] if limit.limits else []
+
+
+def model_limits(model: ModelRoute) -> list[Limit]:
+    """Return the limits of a model."""
+    limit = Limit(model_subject(model.name), f"model {model.name}", model.rpm, model.tpm, model.max_in_flight)
+    return [limit] if limit.limits else []
 
 
 def output_cap(key: KeyInfo | None, model: ModelRoute) -> OutputCap | None:
@@ -67,16 +78,16 @@ class Limiter:
         self._requests = {subject: window for subject, window in self._requests.items() if window.total(now)}
         self._in_flight = +self._in_flight  # without the subjects at zero
         self._reserved = +self._reserved
-        subjects = self._requests.keys() | self._in_flight.keys()
+        subjects = self._requests.keys() | self._in_flight.keys() | self._reserved.keys()
         return {s: LocalUsage(self._local_requests(s, now), self._in_flight[s], self._reserved[s]) for s in subjects}
 
     @contextlib.contextmanager
-    def acquire(self, limits: Sequence[Limit], now: float, output_tokens: int = 0) -> Iterator[None]:
-        """Count a request while the block runs. Raises HTTPError (429) if a limit is reached, or would be.
+    def acquire(self, limits: Sequence[Limit], now: float) -> Iterator[None]:
+        """Count a request while the block runs. Raises HTTPError (429) if a limit is reached.
 
         1. Concurrent requests.
-        2. Requests in the last minute.
-        3. Tokens in the last minute, with those that this request and the others in flight may still generate.
+        2. Requests in the last minute, also those that were refused after they had been counted.
+        3. Tokens in the last minute.
         """
         for limit in limits:
             remote = self._usage_elsewhere(limit.subject, now)
@@ -90,22 +101,39 @@ class Limiter:
                 wait = window.wait(now, max(1, limit.rpm - remote.requests)) if window else CONCURRENCY_RETRY_S
                 raise _limit_reached(limit, f"{_count(limit.rpm, 'request')} per minute (rpm)", wait)
             # 3.
-            reserved = self._reserved[limit.subject] + remote.reserved + output_tokens
-            if limit.tpm and (remote.tokens >= limit.tpm or remote.tokens + reserved > limit.tpm):
-                tokens = f"{_count(limit.tpm, 'token')} per minute (tpm), {remote.tokens} used"
-                if reserved:
-                    tokens += f", {reserved} more if this request and those in flight use their max_tokens"
-                raise _limit_reached(limit, tokens, remote.tokens_wait)
+            self._check_tokens(limit, remote, 0)
         for limit in limits:
             self._in_flight[limit.subject] += 1
-            self._reserved[limit.subject] += output_tokens
             self._requests.setdefault(limit.subject, RateWindow()).add(now)
         try:
             yield
         finally:
             for limit in limits:
                 self._in_flight[limit.subject] -= 1
+
+    @contextlib.contextmanager
+    def reserve(self, limits: Sequence[Limit], now: float, output_tokens: int) -> Iterator[None]:
+        """Reserve the tokens that a request may generate while the block runs.
+
+        Raises HTTPError (429) if a limit would be exceeded by them and by those that others in flight may generate.
+        """
+        for limit in limits:
+            self._check_tokens(limit, self._usage_elsewhere(limit.subject, now), output_tokens)
+        for limit in limits:
+            self._reserved[limit.subject] += output_tokens
+        try:
+            yield
+        finally:
+            for limit in limits:
                 self._reserved[limit.subject] -= output_tokens
+
+    def _check_tokens(self, limit: Limit, remote: RemoteUsage, output_tokens: int) -> None:
+        reserved = self._reserved[limit.subject] + remote.reserved + output_tokens
+        if limit.tpm and (remote.tokens >= limit.tpm or remote.tokens + reserved > limit.tpm):
+            tokens = f"{_count(limit.tpm, 'token')} per minute (tpm), {remote.tokens} used"
+            if reserved:
+                tokens += f", {reserved} more if this request and those in flight use their max_tokens"
+            raise _limit_reached(limit, tokens, remote.tokens_wait)
 
     def headers(self, limits: Sequence[Limit], now: float) -> list[tuple[bytes, bytes]]:
         """Return OpenAI's `x-ratelimit-*` headers, each kind for the limit with the least remaining."""
