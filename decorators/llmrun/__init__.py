@@ -6,6 +6,7 @@ from llmrun import llm
 class Assistant: ...
 """
 
+from llmrun.context import RequestContext
 from llmrun.decorator import llm
 from llmrun.deployment import Deployment, deploy
 from llmrun.errors import LLMRunError, SpecError
@@ -19,6 +20,7 @@ __all__ = [
     "LLMOptions",
     "LLMRunError",
     "LoRA",
+    "RequestContext",
     "Secret",
     "SpecError",
     "Weights",

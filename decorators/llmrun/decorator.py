@@ -23,6 +23,7 @@ from llmrun.weights import Weights
 
 T = TypeVar("T", bound=type)
 HOOKS = {"on_start": ("self",), "on_request": ("self", "request")}
+CONTEXT = "context"
 ATTRIBUTE = "__llmrun_spec__"
 
 
@@ -30,7 +31,8 @@ def llm(model: str | Weights = "", **options: Unpack[LLMOptions]) -> Callable[[T
     """Define a model: `@llm("org/model")` on a class. `llmrun deploy app.py` serves it under the class's name.
 
     The class may define two hooks, plain or async methods: `on_start(self)` runs once, before the first request;
-    `on_request(self, request)` receives the JSON body of each request, a dict, and returns the one for the engine.
+    `on_request(self, request)` receives the JSON body of each request, a dict, and returns the one for the engine. Of a
+    form, as for audio, it gets the fields. `on_request(self, request, context)` also gets a `RequestContext`.
 
     Args:
         model: The source of the weights: `org/name` or `org/name@revision` on Hugging Face; an address like
@@ -106,12 +108,18 @@ def hooks_of(cls: type) -> tuple[str, ...]:
     return tuple(hook for hook in HOOKS if callable(getattr(cls, hook, None)))
 
 
+def takes_context(signature: inspect.Signature) -> bool:
+    """Whether a hook wants the request's context: it has a parameter of that name."""
+    return CONTEXT in signature.parameters
+
+
 def _check_hooks(cls: type) -> None:
     """Raises SpecError if a hook cannot take its arguments."""
     for hook in hooks_of(cls):
         parameters = HOOKS[hook]
         try:
-            inspect.signature(getattr(cls, hook)).bind(*parameters)
+            signed = inspect.signature(getattr(cls, hook))
+            signed.bind(*parameters, **({CONTEXT: None} if takes_context(signed) and hook == "on_request" else {}))
         except TypeError:
             returns = {"on_start": "", "on_request": " -> dict"}
             signature = ", ".join(parameters)

@@ -40,6 +40,7 @@ def test_public_names() -> None:
         "LLMOptions",
         "LLMRunError",
         "LoRA",
+        "RequestContext",
         "Secret",
         "SpecError",
         "Weights",

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from llmrun.context import RequestContext
 from llmrun.errors import EngineError, HookError
 from llmrun.spec import ModelSpec
 from llmrun_runtime.engines import api, registry
@@ -237,6 +238,7 @@ def hooks(tmp_path: Path, text: str, timeout: float = 1.2) -> Hooks:
     return Hooks(ShimConfig("mine", str(path), "Mine", ("on_start", "on_request"), timeout), probe_timeout=0.2)
 
 
+CONTEXT = RequestContext("/v1/completions")
 PLAIN = """
     def on_start(self): self.seen = 0
     def on_request(self, request):
@@ -261,7 +263,7 @@ ASYNC = """
 
 async def seen(mine: Hooks) -> Any:
     """Return the count that a working hook adds to a request."""
-    return json.loads(await mine.apply({"do": "x"}))["seen"]
+    return json.loads(await mine.apply_to_json({"do": "x"}, CONTEXT))["seen"]
 
 
 async def test_plain_hooks_share_one_instance(tmp_path: Path) -> None:
@@ -269,12 +271,12 @@ async def test_plain_hooks_share_one_instance(tmp_path: Path) -> None:
     await mine.start()
     assert [await seen(mine), await seen(mine)] == [1, 2]
     with pytest.raises(HookError, match=r"Mine.on_request returned NoneType"):
-        await mine.apply({"do": "nothing"})
+        await mine.apply_to_json({"do": "nothing"}, CONTEXT)
     with pytest.raises(HookError, match=r"returned a request that is not JSON-serializable: .*set"):
-        await mine.apply({"do": "a set"})
+        await mine.apply_to_json({"do": "a set"}, CONTEXT)
     for way in ("exit", "stop"):
         with pytest.raises(HookError, match=r"Mine.on_request raised (SystemExit: 3|StopIteration)"):
-            await mine.apply({"do": way})
+            await mine.apply_to_json({"do": way}, CONTEXT)
 
 
 @pytest.mark.parametrize("body", [PLAIN, ASYNC], ids=["plain", "async"])
@@ -284,11 +286,11 @@ async def test_a_hook_that_raises_or_blocks_fails_only_its_own_request(
     mine = hooks(tmp_path, body)
     await mine.start()
     with pytest.raises(HookError, match=r"Mine.on_request raised ValueError: no such thing"):
-        await mine.apply({"do": "raise"})
+        await mine.apply_to_json({"do": "raise"}, CONTEXT)
     logged = capfd.readouterr().err
     assert "app.py" in logged and "hooks.py" not in logged
 
-    blocked = asyncio.create_task(mine.apply({"do": "block"}))
+    blocked = asyncio.create_task(mine.apply_to_json({"do": "block"}, CONTEXT))
     await asyncio.sleep(0.05)  # so that the next request arrives while the first one blocks
     assert await seen(mine) == 1
     with pytest.raises(HookError, match=r"timed out after 1.2 s"):
@@ -300,7 +302,7 @@ async def test_an_async_hook_that_exceeds_its_timeout(tmp_path: Path) -> None:
     mine = hooks(tmp_path, ASYNC)
     await mine.start()
     with pytest.raises(HookError, match="timed out after"):
-        await mine.apply({"do": "wait"})
+        await mine.apply_to_json({"do": "wait"}, CONTEXT)
     assert await seen(mine) == 1
 
 

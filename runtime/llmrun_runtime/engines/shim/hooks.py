@@ -20,6 +20,8 @@ from types import TracebackType
 from typing import Any
 
 from llmrun.app_file import load_file
+from llmrun.context import RequestContext
+from llmrun.decorator import takes_context
 from llmrun.errors import HookError
 from llmrun_runtime.engines.base import ShimConfig
 
@@ -83,17 +85,25 @@ class Hooks:
             # No separate timeout: start_timeout bounds the whole start.
             await self._call(f"{cls}.on_start", self._instance.on_start, timeout=None)
 
-    async def apply(self, request: dict[str, Any]) -> bytes:
-        """Return the request body from `on_request`, as JSON. Raises HookError, which fails this request only."""
+    async def apply(self, request: dict[str, Any], context: RequestContext) -> dict[str, Any]:
+        """Return the request body from `on_request`. Raises HookError, which fails this request only."""
         if "on_request" not in self._config.hooks:
-            return json.dumps(request).encode()
+            return request
         name = f"{self._config.cls}.on_request"
-        body = await self._call(name, self._instance.on_request, request, timeout=self._config.hook_timeout)
+        hook = self._instance.on_request
+        arguments = (request, context) if takes_context(inspect.signature(hook)) else (request,)
+        body = await self._call(name, hook, *arguments, timeout=self._config.hook_timeout)
         if not isinstance(body, dict):
             raise _logged(f"{name} returned {type(body).__name__}: it must return the request, a dict")
+        return body
+
+    async def apply_to_json(self, request: dict[str, Any], context: RequestContext) -> bytes:
+        """Return the request body from `on_request`, as JSON. Raises HookError, see `apply`."""
+        body = await self.apply(request, context)
         try:
             return json.dumps(body).encode()
         except (TypeError, ValueError, RecursionError) as error:
+            name = f"{self._config.cls}.on_request"
             raise _logged(f"{name} returned a request that is not JSON-serializable: {error}") from None
 
     async def _call(self, name: str, hook: Callable[..., Any], *args: Any, timeout: float | None) -> Any:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from llmrun.context import RequestContext
 from llmrun.errors import HookError
 from llmrun_runtime.asgi import App, Message, Receive, Scope, Send, send_error, send_json
 from llmrun_runtime.engines.base import SHIM_ENV, TOKEN_ENV, ShimConfig
@@ -22,6 +23,7 @@ from llmrun_runtime.engines.shim import lease, usage_meter
 from llmrun_runtime.engines.shim.adapter_slots import AdapterError, AdapterSlots
 from llmrun_runtime.engines.shim.canary import Canary
 from llmrun_runtime.engines.shim.engine_guard import guarded
+from llmrun_runtime.engines.shim.forms import Form
 from llmrun_runtime.engines.shim.hooks import Hooks
 from llmrun_runtime.link.server import listen
 from llmrun_runtime.wire.headers import (
@@ -101,6 +103,10 @@ class Shim:
                 except HookError as error:
                     await send_error(send, 500, str(error), "hook_error", "hook_failed")
                     return
+                except ValueError as error:  # what no hook has seen must not reach the engine
+                    text = f"request body is not a valid multipart form: {error}"
+                    await send_error(send, 400, text, "invalid_request_error", "invalid_form")
+                    return
             with usage_meter.metered(headers.get(KEY_HEADER.encode(), b"").decode("latin-1")):
                 if adapter := headers.get(ADAPTER_HEADER.encode()):
                     await self._serve_with_adapter(adapter.decode("latin-1"), scope, receive, send)
@@ -174,9 +180,10 @@ class Shim:
             await send_error(send, error.status, text, kind, code, "model", headers)
 
     async def _apply_hooks(self, hooks: Hooks, scope: Scope, receive: Receive) -> Receive:
-        """Read the body and apply the hooks if it is a JSON object; return a `receive` that yields the changed body.
+        """Read the body and apply the hooks to a JSON object or a form; return a `receive` that yields the result.
 
-        The client writes the content type, so it must not decide whether hooks run.
+        The client writes the content type, so it must not decide whether hooks run. Raises HookError, or ValueError for
+        a form that cannot be read.
         """
         content, more = bytearray(), True
         while more:
@@ -185,17 +192,28 @@ class Shim:
                 return _replay(message, receive)
             content += message.get("body", b"")
             more = message.get("more_body", False)
-            if content.startswith(b"--"):  # a form's boundary, with which no JSON starts: files are not held here
-                return _replay({"type": "http.request", "body": bytes(content), "more_body": more}, receive)
         body = bytes(content)
+        headers = dict(reversed(scope["headers"]))  # of a repeated one the first, as the engine
         try:
             request = json.loads(body)
         except ValueError:
             request = None
-        if isinstance(request, dict):  # the engine rejects anything else
-            body = await hooks.apply(request)
-            scope["headers"] = [(k, v) for k, v in scope["headers"] if k != b"content-length"]
-            scope["headers"].append((b"content-length", str(len(body)).encode()))
+        form = None if isinstance(request, dict) else Form.parse(headers.get(b"content-type", b""), body)
+        context = RequestContext(
+            path=scope["path"],
+            key=headers.get(KEY_HEADER.encode(), b"").decode("latin-1"),
+            adapter=headers.get(ADAPTER_HEADER.encode(), b"").decode("latin-1").partition(" ")[0],
+            form=form is not None,
+        )
+        changed: list[tuple[bytes, bytes]] = []
+        if form:
+            content_type, body = form.encode(await hooks.apply(form.fields, context))
+            changed.append((b"content-type", content_type))
+        elif isinstance(request, dict):  # the engine rejects anything else
+            body = await hooks.apply_to_json(request, context)
+        changed.append((b"content-length", str(len(body)).encode()))
+        names = {name for name, _ in changed}
+        scope["headers"] = [(name, value) for name, value in scope["headers"] if name not in names] + changed
         return _replay({"type": "http.request", "body": body, "more_body": False}, receive)
 
     async def _refuse_unauthenticated(self, scope: Scope, send: Send) -> None:

@@ -42,7 +42,7 @@ def authenticate(table: Table, scope: Scope, now: float, *, required: bool) -> K
     if key is None:
         raise HTTPError(401, "invalid API key (unknown or revoked)", "invalid_api_key", "authentication_error")
     if problem := _problem(key, now):
-        raise HTTPError(401, *problem, "authentication_error")
+        raise problem
     # 4.
     if key.role == "viewer":
         message = f"API key {key.name} is a viewer's: it opens no models. Create one with `llmrun key create NAME`"
@@ -50,13 +50,14 @@ def authenticate(table: Table, scope: Scope, now: float, *, required: bool) -> K
     return key
 
 
-def _problem(key: KeyInfo, now: float) -> tuple[str, str] | None:
-    """Return the message and the error code for a key that is not valid now."""
+def _problem(key: KeyInfo, now: float) -> HTTPError | None:
+    """Return the error for a key that is not valid now."""
     if key.disabled:
-        return f"API key {key.name} is disabled. An admin can enable it", "disabled_api_key"
+        message = f"API key {key.name} is disabled. An admin can enable it"
+        return HTTPError(401, message, "disabled_api_key", "authentication_error")
     if key.expires and key.expires <= now:
         message = f"API key {key.name} has expired or was rotated. Create another one with `llmrun key create NAME`"
-        return message, "expired_api_key"
+        return HTTPError(401, message, "expired_api_key", "authentication_error")
     return None
 
 
