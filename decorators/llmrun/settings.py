@@ -135,6 +135,12 @@ class Settings(BaseSettings):
         description="Token with which Prometheus reads `/metrics`. Without it, an endpoint beyond this machine, or "
         "one that requires keys, asks for the admin key.",
     )
+    engine_env: str = Field(
+        default="",
+        description="Names of further environment variables of a node that its engines and hooks get, separated by "
+        "commas; `NAME_*` stands for all that begin so. By default they get those of devices and libraries, but no "
+        "secrets.",
+    )
     trusted_network: bool = Field(
         default=False,
         description="Whether only trusted machines can reach the nodes' network. `nodes=` requires it: the members of "

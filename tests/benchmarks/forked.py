@@ -19,7 +19,7 @@ from llmrun_runtime.engines.base import Launch, Member, ShimConfig
 from llmrun_runtime.engines.forkserver.supervisor import ForkServerSupervisor, forkserver_socket
 from llmrun_runtime.engines.process.engine_process import EngineProcess
 from llmrun_runtime.engines.registry import get_engine
-from llmrun_runtime.node.environments import merged_env
+from llmrun_runtime.node.variables import engine_env
 from llmrun_runtime.wire.headers import TOKEN_HEADER
 from tests.support.cluster import SMOLLM2
 
@@ -45,7 +45,7 @@ async def rate(session: aiohttp.ClientSession, engine: EngineProcess, clients: i
 
 async def run(folder: Path) -> None:
     """Start both engines, measure them, and print the table."""
-    kind, env = get_engine("vllm"), merged_env({}, "node")
+    kind, env = get_engine("vllm"), engine_env({}, "node")
     socket = forkserver_socket(folder, "node", "vllm")
     supervisor = ForkServerSupervisor(kind, socket, folder / "forkserver.log", env)
     supervisor.start()

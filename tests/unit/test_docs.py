@@ -41,15 +41,20 @@ def test_the_readmes_app_can_be_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("page", "names"),
     [
-        ("deploy.md", ["assistant", "writer"]),
+        ("deploy.md", ["assistant", "writer", "writer"]),
         ("weights.md", ["writer"]),
         ("adapters.md", ["base", "named", "configured"]),
     ],
 )
 def test_the_apps_of_the_how_to_pages_can_be_loaded(page: str, names: list[str], tmp_path: Path) -> None:
-    (text,) = re.findall(r"```python\n(from llmrun import.*?)```", (DOCS / "how-to" / page).read_text(), re.S)
-    (tmp_path / "app.py").write_text(text)
-    assert [item.spec.name for item in load_app(tmp_path / "app.py")] == names
+    loaded = []
+    texts = re.findall(r"```python\n(from llmrun import.*?)```", (DOCS / "how-to" / page).read_text(), re.S)
+    for number, text in enumerate(texts):
+        path = tmp_path / str(number) / "app.py"
+        path.parent.mkdir()
+        path.write_text(text)
+        loaded += [item.spec.name for item in load_app(path)]
+    assert loaded == names
 
 
 def test_the_commands_in_the_docs_exist_and_every_command_is_in_the_reference() -> None:

@@ -17,10 +17,12 @@ from typing import Any
 import pytest
 
 from llmrun.errors import EngineError
+from llmrun.spec import Secret
 from llmrun_runtime.control.state.database import Database
 from llmrun_runtime.logs import KEEP_DELETED_S, model_logs
 from llmrun_runtime.node.agent import NodeAgent
-from llmrun_runtime.node.environments import KEEP_UNUSED_S, Environments, merged_env, worker_env
+from llmrun_runtime.node.environments import KEEP_UNUSED_S, Environments
+from llmrun_runtime.node.variables import engine_env, worker_env
 from llmrun_runtime.wire.reports import UsedOnNodes
 from tests.support import factories
 
@@ -86,6 +88,24 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return log
 
 
+NODE_SECRETS = (
+    "HF_TOKEN",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_PROFILE",
+    "TEAM_TOKEN",
+    "DATABASE_URL",
+    "VLLM_API_KEY",
+    "PGPASSWORD",
+)
+PASSED = (
+    "CUDA_VISIBLE_DEVICES",
+    "LD_LIBRARY_PATH",
+    "NCCL_DEBUG",
+    "VLLM_LOGGING_LEVEL",
+    "HF_HOME",
+    "https_proxy",
+    "LC_ALL",
+)
 SECRETS = ("LLMRUN_ADMIN_KEY", "LLMRUN_DATABASE_URL", "LLMRUN_API_KEY", "RAY_AUTH_TOKEN", "llmrun_admin_key")
 
 
@@ -110,11 +130,24 @@ async def test_installations_get_no_secrets_and_no_options(tmp_path: Path, calls
 
 
 @pytest.mark.usefixtures("secrets")
-def test_engines_and_weights_workers_get_no_secrets() -> None:
-    for env in (merged_env({}, "a node"), worker_env({}, "a node")):
+def test_engines_and_weights_workers_get_no_secrets_of_the_cluster() -> None:
+    for env in (engine_env({}, "a node"), worker_env({}, "a node")):
         assert not set(SECRETS) & set(env) and "secret" not in env.values()
-    assert "LLMRUN_WEIGHTS_DIR" not in merged_env({}, "a node")
+    assert "LLMRUN_WEIGHTS_DIR" not in engine_env({}, "a node")
     assert worker_env({"A": "b"}, "a node").items() >= {"LLMRUN_WEIGHTS_DIR": "/plain", "A": "b"}.items()
+
+
+def test_engines_get_a_nodes_secrets_only_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*NODE_SECRETS, *PASSED):
+        monkeypatch.setenv(name, "x")
+    env = engine_env({"TOKEN": Secret("HF_TOKEN")}, "a node")
+    assert not set(NODE_SECRETS) & set(env) and set(PASSED) <= set(env) and env["TOKEN"] == "x"
+    assert set(NODE_SECRETS) <= set(worker_env({}, "a node"))  # a store's own credentials
+    monkeypatch.setenv("LLMRUN_ENGINE_ENV", "TEAM_*, HF_TOKEN,LLMRUN_*,")
+    env = engine_env({}, "a node")
+    assert {"TEAM_TOKEN", "HF_TOKEN"} <= set(env) and not {"AWS_PROFILE", "LLMRUN_ENGINE_ENV"} & set(env)
+    with pytest.raises(EngineError, match="the secret NOWHERE is not set on a node"):
+        engine_env({"A": Secret("NOWHERE")}, "a node")
 
 
 async def test_code_that_a_running_replica_uses_is_kept(tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ from llmrun_runtime.engines.registry import get_engine
 from llmrun_runtime.ingress.admission.target import path_not_supported
 from llmrun_runtime.link.client import LinkClient, LinkLostError, Links
 from llmrun_runtime.logs import log_path
-from llmrun_runtime.node.environments import Environments, worker_env
+from llmrun_runtime.node.environments import Environments
 from llmrun_runtime.node.launch import local_weights, make_launch
+from llmrun_runtime.node.variables import worker_env
 from llmrun_runtime.replica.drain import LINGER_S, wait_until_drained
 from llmrun_runtime.weights.node_weights import NodeWeights
 from llmrun_runtime.weights.pin import Pin

@@ -27,9 +27,10 @@ from llmrun_runtime.engines.process.temp_dir import sweep_temp_dirs
 from llmrun_runtime.engines.registry import get_engine
 from llmrun_runtime.logs import log_path, read_logs, remove_logs, trim_periodically
 from llmrun_runtime.node.disk_space import Disk, lack_of_space, measure_disks
-from llmrun_runtime.node.environments import Environments, merged_env, worker_env
+from llmrun_runtime.node.environments import Environments
 from llmrun_runtime.node.launch import find_weights, make_launch
 from llmrun_runtime.node.spare_worker import keep_spare_worker
+from llmrun_runtime.node.variables import engine_env, worker_env
 from llmrun_runtime.weights.adapters import AdapterListing
 from llmrun_runtime.weights.fetch import Peer
 from llmrun_runtime.weights.node_weights import CacheInfo, NodeWeights
@@ -92,7 +93,7 @@ class NodeAgent:
         if engine_name not in self._supervisors:
             path = forkserver_socket(self._root, self._node, engine_name)
             output = self._root / "logs" / f"warm-{engine_name}.log"
-            self._supervisors[engine_name] = ForkServerSupervisor(engine, path, output, merged_env({}, self._where()))
+            self._supervisors[engine_name] = ForkServerSupervisor(engine, path, output, engine_env({}, self._where()))
         self._supervisors[engine_name].start()
 
     async def prestart(self, config: dict[str, Any]) -> None:

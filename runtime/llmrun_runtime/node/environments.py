@@ -1,4 +1,4 @@
-"""Installs what a model's own code needs on a node: the code package, its requirements, environment variables.
+"""Installs what a model's own code needs on a node: the code package, its requirements.
 
 Each package has a folder in the node's home, named by a hash of its content. Folders appear atomically, are created
 once per node, and are removed some time after their last use.
@@ -19,16 +19,14 @@ import shutil
 import sys
 import tempfile
 import zipfile
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from importlib import metadata
 from pathlib import Path
 
 from llmrun.errors import EngineError
-from llmrun.spec import Secret
+from llmrun_runtime.node.variables import installer_env
 
 INSTALL_TIMEOUT_S = 1800
-# Weights workers run the stores' packages, which need no secret of llmrun.
-WORKER_SETTINGS = ("LLMRUN_HOME", "LLMRUN_WEIGHTS_DIR", "LLMRUN_WEIGHTS_MAX_BYTES")
 KEEP_UNUSED_S = 86400.0  # longer than an installation, and than a replica drains
 
 
@@ -109,36 +107,6 @@ class Environments:
         return [_requirement(line[3:]) for line in out.splitlines() if line.startswith(" + ")]
 
 
-def merged_env(spec_env: Mapping[str, Secret | str], where: str) -> dict[str, str]:
-    """The node's own variables, updated with a spec's. Raises EngineError for a secret that the node does not have."""
-    env = _public_env()
-    for key, value in spec_env.items():
-        if isinstance(value, Secret):
-            if value.secret not in os.environ:
-                raise EngineError(
-                    f"env={key!r}: the secret {value.secret} is not set on {where}: "
-                    f"set it there in the environment of `llmrun up` or `ray start`"
-                )
-            env[key] = os.environ[value.secret]
-        else:
-            env[key] = value
-    return env
-
-
-def worker_env(spec_env: Mapping[str, Secret | str], where: str) -> dict[str, str]:
-    """Return `merged_env` with the settings of weights, for a worker. Raises EngineError."""
-    settings = {key: value for key, value in os.environ.items() if key.upper() in WORKER_SETTINGS}
-    return merged_env(spec_env, where) | settings
-
-
-def _public_env() -> dict[str, str]:
-    """Return the node's variables for processes that run other people's code: engines, hooks, installations."""
-    # They must not see Ray's and llmrun's variables (one may be the admin key), which settings read in any case. Ray
-    # sets OMP_NUM_THREADS to the CPUs that an actor reserves; an engine counts its cores itself.
-    private = ("RAY_", "LLMRUN_")
-    return {k: v for k, v in os.environ.items() if not k.upper().startswith(private) and k != "OMP_NUM_THREADS"}
-
-
 def _requirement(line: str) -> str:
     """Convert a line of uv's output to a requirement: uv prints `name==1.0 (from URL)` for a package from a URL."""
     match = re.fullmatch(r"([^= ]+)==\S+ \(from (.+)\)", line)
@@ -152,7 +120,7 @@ async def _uv(*args: str) -> str:
         find_uv_bin(),
         "pip",
         *args,
-        env=_public_env(),  # it runs the build scripts of packages
+        env=installer_env(),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )

@@ -15,7 +15,7 @@ from llmrun.lora import DEFAULT_LORA_RANK
 from llmrun.settings import Settings
 from llmrun.spec import ModelSpec
 from llmrun_runtime.engines.base import Launch, Member, ShimConfig
-from llmrun_runtime.node.environments import merged_env
+from llmrun_runtime.node import variables
 from llmrun_runtime.weights.cache.cache import open_cache
 from llmrun_runtime.weights.pin import Pin
 from llmrun_runtime.wire.replica_config import ReplicaConfig
@@ -108,8 +108,8 @@ def engine_cache(root: Path, model: str, version: int) -> Path:
 
 
 def engine_env(spec: ModelSpec, site: Path | None, where: str) -> dict[str, str]:
-    """The engine's variables: the node's own, then the spec's. Raises EngineError for a missing secret."""
-    env = merged_env(spec.env, where)
+    """Return the engine's variables, with the folder of its requirements. Raises EngineError for a missing secret."""
+    env = variables.engine_env(spec.env, where)
     if site:
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(site), env.get("PYTHONPATH")]))
     return env
