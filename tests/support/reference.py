@@ -44,9 +44,9 @@ environment, the cluster's head from that of `llmrun up`, and every other node f
 With `RAY_ADDRESS`, `llmrun up` uses the Ray cluster at that address instead of starting one.
 
 Engines, hooks and the installation of `requirements` do not get a node's whole environment: they get `PATH`, proxies,
-locales, and the variables of devices and libraries (`CUDA_*`, `NCCL_*`, `VLLM_*`, `HF_*`, `OMP_*`, …), but none whose name
-says that it is a secret (`*_TOKEN`, `*_KEY`, `*_PASSWORD`, …). `LLMRUN_ENGINE_ENV` names more. Weights workers get all but
-llmrun's and Ray's, because stores read their credentials there.
+locales, and the variables of devices and libraries (`CUDA_*`, `NCCL_*`, `VLLM_*`, `HF_*`, `OMP_*`, …), but none with a
+name of a secret (`*_TOKEN`, `*_KEY`, `*_PASSWORD`, …). `LLMRUN_ENGINE_ENV` names more. Weights workers get all but
+those of llmrun and Ray, because stores read their credentials there.
 
 `Secret("NAME")` in `env=` is read from the node's environment: that of `llmrun up` or `ray start`.
 

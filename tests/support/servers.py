@@ -280,6 +280,10 @@ class Hub:
     url: str
     repos: dict[str, Path] = field(default_factory=dict)
     branches: dict[str, dict[str, Path]] = field(default_factory=dict)
+    earlier: dict[str, list[str]] = field(default_factory=dict)
+    """By repository, the commits before those of its branches."""
+    proposed: dict[str, list[Path]] = field(default_factory=dict)
+    """By repository, what strangers have proposed: served by its commit, and on no branch."""
     gated: set[str] = field(default_factory=set)
     private: set[str] = field(default_factory=set)
     hostile: list[str] = field(default_factory=list)
@@ -293,7 +297,8 @@ class Hub:
     def commits(self, repo: str) -> dict[str, Path]:
         """Return the repository's branches and commits."""
         branches = {"main": self.repos[repo], **self.branches.get(repo, {})}
-        return branches | {commit_of(folder): folder for folder in list(branches.values())}
+        folders = [*branches.values(), *self.proposed.get(repo, [])]
+        return branches | {commit_of(folder): folder for folder in folders}
 
 
 def commit_of(folder: Path) -> str:
@@ -316,6 +321,7 @@ def sums_of(file: Path) -> tuple[str, str]:
     return sums(file, file.stat().st_size, file.stat().st_mtime_ns)
 
 
+DATE = "2026-11-01T00:00:00.000Z"
 LARGE = (".safetensors", ".bin", "tokenizer.json")
 
 
@@ -351,6 +357,8 @@ def hub_server() -> Iterator[Hub]:
             parts = path.strip("/").split("/")
             if parts[0] == "storage":
                 self.storage(parts)
+            elif parts[:2] == ["api", "models"] and parts[4:5] in (["refs"], ["commits"]):
+                self.history("/".join(parts[2:4]), parts[4], "/".join(parts[5:]))
             elif parts[:2] == ["api", "models"]:
                 self.info("/".join(parts[2:4]), "/".join(parts[5:]) or "main", tree=parts[4:5] == ["tree"])
             elif parts[2:3] == ["resolve"]:
@@ -386,6 +394,22 @@ def hub_server() -> Iterator[Hub]:
                 return
             info = {"id": repo, "sha": commit_of(folder), "siblings": siblings, "private": False, "tags": []}
             self.send(json.dumps(info).encode(), "application/json")
+
+        def history(self, repo: str, kind: str, revision: str) -> None:
+            """Answer with the branches, or with the commits of one. Each branch has one commit."""
+            if not self.check_access(repo):
+                return
+            branches = {"main": self.hub.repos[repo], **self.hub.branches.get(repo, {})}
+            if kind == "refs":
+                rows = [
+                    {"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit_of(folder)}
+                    for name, folder in branches.items()
+                ]
+                answer: Any = {"branches": rows, "tags": [], "converts": []}
+            else:
+                ids = [revision, *self.hub.earlier.get(repo, [])]
+                answer = [{"id": each, "authors": [], "date": DATE, "title": "", "message": ""} for each in ids]
+            self.send(json.dumps(answer).encode(), "application/json")
 
         def resolve(self, repo: str, revision: str, name: str) -> None:
             if not self.check_access(repo):

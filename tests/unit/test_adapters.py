@@ -383,8 +383,17 @@ async def test_only_the_revision_in_lora_is_available(tmp_path: Path) -> None:
     lora = LoRA(adapters={"legal": "acme/legal@v3", "free": "acme/free"})
     async with running_catalog(source, database, lora) as (catalog, published):
         await eventually(lambda: bool(published.get("one", [None])[0]))
-        replies = [await catalog.revision("one", name) for name in ("free@v1", "legal@v3")]
-        assert [reply.pin for reply in replies] == [pin.id, pin.id]
+        assert (await catalog.revision("one", "legal@v3")).pin == pin.id
+        refused = await catalog.revision("one", "free@v0")
+        assert refused.missing and "the adapter in acme/free@v0 has no adapter_model.safetensors" in refused.error
+        weights = File(name="adapter_model.safetensors", size=8 * 2**30, version="1")
+        large = pin.model_copy(update={"files": (*pin.files, weights)})
+        source.adapters = [Adapter(name="legal", pin=large)]
+        refused = await catalog.revision("one", "free@v2")
+        assert refused.missing and "has 8.0 GiB, more than 8 GiB" in refused.error
+        small = pin.model_copy(update={"files": (*pin.files, weights.model_copy(update={"size": 1}))})
+        source.adapters = [Adapter(name="legal", pin=small)]
+        assert (await catalog.revision("one", "free@v1")).pin == small.id
         other = await catalog.revision("one", "legal@v2")
         assert other.missing and "lora= of one allows only revision v3 of acme/legal" in other.error
     database.close()

@@ -23,7 +23,7 @@ from llmrun_runtime.weights.stores.hub import HubStore
 from llmrun_runtime.weights.tasks import ImportTask, ListAdaptersTask, MirrorTask
 from llmrun_runtime.weights.transfer import PART_BYTES
 from tests.support.adapters import make_adapter
-from tests.support.servers import S3, Hub, Proxy, gcs_server, s3_server
+from tests.support.servers import S3, Hub, Proxy, commit_of, gcs_server, s3_server
 from tests.support.weights import MIB, Node, make_model, on_s3, read_files
 
 # `LLMRUN_TEST_ADAPTERS=10000` is the size of docs/explanation/performance.md.
@@ -178,6 +178,30 @@ def list_adapters(node: Node, weights: Weights, known_ranks: dict[str, int] | No
     """List a source's adapters; reads all ranks but the known ones."""
     task = ListAdaptersTask(weights=weights, known_ranks=known_ranks or {})
     return list(AdapterListing.model_validate(node.run(task)).adapters or ())
+
+
+def test_a_stranger_chooses_only_revisions_that_the_owner_published(node: Node, hub: Hub, tmp_path: Path) -> None:
+    folders = [make_adapter(tmp_path / name, seed=seed) for seed, name in enumerate(["main", "v1", "proposed"])]
+    main, branch, proposed = folders
+    hub.repos["acme/legal"], hub.branches["acme/legal"] = main, {"v1": branch}
+    hub.proposed["acme/legal"] = [proposed]
+    node.env |= {"HF_ENDPOINT": hub.url}
+    source = f"acme/legal@{commit_of(proposed)}"
+    assert list_adapters(node, Weights(source)), "the Hub serves it"
+
+    def chosen(revision: str) -> list[Adapter]:
+        task = ListAdaptersTask(weights=Weights(f"acme/legal@{revision}"), known_ranks={}, published=True)
+        return list(AdapterListing.model_validate(node.run(task)).adapters or ())
+
+    for revision in ("main", "v1", commit_of(main), commit_of(branch)):
+        assert len(chosen(revision)) == 1
+    with pytest.raises(AssertionError, match=r"is not a branch or tag of acme/legal, nor a commit of one"):
+        chosen(commit_of(proposed))
+    hub.earlier["acme/legal"] = [commit_of(proposed)]  # it was accepted
+    assert len(chosen(commit_of(proposed))) == 1
+    hub.private.add("acme/legal")
+    with pytest.raises(AssertionError, match="cannot list the branches of acme/legal"):
+        chosen("main")
 
 
 def test_adapters_are_listed_and_fetched_from_every_store(

@@ -143,10 +143,15 @@ class NodeAgent:
         return await self._weights.pin(weights, self._worker_env(env))
 
     async def list_adapters(
-        self, weights: Weights, env: Mapping[str, Secret | str], ranks: dict[str, int] | None, known: str = ""
+        self,
+        weights: Weights,
+        env: Mapping[str, Secret | str],
+        ranks: dict[str, int] | None,
+        known: str = "",
+        published: bool = False,
     ) -> AdapterListing:
         """See `NodeWeights.list_adapters`."""
-        return await self._weights.list_adapters(weights, self._worker_env(env), ranks, known)
+        return await self._weights.list_adapters(weights, self._worker_env(env), ranks, known, published)
 
     async def last_import(self, weights: Weights) -> tuple[float, Pin] | None:
         """See `NodeWeights.last_import`."""

@@ -77,13 +77,19 @@ class NodeWeights:
         return Pin.model_validate(await self._list(PinTask(weights=weights), env))
 
     async def list_adapters(
-        self, weights: Weights, env: Mapping[str, str], known_ranks: dict[str, int] | None, known: str = ""
+        self,
+        weights: Weights,
+        env: Mapping[str, str],
+        known_ranks: dict[str, int] | None,
+        known: str = "",
+        published: bool = False,
     ) -> AdapterListing:
         """Return the adapters at a source, unless their listing has the digest `known`. Raises WeightsError.
 
-        `known_ranks`: see `list_adapters`.
+        `known_ranks`: see `list_adapters`. `published`: see ListAdaptersTask.
         """
-        result = await self._list(ListAdaptersTask(weights=weights, known_ranks=known_ranks, known=known), env)
+        task = ListAdaptersTask(weights=weights, known_ranks=known_ranks, known=known, published=published)
+        result = await self._list(task, env)
         return await asyncio.to_thread(AdapterListing.model_validate, result)
 
     async def _list(self, task: PinTask | ListAdaptersTask, env: Mapping[str, str]) -> Any:

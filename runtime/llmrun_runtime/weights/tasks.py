@@ -27,6 +27,8 @@ class ListAdaptersTask(BaseModel):
     """See `list_adapters`."""
     known: str = ""
     """The digest of the listing that the caller knows."""
+    published: bool = False
+    """Whether the revision is a stranger's choice: see `Store.check_published`."""
 
 
 class FetchTask(BaseModel):

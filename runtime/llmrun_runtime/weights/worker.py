@@ -78,7 +78,10 @@ def _pin(task: PinTask) -> Outcome:
 
 
 def _list_adapters(task: ListAdaptersTask) -> Outcome:
-    adapters = list_adapters(open_store(task.weights), task.known_ranks)
+    store = open_store(task.weights)
+    if task.published:
+        store.check_published()
+    adapters = list_adapters(store, task.known_ranks)
     listed = [adapter.model_dump(mode="json") for adapter in adapters]
     digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     return Outcome({"digest": digest} if digest == task.known else {"digest": digest, "adapters": listed})

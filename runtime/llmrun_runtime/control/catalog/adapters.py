@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pydantic import TypeAdapter
 
 from llmrun.errors import LLMRunError, NotFound, Refused, WeightsError
-from llmrun.lora import LoRA, split_revision
+from llmrun.lora import ADAPTER_WEIGHTS, LoRA, split_revision
 from llmrun.spec import ModelSpec
-from llmrun.wire import AdapterRow
+from llmrun.weights import Weights
+from llmrun.wire import MAX_ADAPTER_BYTES, AdapterRow
 from llmrun_runtime.control.catalog.adapter_revisions import AdapterRevisions
 from llmrun_runtime.control.catalog.adapter_sources import ModelAdapters, list_sources, unless_empty
 from llmrun_runtime.control.catalog.weights import WeightsCatalog
@@ -136,11 +137,16 @@ class AdaptersCatalog:
             )
         if "@" in source.address and source.revision != revision:
             raise NotFound(f"lora= of {model} allows only revision {source.revision} of {source.repo}")
+        by_owner = "@" in source.address
         source = source.model_copy(update={"source": f"{source.repo}@{revision}"})
         folder = listing.adapters[name].folder
-        listed = await self._weights.list_adapters(source, active.spec.env, active.placement, None)
+        listed = await self._weights.list_adapters(
+            source, active.spec.env, active.placement, None, published=not by_owner
+        )
         for adapter in listed.adapters or ():
             if adapter.folder == folder:
+                if not by_owner:
+                    _check_chosen(adapter, source)
                 return adapter.model_copy(update={"name": name})
         raise NotFound(f"adapter {name!r} not found in {source}")
 
@@ -294,3 +300,15 @@ class AdaptersCatalog:
 
 def _pins(adapters: Mapping[str, Adapter]) -> dict[str, str]:
     return {name: adapter.pin.id for name, adapter in adapters.items()}
+
+
+def _check_chosen(adapter: Adapter, source: Weights) -> None:
+    """Raise NotFound for an adapter that a client must not choose: its files are not what the deploy listed.
+
+    A larger one would take other weights' place on the nodes; files of PyTorch's format are pickles.
+    """
+    if adapter.pin.total > MAX_ADAPTER_BYTES:
+        size = f"{adapter.pin.total / 2**30:.1f} GiB, more than {MAX_ADAPTER_BYTES / 2**30:g} GiB"
+        raise NotFound(f"the adapter in {source} has {size}")
+    if not any(file.name.rpartition("/")[2] == ADAPTER_WEIGHTS for file in adapter.pin.files):
+        raise NotFound(f"the adapter in {source} has no {ADAPTER_WEIGHTS}")

@@ -99,11 +99,12 @@ class WeightsCatalog:
         known: str = "",
         *,
         start_agents: bool = False,
+        published: bool = False,
     ) -> AdapterListing:
         """List the adapters at a source now, from a node that could run the model. Raises LLMRunError.
 
-        `ranks`, `known`: see `NodeWeights.list_adapters`. Without `start_agents`, use a node that has an agent, or
-        control's own: an autoscaler keeps a node that has an agent.
+        `ranks`, `known`, `published`: see `NodeWeights.list_adapters`. Without `start_agents`, use a node that has an
+        agent, or control's own: an autoscaler keeps a node that has an agent.
         """
         every = await asyncio.to_thread(real_nodes)
         nodes = await reachable(every, start=start_agents)
@@ -113,7 +114,7 @@ class WeightsCatalog:
         return await _first_reply(
             weights,
             _able(placement, nodes),
-            lambda node: agent_on(node.id).list_adapters.remote(weights, env, ranks, known),
+            lambda node: agent_on(node.id).list_adapters.remote(weights, env, ranks, known, published),
         )
 
     @contextlib.contextmanager

@@ -23,6 +23,10 @@ class Store(Protocol):
         """Pin all files that the source has now. Raises WeightsError."""
         ...
 
+    def check_published(self) -> None:
+        """Raise NotFound unless the source's owner has published the revision; WeightsError if that is not known."""
+        ...
+
     def use_pin(self, pin: Pin) -> None:
         """Read the files of that pin from now on."""
         ...

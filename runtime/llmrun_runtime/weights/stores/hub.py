@@ -85,6 +85,28 @@ class HubStore:
         ]
         return Pin(weights=weights, revision=info.sha or weights.revision, files=tuple(files))
 
+    def check_published(self) -> None:
+        """See Store: it is a branch, a tag, or a commit of one.
+
+        Anybody can propose a change to a public repository, and the Hub serves its commits by their hashes, too.
+        """
+        if constants.HF_HUB_OFFLINE:
+            return  # nothing is fetched but what is in this node's cache
+        api, repo, revision = HfApi(endpoint=self._endpoint, token=self._token), self._weights.repo, self._commit
+        try:
+            refs = api.list_repo_refs(repo)
+            published = {ref.name: ref.target_commit for ref in (*refs.branches, *refs.tags)}
+            if revision in published or revision in published.values():
+                return
+            for tip in sorted(set(published.values())):
+                if any(commit.commit_id == revision for commit in api.list_repo_commits(repo, revision=tip)):
+                    return
+        except Exception as error:  # huggingface_hub passes on its HTTP client's errors
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            text = f"cannot list the branches of {repo} at {self._endpoint} ({reason})"
+            raise WeightsError(f"{self._weights}: {text}") from error
+        raise NotFound(f"{self._weights}: {revision!r} is not a branch or tag of {repo}, nor a commit of one")
+
     def _model_info(self) -> ModelInfo:
         """Return the repository at the revision, with retries. Raises the errors of `huggingface_hub`."""
         api = HfApi(endpoint=self._endpoint, token=self._token)

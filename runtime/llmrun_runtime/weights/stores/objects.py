@@ -128,6 +128,9 @@ class ObjectStore:
         except Exception as error:
             raise self._translated(error) from error
 
+    def check_published(self) -> None:
+        """See Store: there are no revisions."""
+
     def use_pin(self, pin: Pin) -> None:
         """Do nothing: each file has its own version."""
 
