@@ -11,6 +11,7 @@ import math
 import re
 from typing import Annotated, Any, Literal
 
+from packaging.requirements import InvalidRequirement, Requirement
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from llmrun.accelerator import Accelerator, parse_accelerator
@@ -159,6 +160,13 @@ class ModelSpec(BaseModel):
                     f"requirements={requirement!r}: must be a package, like 'numpy>=2', not an option. Set options on "
                     f"the nodes, as UV_INDEX for another index"
                 )
+            if not ("/" in requirement and " @ " not in requirement):  # a path or URL of a package
+                try:
+                    Requirement(requirement)
+                except InvalidRequirement as error:
+                    reason = str(error).splitlines()[0]
+                    text = f"requirements={requirement!r}: must be a package, like 'numpy>=2': {reason}"
+                    raise ValueError(text) from None
         return requirements
 
     @field_validator("engine_args", mode="before")

@@ -29,7 +29,7 @@ from llmrun_runtime.ingress.queue.keepalive import DEFAULT_TIMING, KeepaliveTimi
 from llmrun_runtime.ingress.queue.request_queue import RequestQueue
 from llmrun_runtime.ingress.readiness import Readiness
 from llmrun_runtime.link.server import Server
-from llmrun_runtime.wire.headers import DIED, GONE_HEADER
+from llmrun_runtime.wire.headers import DIED, GONE_HEADER, TOKEN_HEADER
 from llmrun_runtime.wire.reports import AdapterRevision
 from llmrun_runtime.wire.routing_table import ModelRoute, ReplicaRoute, Table, by_names
 
@@ -108,7 +108,7 @@ class Engine:
             link.close()
 
     def _accept(self) -> Server:
-        self._links.append(Server(self, {}))
+        self._links.append(Server(self, {}, (TOKEN_HEADER.encode(), f"t{self.port}".encode())))
         return self._links[-1]
 
     @contextlib.asynccontextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import subprocess
 import tarfile
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -121,3 +122,16 @@ async def test_a_running_operation_is_not_forgotten() -> None:
         operations.find(ended[0].id)
     hold.set()
     assert [event.kind async for event in first.events()] == ["end"]
+
+
+async def test_a_file_with_holes_is_refused(tmp_path: Path) -> None:
+    """Its few bytes in the tar would become any number on the disk."""
+    sparse = tmp_path / "adapter_config.json"
+    with sparse.open("wb") as file:
+        file.truncate(2**30)
+    archive = tmp_path / "sparse.tar"
+    command = ["tar", "--sparse", "--format=gnu", "-cf", str(archive), "-C", str(tmp_path), sparse.name]
+    subprocess.run(command, check=True)
+    assert archive.stat().st_size < 2**20
+    with pytest.raises(Refused, match="the adapter arrived damaged"):
+        adapter_push._unpack(archive, tmp_path / "out")

@@ -127,3 +127,24 @@ def test_ports_for_ray_are_not_those_that_the_kernel_gives_away(
     assert len(set(free_ports("127.0.0.1", 3))) == 3
     with pytest.raises(ClusterError, match=r"no free port on 192\.0\.2\.1"):
         free_ports("192.0.2.1", 1)
+
+
+def test_ray_without_a_token_is_refused_beyond_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for mode in ("token", ""):
+        monkeypatch.setenv("RAY_AUTH_MODE", mode) if mode else monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+        local._check_ray_auth("10.0.0.5")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    local._check_ray_auth("127.0.0.1")
+    with pytest.raises(ClusterError, match="RAY_AUTH_MODE=disabled with --node-ip 10.0.0.5: every machine"):
+        local._check_ray_auth("10.0.0.5")
+    assert local._environment(Settings(home=tmp_path), "127.0.0.1:1")["RAY_enable_metrics_collection"] == "0"
+
+
+def test_a_folder_of_another_user_is_not_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "llmrun-x"
+    path.mkdir()
+    (path / "old").touch()
+    assert local._new_temp(path) == path and list(path.iterdir()) == []
+    monkeypatch.setattr(local.shutil, "rmtree", lambda *args, **kwargs: None)  # not allowed
+    other = local._new_temp(path)
+    assert other != path and other.stat().st_mode & 0o777 == 0o700 and other.name.startswith("llmrun-x-")

@@ -155,6 +155,8 @@ def test_help_loads_neither_ray_nor_engines() -> None:
         ({"env": {"LLMRUN_HOME": "x"}}, ["env='LLMRUN_HOME'", "reserved by llmrun"]),
         ({"requirements": "numpy"}, ["requirements='numpy'", "must be a list"]),
         ({"requirements": ["numpy", "--index-url=http://a"]}, ["requirements='--index-url=http://a'", "not an option"]),
+        ({"requirements": ["numpy; import os"]}, ["requirements='numpy; import os'", "must be a package, like"]),
+        ({"requirements": ["numpy scipy"]}, ["requirements='numpy scipy'", "must be a package, like"]),
         ({"requirements": [" -r x.txt"]}, ["requirements=' -r x.txt'", "must be a package", "UV_INDEX"]),
     ],
 )

@@ -447,7 +447,9 @@ async def test_the_start_of_an_unresponsive_engine_times_out(tmp_path: Path) -> 
     assert time.monotonic() - started < 5
 
 
-@pytest.mark.parametrize("hello", [{"token": "guess"}, {"token": "gu\u00e9ss"}, {"token": "\ud800"}, {}, ["guess"]])
+@pytest.mark.parametrize(
+    "hello", [*({"pid": 1, "proof": proof} for proof in ("guess", "gu\u00e9ss", "\ud800")), {"pid": "a"}, {}, ["x"]]
+)
 async def test_messages_without_the_token_are_ignored(tmp_path: Path, hello: Any) -> None:
     errors: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: errors.append(context))

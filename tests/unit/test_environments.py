@@ -180,6 +180,15 @@ async def test_a_damaged_package_is_not_installed(tmp_path: Path) -> None:
     assert list((tmp_path / "packages").iterdir()) == []
 
 
+async def test_a_package_that_would_fill_the_disk_is_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmrun_runtime.node.environments.MAX_UNPACKED_BYTES", 5)
+    with pytest.raises(EngineError, match=r"more than .* GiB: leave files out with .llmrunignore"):
+        await Environments(tmp_path, fetch).install_code(DIGEST)
+    assert list((tmp_path / "packages").iterdir()) == []
+
+
 async def test_a_node_asks_control_what_is_used(tmp_path: Path) -> None:
     async def call(method: str, *, timeout: float) -> UsedOnNodes:
         assert method == "used_on_nodes" and timeout

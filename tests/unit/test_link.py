@@ -16,13 +16,14 @@ from llmrun_runtime.link.frames import BODY, END, HEADERS, MAX_PAYLOAD_BYTES
 from llmrun_runtime.link.server import listen
 
 Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
+TOKEN, CREDENTIAL = ("x-token", "t"), (b"x-token", b"t")
 START: Message = {"type": "http.response.start", "status": 200, "headers": [(b"x-one", b"\xe9")]}
 
 
 @asynccontextmanager
 async def linked(app: App) -> AsyncIterator[LinkClient]:
     """Connect to the app during the block."""
-    server = await listen(app, "127.0.0.1")
+    server = await listen(app, "127.0.0.1", credential=CREDENTIAL)
     links = Links(5)
     try:
         yield await links.get("127.0.0.1", server.sockets[0].getsockname()[1])
@@ -34,7 +35,7 @@ async def linked(app: App) -> AsyncIterator[LinkClient]:
 
 async def fetch(link: LinkClient, path: str = "/", body: bytes = b"") -> bytes:
     """Return the complete response body."""
-    with link.request("POST", path, b"", []) as exchange:
+    with link.request("POST", path, b"", [TOKEN]) as exchange:
         await exchange.send_body(body)
         await exchange.wait_headers()
         return await read_all(exchange)
@@ -80,14 +81,14 @@ async def test_an_app_sees_a_request_as_over_http() -> None:
         assert (await receive())["type"] == "http.disconnect"
 
     async with linked(look) as link:
-        with link.request("PUT", "/a/é", b"q=%20\xff", [("x-two", "\xe9")]) as exchange:
+        with link.request("PUT", "/a/é", b"q=%20\xff", [TOKEN, ("x-two", "\xe9")]) as exchange:
             await exchange.send_body(b"body")
             await exchange.wait_headers()
             assert (exchange.status, exchange.headers) == (200, [(b"x-one", b"\xe9")])
             assert await read_all(exchange) == b"body"
     (scope,) = seen
     assert (scope["method"], scope["path"], scope["query_string"]) == ("PUT", "/a/é", b"q=%20\xff")
-    assert scope["headers"] == [(b"x-two", b"\xe9")]
+    assert scope["headers"] == [CREDENTIAL, (b"x-two", b"\xe9")]
 
 
 async def test_a_slow_reader_pauses_only_its_own_response() -> None:
@@ -103,7 +104,7 @@ async def test_a_slow_reader_pauses_only_its_own_response() -> None:
         await send({"type": "http.response.body", "body": b"done"})
 
     async with linked(write_fast) as link:
-        with link.request("POST", "/fast", b"", []) as slow:
+        with link.request("POST", "/fast", b"", [TOKEN]) as slow:
             await slow.send_body(b"")
             before = -1
             while written != before:
@@ -137,7 +138,7 @@ async def test_a_cancelled_request_is_disconnected_and_others_continue() -> None
         await send({"type": "http.response.body", "body": b"done"})
 
     async with linked(wait) as link:
-        with link.request("POST", "/wait", b"", []) as exchange:
+        with link.request("POST", "/wait", b"", [TOKEN]) as exchange:
             await exchange.send_body(b"")
             await exchange.wait_headers()
             assert not disconnected.is_set()
@@ -156,10 +157,10 @@ async def test_an_app_that_raises() -> None:
 
     async with linked(fail) as link:
         for path in ("/early", "/headers"):
-            with link.request("GET", path, b"", []) as exchange:
+            with link.request("GET", path, b"", [TOKEN]) as exchange:
                 await exchange.wait_headers()
                 assert exchange.status == 500 and b"engine_failed" in await read_all(exchange)
-        with link.request("GET", "/late", b"", []) as exchange:
+        with link.request("GET", "/late", b"", [TOKEN]) as exchange:
             await exchange.wait_headers()
             assert await exchange.read() == b"so far"
             with pytest.raises(LinkLostError, match="app failed"):
@@ -173,12 +174,12 @@ async def test_a_closed_connection_is_detected_and_replaced() -> None:
         assert (await receive())["type"] == "http.disconnect"
         disconnected.set()
 
-    server = await listen(wait, "127.0.0.1")
+    server = await listen(wait, "127.0.0.1", credential=CREDENTIAL)
     port = server.sockets[0].getsockname()[1]
     links = Links(5)
     first, second = await asyncio.gather(links.get("127.0.0.1", port), links.get("127.0.0.1", port))
     assert first is second
-    with first.request("POST", "/", b"", []) as exchange:
+    with first.request("POST", "/", b"", [TOKEN]) as exchange:
         await asyncio.sleep(0.05)
         first.close()
         with pytest.raises(LinkLostError, match="was closed"):
@@ -209,7 +210,7 @@ async def test_headers_larger_than_a_frame_are_rejected_before_sending() -> None
     ],
 )
 async def test_invalid_data_closes_the_connection(sent: bytes) -> None:
-    server = await listen(echo, "127.0.0.1")
+    server = await listen(echo, "127.0.0.1", credential=CREDENTIAL)
     reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
     writer.write(sent)
     assert await asyncio.wait_for(reader.read(), 2) == b""
@@ -235,3 +236,27 @@ async def test_frames_are_parsed_however_the_bytes_arrive() -> None:
         link.data_received(wire[:size])
         wire = wire[size:]
     assert frames == expected
+
+
+async def test_a_stranger_holds_no_memory_and_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    bodies: list[bytes] = []
+
+    async def look(scope: Scope, receive: Receive, send: Send) -> None:
+        bodies.append(await body_of(receive))
+        await send(START)
+        await send({"type": "http.response.body", "body": b""})
+
+    monkeypatch.setattr("llmrun_runtime.link.server.TOKEN_TIMEOUT_S", 0.5)
+    async with linked(look) as link:
+        with link.request("POST", "/", b"", [("x-token", "guess")]) as exchange:
+            await exchange.send_body(b"x" * 1000)
+            await exchange.wait_headers()
+        async with asyncio.timeout(5):
+            while link.open:
+                await asyncio.sleep(0.01)
+    assert bodies == [b""], "the frames of its body are dropped"
+    async with linked(look) as link:
+        await fetch(link, "/", b"mine")
+        await asyncio.sleep(1)
+        await fetch(link, "/", b"still open")
+    assert bodies[1:] == [b"mine", b"still open"]

@@ -85,11 +85,11 @@ class LocalCluster:
 
     def _start(self) -> None:
         self._listening.tls()
+        _check_ray_auth(self._node_ip)
         http.bind(self._listening.host, self._listening.port).close()
         address = f"{self._node_ip}:{self._ports[0]}"
         env = _environment(self._settings, address)
-        shutil.rmtree(self._temp, ignore_errors=True)
-        self._temp.mkdir(mode=0o700)
+        self._temp = _new_temp(self._temp)
         logs = _make_logs(self._settings)
         args = ["--stay", *self._listening.arguments()]
         self._bootstrap = BootstrapProcess("start", env, args, logs / "boot.log")  # does its imports while Ray starts
@@ -195,6 +195,26 @@ class LocalCluster:
         raise ClusterError(f"Ray did not start: see {self._settings.root / 'logs' / 'ray.log'}")
 
 
+def _new_temp(path: Path) -> Path:
+    """Return a new folder for Ray's sockets, at another path if one of another user is in the way."""
+    shutil.rmtree(path, ignore_errors=True)
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        return Path(tempfile.mkdtemp(prefix=f"{path.name}-", dir=path.parent))
+    return path
+
+
+def _check_ray_auth(node_ip: str) -> None:
+    """Raise ClusterError if whoever reaches Ray's ports from another machine could run code."""
+    mode = os.environ.get("RAY_AUTH_MODE", "token")
+    if mode != "token" and node_ip not in LOOPBACK:
+        raise ClusterError(
+            f"RAY_AUTH_MODE={mode} with --node-ip {node_ip}: every machine that reaches Ray's ports could run code. "
+            f"Unset RAY_AUTH_MODE: llmrun then gives Ray a token"
+        )
+
+
 def _environment(settings: Settings, ray_address: str) -> dict[str, str]:
     """The environment of Ray and of its drivers."""
     token = settings.root / "ray.token"
@@ -203,6 +223,8 @@ def _environment(settings: Settings, ray_address: str) -> dict[str, str]:
         # No usage reports unless the user enables them. Ray would otherwise even report that they are disabled.
         **({} if _reports_usage() else {"RAY_USAGE_STATS_ENABLED": "0", "RAY_USAGE_STATS_REPORT_URL": NOWHERE}),
         "DO_NOT_TRACK": "1",
+        # Its Prometheus exporter listens on all interfaces, without a token, and llmrun does not read it.
+        "RAY_enable_metrics_collection": "0",
         **os.environ,
         "LLMRUN_HOME": str(settings.root),
         # No process of the cluster imports from the folder in which somebody typed `llmrun`.

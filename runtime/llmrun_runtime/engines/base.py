@@ -5,6 +5,7 @@ Does not depend on Ray, control or the ingress. Standard library only: every eng
 
 from __future__ import annotations
 
+import hmac
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -206,3 +207,8 @@ def to_flags(engine_args: dict[str, JsonValue]) -> list[str]:
         else:
             flags += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
     return flags
+
+
+def prove_token(token: str, pid: int) -> str:
+    """Return the proof that a process has the token of its replica."""
+    return hmac.new(token.encode(), str(pid).encode(), "sha256").hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 import logging
 from typing import Any
@@ -10,17 +11,23 @@ from typing import Any
 from llmrun_runtime.asgi import App, Message, Scope, send_error
 from llmrun_runtime.link.frames import BODY, CANCEL, END, FAILED, HEADERS, PAUSE, RESUME, Link, new_socket
 
+TOKEN_TIMEOUT_S = 10.0
 log = logging.getLogger("llmrun.link")
 
 
-async def listen(app: App, host: str, state: dict[str, Any] | None = None) -> asyncio.Server:
+async def listen(
+    app: App, host: str, state: dict[str, Any] | None = None, *, credential: tuple[bytes, bytes]
+) -> asyncio.Server:
     """Serve `app` on a port that the kernel chooses; `state` is the app's lifespan state.
 
-    Does not check tokens: the shim inside the app does.
+    A connection without a request that has this `credential`, a header, is closed after TOKEN_TIMEOUT_S. Until then, no
+    bodies are held for it. The shim inside the app refuses its requests.
     """
     sock = new_socket(host)
     sock.bind((host, 0))
-    return await asyncio.get_running_loop().create_server(lambda: Server(app, state or {}), sock=sock, backlog=1024)
+    return await asyncio.get_running_loop().create_server(
+        lambda: Server(app, state or {}, credential), sock=sock, backlog=1024
+    )
 
 
 class _Exchange:
@@ -66,23 +73,32 @@ class _Exchange:
 class Server(Link):
     """One ingress's connection."""
 
-    def __init__(self, app: App, state: dict[str, Any]) -> None:
+    def __init__(self, app: App, state: dict[str, Any], credential: tuple[bytes, bytes]) -> None:
         super().__init__()
+        self._credential = credential
+        self._unknown: asyncio.TimerHandle | None = None
+        """Closes the connection; None once a request had the credential."""
         self._app = app
         self._state = state
         self._exchanges: dict[int, _Exchange] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.Protocol`."""
+        super().connection_made(transport)
+        self._unknown = self._loop.call_later(TOKEN_TIMEOUT_S, self.close)
+
     def on_frame(self, number: int, kind: int, payload: bytes) -> None:
         """See `Link`."""
         if kind == HEADERS:
             scope = self._scope(json.loads(payload))
+            self._check_credential(scope)
             exchange = self._exchanges[number] = _Exchange()
             task = self._loop.create_task(self._run(number, exchange, scope))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         elif current := self._exchanges.get(number):  # otherwise its response has ended
-            if kind == BODY:
+            if kind == BODY and not self._unknown:
                 current.chunks.append(payload)
                 current.changed.set()
             elif kind == END:
@@ -95,8 +111,16 @@ class Server(Link):
             elif kind == RESUME:
                 current.flowing.set()
 
+    def _check_credential(self, scope: Scope) -> None:
+        name, value = self._credential
+        if self._unknown and hmac.compare_digest(dict(scope["headers"]).get(name, b""), value):
+            self._unknown.cancel()
+            self._unknown = None
+
     def on_close(self) -> None:
         """See `Link`."""
+        if self._unknown:
+            self._unknown.cancel()
         for exchange in self._exchanges.values():
             exchange.close()
 

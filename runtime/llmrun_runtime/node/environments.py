@@ -24,9 +24,12 @@ from importlib import metadata
 from pathlib import Path
 
 from llmrun.errors import EngineError
+from llmrun.wire import MAX_PACKAGE_BYTES
 from llmrun_runtime.node.variables import installer_env
 
 INSTALL_TIMEOUT_S = 1800
+# Ten times what a package may have compressed.
+MAX_UNPACKED_BYTES = 10 * MAX_PACKAGE_BYTES
 KEEP_UNUSED_S = 86400.0  # longer than an installation, and than a replica drains
 
 
@@ -52,6 +55,11 @@ class Environments:
             if hashlib.sha256(data).hexdigest() != digest:
                 raise EngineError(f"code package {digest[:12]} is damaged: deploy again")
             with zipfile.ZipFile(io.BytesIO(data)) as package:
+                if (size := sum(info.file_size for info in package.infolist())) > MAX_UNPACKED_BYTES:
+                    raise EngineError(
+                        f"code package {digest[:12]} has {size / 2**30:.1f} GiB, more than "
+                        f"{MAX_UNPACKED_BYTES / 2**30:g} GiB: leave files out with .llmrunignore"
+                    )
                 package.extractall(folder)  # ZipFile drops '..' and drive letters from names
 
         await asyncio.to_thread(_create, target, unpack)

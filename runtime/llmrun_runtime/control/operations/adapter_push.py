@@ -128,8 +128,9 @@ def _unpack(archive: Path, folder: Path) -> None:
     try:
         with tarfile.open(archive, "r:") as tar:
             for name in FILES:
-                member = tar.extractfile(name)
-                if member is None:
+                info = tar.getmember(name)
+                member = tar.extractfile(info)
+                if member is None or info.issparse():  # which may unpack to any size
                     raise KeyError(name)
                 with member, (folder / name).open("wb") as file:
                     shutil.copyfileobj(member, file)

@@ -19,7 +19,7 @@ from typing import Any
 import aiohttp
 
 from llmrun.errors import EngineError, LLMRunError
-from llmrun_runtime.engines.base import Engine, Launch
+from llmrun_runtime.engines.base import Engine, Launch, prove_token
 from llmrun_runtime.engines.process.child import UNKNOWN_EXIT
 from llmrun_runtime.engines.process.start import StartedProcess, start_process
 from llmrun_runtime.http import http_url
@@ -256,8 +256,8 @@ class EngineProcess:
         """Keep one process's connection open until it or this replica ends, and handle its messages."""
         try:
             hello = json.loads(await asyncio.wait_for(reader.readline(), 10) or b"{}")
-            token = hello.get("token") if isinstance(hello, dict) else None
-            if not hmac.compare_digest(str(token).encode(), self.token.encode()):
+            proof = prove_token(self.token, int(hello["pid"]))
+            if not hmac.compare_digest(str(hello["proof"]).encode(), proof.encode()):
                 return
             self._lease_connections.add(writer)
             while line := await reader.readline():
@@ -271,7 +271,7 @@ class EngineProcess:
                     task = asyncio.get_running_loop().create_task(self._send_adapter(message, writer))
                     self._tasks.add(task)
                     task.add_done_callback(self._tasks.discard)
-        except (ValueError, OSError, TimeoutError):
+        except (ValueError, LookupError, TypeError, OSError, TimeoutError):
             return  # not a process of this engine, or one that exited
         finally:
             self._lease_connections.discard(writer)

@@ -18,7 +18,7 @@ import threading
 from concurrent.futures import Future
 from typing import Any, NoReturn
 
-from llmrun_runtime.engines.base import LEASE_ENV, TOKEN_ENV
+from llmrun_runtime.engines.base import LEASE_ENV, TOKEN_ENV, prove_token
 from llmrun_runtime.engines.shim.output import ignore_write_errors
 
 CONNECT_TIMEOUT_S = 10
@@ -54,7 +54,8 @@ def hold(*, whole_group: bool = False) -> None:
     connection.settimeout(None)
     _connection = connection
     _owner_pid = os.getpid()
-    notify(token=os.environ.get(TOKEN_ENV, ""), pid=_owner_pid)
+    # Not the token itself: if the replica is gone, another process may have taken its port.
+    notify(pid=_owner_pid, proof=prove_token(os.environ.get(TOKEN_ENV, ""), _owner_pid))
     threading.Thread(target=_watch, args=(connection,), name="llmrun-lease", daemon=True).start()
 
 

@@ -137,7 +137,8 @@ class Shim:
                     return
                 # The outermost app, as the engine's own HTTP server calls it; it calls this shim.
                 app = scope.get("app") or self
-                self._links = await listen(app, self._config.host, scope.get("state"))
+                credential = (TOKEN_HEADER.encode(), self._token)
+                self._links = await listen(app, self._config.host, scope.get("state"), credential=credential)
                 lease.notify(ready=True, link=self._links.sockets[0].getsockname()[1])
             await send(message)
 
