@@ -124,7 +124,7 @@ async def test_a_running_operation_is_not_forgotten() -> None:
     assert [event.kind async for event in first.events()] == ["end"]
 
 
-async def test_a_file_with_holes_is_refused(tmp_path: Path) -> None:
+def test_a_file_with_holes_is_refused(tmp_path: Path) -> None:
     """Its few bytes in the tar would become any number on the disk."""
     sparse = tmp_path / "adapter_config.json"
     with sparse.open("wb") as file:

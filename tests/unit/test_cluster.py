@@ -135,7 +135,7 @@ def test_ray_without_a_token_is_refused_beyond_this_machine(monkeypatch: pytest.
         local._check_ray_auth("10.0.0.5")
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     local._check_ray_auth("127.0.0.1")
-    with pytest.raises(ClusterError, match="RAY_AUTH_MODE=disabled with --node-ip 10.0.0.5: every machine"):
+    with pytest.raises(ClusterError, match=r"RAY_AUTH_MODE=disabled with --node-ip 10\.0\.0\.5: every machine"):
         local._check_ray_auth("10.0.0.5")
     assert local._environment(Settings(home=tmp_path), "127.0.0.1:1")["RAY_enable_metrics_collection"] == "0"
 
@@ -145,6 +145,6 @@ def test_a_folder_of_another_user_is_not_in_the_way(tmp_path: Path, monkeypatch:
     path.mkdir()
     (path / "old").touch()
     assert local._new_temp(path) == path and list(path.iterdir()) == []
-    monkeypatch.setattr(local.shutil, "rmtree", lambda *args, **kwargs: None)  # not allowed
+    monkeypatch.setattr("llmrun_runtime.cluster.local.shutil.rmtree", lambda *args, **kwargs: None)  # not allowed
     other = local._new_temp(path)
     assert other != path and other.stat().st_mode & 0o777 == 0o700 and other.name.startswith("llmrun-x-")
