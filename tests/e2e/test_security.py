@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import json
+import os
 import pickle
+import random
 import re
 import shutil
 import stat
+import statistics
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
@@ -19,8 +24,23 @@ import psutil
 import pytest
 from ray.serve.generated.serve_pb2 import ASGIRequest
 
+from tests.support.attacks import (
+    RAW,
+    Listener,
+    as_another_account,
+    drip,
+    fuzz,
+    intrusions,
+    listeners,
+    open_paths,
+    pace,
+    refusals,
+    send,
+    slow_connections,
+    unix_sockets,
+)
 from tests.support.certificates import Authority
-from tests.support.cluster import BIN, REPO, Home, free_port, leftovers, new_processes, until, write_app
+from tests.support.cluster import BIN, REPO, Home, free_port, leftovers, new_processes, started_since, until, write_app
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 # Modules that the processes of a cluster import sooner or later, from the standard library and from packages.
@@ -40,9 +60,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def attacked(folder: Path, tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> Iterator[Home]:
+def before() -> set[int]:
+    """The processes that ran before the attacked cluster."""
+    return {process.pid for process in psutil.process_iter()}
+
+
+@pytest.fixture(scope="module")
+def attacked(
+    before: set[int], folder: Path, tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path
+) -> Iterator[Home]:
     """A cluster that somebody started in that folder, with a model whose engine runs, and with a permissive umask."""
-    processes, files = {process.pid for process in psutil.process_iter()}, leftovers()
+    files = leftovers()
     root = tmp_path_factory.mktemp("open")
     home = Home(root / "home", free_port())
     home.path.mkdir(mode=0o755)
@@ -62,7 +90,7 @@ def attacked(folder: Path, tmp_path_factory: pytest.TempPathFactory, tiny_weight
         yield home
     finally:
         home.ok("down")
-    assert new_processes(processes) == [] and leftovers() - files == set()
+    assert new_processes(before) == [] and leftovers() - files == set()
 
 
 def test_nothing_is_imported_from_the_folder_where_llmrun_is_typed(attacked: Home, folder: Path) -> None:
@@ -78,22 +106,136 @@ def test_other_users_can_read_no_file(attacked: Home) -> None:
     assert (attacked.path / "llmrun.db").is_file() and list((attacked.path / "logs").rglob("*.log"))
 
 
-def listening(home: Home) -> dict[int, str]:
-    """Port → the address that a process of this cluster listens on, for TCP."""
-    sockets = {}
-    for process in psutil.process_iter():
+@pytest.fixture
+def listening(attacked: Home, before: set[int]) -> list[Listener]:
+    """The TCP sockets of the cluster, its engines' among them."""
+    found = listeners(started_since(before))
+    titles = " ".join(each.title for each in found)
+    assert attacked.port in {each.port for each in found} and "llmrun: target" in titles, titles
+    return found
+
+
+# The rows of the documentation's table: whose sockets they are, by the process's title. The others need a second node,
+# or an engine that is no part of this cluster.
+ROWS = {
+    "ingress": r"ray::IngressActor",
+    "control's API": r"ray::Control",
+    "a replica's link": r"llmrun: target",
+    "vLLM's server": r"llmrun: target",
+    "the lease of an engine": r"ray::ServeReplica",
+    "Ray: GCS, raylets, workers, agents, client server, Serve's gRPC in replicas": (
+        r"gcs_server|raylet|ray::|ray\.util\.client|llmrun_runtime\.cluster\.bootstrap|dashboard"
+    ),
+}
+
+
+def test_every_socket_is_in_the_documentation(listening: list[Listener]) -> None:
+    page = (REPO / "docs/explanation/security.md").read_text()
+    documented = set(re.findall(r"^\| ([^|]+?) \| [^|]+ \| [^|]+ \|$", page, re.MULTILINE))
+    assert ROWS.keys() <= documented
+    unknown = [each for each in listening if not any(re.search(title, each.title) for title in ROWS.values())]
+    assert unknown == []
+    missing = [row for row, title in ROWS.items() if not any(re.search(title, each.title) for each in listening)]
+    assert missing == []
+    assert len([each for each in listening if "llmrun: target" in each.title]) == 2  # its server, and its link
+
+
+def test_a_cluster_of_one_machine_listens_on_loopback_only(listening: list[Listener]) -> None:
+    assert [each for each in listening if not ipaddress.ip_address(each.host).is_loopback] == []
+
+
+def test_no_socket_takes_a_strangers_request(attacked: Home, listening: list[Listener]) -> None:
+    key = attacked.ok("key", "create", "closed").split()[0]  # so that the ingress is not open
+    attacked.more_env["LLMRUN_API_KEY"] = key
+    try:
+        taken = {f"{each.title[:60]} {each.port}": refusals(each) for each in listening}
+        assert {socket: answers for socket, answers in taken.items() if answers} == {}
+    finally:
+        del attacked.more_env["LLMRUN_API_KEY"]
+        attacked.ok("key", "revoke", "closed")
+
+
+def memory(processes: list[psutil.Process]) -> dict[int, int]:
+    """Resident bytes of each process."""
+    sizes = {}
+    for process in processes:
         with contextlib.suppress(psutil.Error):
-            if process.environ().get("LLMRUN_HOME") == str(home.path):
-                for found in process.net_connections("tcp"):
-                    if found.status == psutil.CONN_LISTEN:
-                        sockets[found.laddr.port] = found.laddr.ip.removeprefix("::ffff:")
-    return sockets
+            sizes[process.pid] = process.memory_info().rss
+    return sizes
 
 
-def test_a_cluster_of_one_machine_listens_on_loopback_only(attacked: Home) -> None:
-    sockets = listening(attacked)
-    assert attacked.port in sockets and len(sockets) > 10
-    assert {port: host for port, host in sockets.items() if not ipaddress.ip_address(host).is_loopback} == {}
+def test_random_bytes_harm_no_process(attacked: Home, before: set[int], listening: list[Listener]) -> None:
+    processes = started_since(before)
+    sizes = memory(processes)
+    addresses = [(each.host, each.port) for each in listening]
+    fuzz(addresses, seed=20, rounds=2)
+    assert attacked.ask("target").status_code == 200 and "target" in attacked.ok("status")
+    now = memory(processes)
+    listened = {each.pid for each in listening}
+    assert listened <= now.keys(), "a process died"
+    grown = {pid: (now[pid] - size) >> 20 for pid, size in sizes.items() if pid in now and now[pid] - size > 64 * 2**20}
+    assert grown == {}, "MiB"
+
+
+@pytest.mark.parametrize("name", RAW)
+def test_what_is_not_one_well_formed_request_is_refused(attacked: Home, name: str) -> None:
+    request, allowed = RAW[name]
+    answer = send(("127.0.0.1", attacked.port), request)
+    status = answer.removeprefix(b"HTTP/1.1 ")[:3]
+    assert any(status.startswith(each) if each else not answer for each in allowed), answer[:300]
+    assert answer.count(b"HTTP/1.1 ") <= 1, answer
+
+
+def test_honest_callers_hardly_notice_an_attack(attacked: Home, before: set[int]) -> None:
+    """50 callers, with and without an attack, in turns."""
+    address = ("127.0.0.1", attacked.port)
+    body = {"model": "target", "prompt": "Hi", "max_tokens": 2}
+    ingress = next(process for process in started_since(before) if "IngressActor" in " ".join(process.cmdline()))
+    size, statuses = ingress.memory_info().rss, set()
+    limits = httpx.Limits(max_connections=50, max_keepalive_connections=50)
+    with httpx.Client(base_url=attacked.url, timeout=60, limits=limits) as client, ThreadPoolExecutor(60) as pool:
+
+        def ask() -> None:
+            statuses.add(client.post("/v1/completions", json=body).status_code)
+
+        def measure(until: float) -> list[float]:
+            time.sleep(random.random())  # not all in step
+            return pace(ask, 2.0, until)
+
+        def attack(until: float) -> None:
+            chance = random.Random(7)
+            with slow_connections(address, 300) as slow:
+                while time.monotonic() < until:
+                    drip(slow)
+                    for name in chance.sample(sorted(RAW), 5):
+                        send(address, RAW[name][0], 1)
+                    send(address, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100, 1)
+                    time.sleep(0.2)
+
+        medians: dict[bool, list[float]] = {False: [], True: []}
+        for number in range(6):
+            hostile, until = bool(number % 2), time.monotonic() + 8
+            attacks = [pool.submit(attack, until)] if hostile else []
+            callers = [pool.submit(measure, until) for _ in range(50)]
+            medians[hostile].append(statistics.median(took for caller in callers for took in caller.result()))
+            for each in attacks:
+                each.result()
+    assert statuses == {200}
+    quiet, loud = statistics.median(medians[False]), statistics.median(medians[True])
+    assert loud <= 1.3 * quiet + 0.005, medians
+    assert ingress.memory_info().rss - size < 64 * 2**20
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become another account")
+def test_another_account_of_the_machine_gets_nothing(attacked: Home, before: set[int]) -> None:
+    processes = started_since(before)
+    shared = [str(path) for path in Path("/dev/shm").iterdir() if path.is_file()]
+    temp = Path(json.loads((attacked.path / "cluster.json").read_text())["temp"])
+    files = [*open_paths(attacked.path), *open_paths(temp), *shared]
+    sockets = unix_sockets(processes)
+    assert len(files) > 20 and len(sockets) > 5
+    pids = [process.pid for process in processes]
+    assert as_another_account(lambda: intrusions(pids, files, sockets)) == []
 
 
 class _Touch:
@@ -106,19 +248,19 @@ class _Touch:
         return (open, (self.path, "w"))
 
 
-def test_no_port_unpickles_what_a_stranger_sends_to_ray_serve(attacked: Home, tmp_path: Path) -> None:
+def test_no_port_unpickles_what_a_stranger_sends_to_ray_serve(listening: list[Listener], tmp_path: Path) -> None:
     request = ASGIRequest(pickled_request_metadata=pickle.dumps(_Touch(tmp_path / "touched")))
     codes = {}
-    for port, host in listening(attacked).items():
-        with grpc.insecure_channel(f"{host}:{port}") as channel:
+    for each in listening:
+        with grpc.insecure_channel(f"{each.host}:{each.port}") as channel:
             call = channel.unary_unary(
                 "/ray.serve.ASGIService/HandleRequest", request_serializer=ASGIRequest.SerializeToString
             )
             try:
                 call(request, timeout=5)
-                codes[port] = grpc.StatusCode.OK
+                codes[each.port] = grpc.StatusCode.OK
             except grpc.RpcError as error:
-                codes[port] = error.code()
+                codes[each.port] = error.code()
     assert not (tmp_path / "touched").exists()
     assert grpc.StatusCode.UNAUTHENTICATED in codes.values()  # the replica's server was among them
     assert grpc.StatusCode.OK not in codes.values(), codes

@@ -252,6 +252,11 @@ def leftovers() -> set[str]:
 
 
 def new_processes(before: set[int]) -> list[str]:
+    """Return the processes of Ray, vLLM and llmrun that have started since `before`: see `started_since`."""
+    return [f"{process.pid} {' '.join(process.cmdline())[:120]}" for process in started_since(before)]
+
+
+def started_since(before: set[int]) -> list[psutil.Process]:
     """Return the processes of Ray, vLLM and llmrun that have started since `before`.
 
     Those whose ancestors ran then belong to another cluster: its raylet may start a worker at any time. An orphan has
@@ -269,8 +274,8 @@ def new_processes(before: set[int]) -> list[str]:
                 continue
         except psutil.Error:
             continue
-        if any(word in line for word in ("ray", "VLLM", "vllm", "llmrun_runtime")) and "pytest" not in line:
-            started.append(f"{process.pid} {line[:120]}")
+        if any(word in line for word in ("ray", "VLLM", "vllm", "llmrun")) and "pytest" not in line:
+            started.append(process)
     return started
 
 
