@@ -111,7 +111,7 @@ def listening(attacked: Home, before: set[int]) -> list[Listener]:
     """The TCP sockets of the cluster, its engines' among them."""
     found = listeners(started_since(before))
     titles = " ".join(each.title for each in found)
-    assert attacked.port in {each.port for each in found} and "llmrun: target" in titles, titles
+    assert attacked.port in {each.port for each in found} and "llmrun: vllm target" in titles
     return found
 
 
@@ -120,8 +120,8 @@ def listening(attacked: Home, before: set[int]) -> list[Listener]:
 ROWS = {
     "ingress": r"ray::IngressActor",
     "control's API": r"ray::Control",
-    "a replica's link": r"llmrun: target",
-    "vLLM's server": r"llmrun: target",
+    "a replica's link": r"llmrun: vllm target",
+    "vLLM's server": r"llmrun: vllm target",
     "the lease of an engine": r"ray::ServeReplica",
     "Ray: GCS, raylets, workers, agents, client server, Serve's gRPC in replicas": (
         r"gcs_server|raylet|ray::|ray\.util\.client|llmrun_runtime\.cluster\.bootstrap|dashboard"
@@ -137,7 +137,7 @@ def test_every_socket_is_in_the_documentation(listening: list[Listener]) -> None
     assert unknown == []
     missing = [row for row, title in ROWS.items() if not any(re.search(title, each.title) for each in listening)]
     assert missing == []
-    assert len([each for each in listening if "llmrun: target" in each.title]) == 2  # its server, and its link
+    assert len([each for each in listening if "llmrun: vllm target" in each.title]) == 2  # its server, and its link
 
 
 def test_a_cluster_of_one_machine_listens_on_loopback_only(listening: list[Listener]) -> None:

@@ -52,7 +52,7 @@ def listeners(processes: list[psutil.Process]) -> list[Listener]:
     found = []
     for process in processes:
         with contextlib.suppress(psutil.Error):
-            title = " ".join(process.cmdline())
+            title = " ".join(process.cmdline())[:100].strip()
             for each in process.net_connections("tcp"):
                 if each.status == psutil.CONN_LISTEN:
                     host = each.laddr.ip.removeprefix("::ffff:")

@@ -225,7 +225,7 @@ def _environment(settings: Settings, ray_address: str) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         # Its Prometheus exporter listens on all interfaces, without a token, and llmrun does not read it.
         "RAY_enable_metrics_collection": "0",
-        # The same for its dashboard's process, which listens even without a dashboard, at a fixed port. No other switch.
+        # The same for its dashboard's process, at a fixed port, even without a dashboard. There is no other switch.
         "DASHBOARD_METRIC_PORT": "-1",
         **os.environ,
         "LLMRUN_HOME": str(settings.root),
