@@ -123,6 +123,7 @@ ROWS = {
     "a replica's link": r"llmrun: vllm target",
     "vLLM's server": r"llmrun: vllm target",
     "the lease of an engine": r"ray::ServeReplica",
+    "torch's process groups in an engine": r"VLLM::EngineCore",
     "Ray: GCS, raylets, workers, agents, client server, Serve's gRPC in replicas": (
         r"gcs_server|raylet|ray::|ray\.util\.client|llmrun_runtime\.cluster\.bootstrap|dashboard"
     ),

@@ -13,6 +13,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,6 +97,11 @@ def with_ld_preload(engine: Engine, env: Mapping[str, str]) -> dict[str, str]:
     return {**env, **({"LD_PRELOAD": libraries} if libraries else {})}
 
 
+# The process groups of torch listen on the address of the host's name, which may be on a network, also if all their
+# members are processes of one engine. They take what arrives without a credential.
+LOOPBACK_ONLY = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo0" if sys.platform == "darwin" else "lo")
+
+
 async def start_process(engine: Engine, launch: Launch, *, spawn: bool = True) -> StartedProcess:
     """Start an engine process: forked from the node's fork server if possible, else as a plain process.
 
@@ -110,6 +116,8 @@ async def start_process(engine: Engine, launch: Launch, *, spawn: bool = True) -
     try:
         host, port = lease.getsockname()
         env = {**launch.env, **engine.environment(launch.env, launch.cache)}
+        if len(launch.members) == 1:
+            env = LOOPBACK_ONLY | env
         env |= {LEASE_ENV: f"{host}:{port}", TOKEN_ENV: token, SHIM_ENV: launch.shim.to_json()}
         env["TMPDIR"] = str(temp_dir.path)
         launch.log.parent.mkdir(parents=True, exist_ok=True)
