@@ -269,12 +269,16 @@ def started_since(before: set[int]) -> list[psutil.Process]:
         try:
             if process.pid in before or process.status() == psutil.STATUS_ZOMBIE:
                 continue
-            line = " ".join(process.cmdline())
+            command = process.cmdline()
             if any(parent.pid in others for parent in process.parents()):
                 continue
         except psutil.Error:
             continue
-        if any(word in line for word in ("ray", "VLLM", "vllm", "llmrun")) and "pytest" not in line:
+        line = " ".join(command)
+        is_test = any(
+            Path(argument).name == "pytest" for argument in command[:4]
+        )  # engines' weights may lie in its folder
+        if any(word in line for word in ("ray", "VLLM", "vllm", "llmrun")) and not is_test:
             started.append(process)
     return started
 
