@@ -23,6 +23,7 @@ from llmrun_runtime.control.state.database import Database
 from llmrun_runtime.control.state.tables import KeyRow
 from llmrun_runtime.control.usage import Usage
 from llmrun_runtime.ingress.errors import HTTPError
+from llmrun_runtime.wire.headers import metrics_credential
 from tests.support.ingress import Bench, Engine, bearer, route
 from tests.support.ingress import keys as table_keys
 
@@ -56,12 +57,16 @@ async def api(keys: Keys, database: Database, tmp_path: Path) -> AsyncIterator[h
     async def routed() -> None:
         return
 
+    async def page() -> bytes:
+        return b"# page"
+
     audit = AuditLog(tmp_path)
     plane: Any = SimpleNamespace(
         keys=keys,
         audit=audit,
         usage=Usage(database),
         autoscaler=SimpleNamespace(wait_until_keys_are_routed=routed),
+        metrics=SimpleNamespace(page=page),
         adapters=SimpleNamespace(check_names=lambda names: None),
         database=SimpleNamespace(run=run),
     )
@@ -182,6 +187,13 @@ async def test_what_a_role_may_do(
     assert response.status_code == status
     keys.change("alice", KeyChange(disabled=True))
     assert (await api.request(method, path, headers={"authorization": f"Bearer {secret}"})).status_code == 401
+
+
+async def test_controls_metrics_are_for_ingresses(api: httpx.AsyncClient, keys: Keys) -> None:
+    for given in ({}, {"authorization": "Bearer guess"}, {"authorization": metrics_credential("")}):
+        assert (await api.get("https://cluster/metrics", headers=given)).status_code == 401
+    good = {"authorization": metrics_credential(keys.admin_digest)}
+    assert (await api.get("https://cluster/metrics", headers=good)).text == "# page"
 
 
 async def test_a_named_admin_changes_keys_and_is_named_in_the_audit_log(api: httpx.AsyncClient, keys: Keys) -> None:

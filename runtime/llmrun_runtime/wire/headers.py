@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hmac
+
 TOKEN_HEADER = "x-llmrun-token"
 # Sent with the token: the name of the request's API key, and a mark for requests that must not keep the model warm.
 KEY_HEADER = "x-llmrun-key"
@@ -22,3 +24,8 @@ DIED = "died"
 # Before the path of a request with which the replica checks that the engine still produces output: without hooks, and
 # counted nowhere. The ingress forwards only an engine's own paths, so no client can use it.
 PROBE_PREFIX = "/_llmrun/probe"
+
+
+def metrics_credential(admin_digest: str) -> str:
+    """Return the `Authorization` with which an ingress, which knows this digest, asks control for metrics."""
+    return f"Bearer {hmac.new(admin_digest.encode(), b'metrics', 'sha256').hexdigest()}"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hmac
 import time
 
 from llmrun.wire import CONTROL_ROOT, KeyInfo
 from llmrun_runtime.asgi import App, Receive, Scope, Send, send_error
 from llmrun_runtime.control.keys import Keys
+from llmrun_runtime.wire.headers import metrics_credential
 
-PUBLIC_PATHS = frozenset({"/metrics"})  # Prometheus sends no key
+METRICS = "/metrics"  # for ingresses, which have no key; see `metrics_credential`
 HINT = "set LLMRUN_ADMIN_KEY to the content of `admin.key` in the head node's LLMRUN_HOME, or to a key with --role"
 BEARER = b"bearer "
 READS = ("GET", "HEAD")
@@ -29,7 +31,12 @@ class Access:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check the `Authorization` header, a deploy runs code."""
-        if scope["type"] == "http" and scope["path"] not in PUBLIC_PATHS:
+        if scope["type"] == "http" and scope["path"] == METRICS:
+            given = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(given, metrics_credential(self._keys.admin_digest).encode()):
+                await send_error(send, 401, "ask the ingress for metrics", "authentication_error", "invalid_admin_key")
+                return
+        elif scope["type"] == "http":
             header: bytes = dict(scope["headers"]).get(b"authorization", b"")
             secret = header[len(BEARER) :].strip() if header.lower().startswith(BEARER) else b""
             key = self._keys.find(secret.decode("latin-1"), time.time()) if secret else None

@@ -21,7 +21,7 @@ from llmrun_runtime.ingress.queue.request_queue import RequestQueue
 from llmrun_runtime.ingress.request_record import RequestRecord
 from llmrun_runtime.link.client import Links
 from llmrun_runtime.metric_labels import AdapterLabels
-from llmrun_runtime.wire.headers import TOKEN_HEADER
+from llmrun_runtime.wire.headers import TOKEN_HEADER, metrics_credential
 from llmrun_runtime.wire.routing_table import ReplicaRoute
 
 log = logging.getLogger("llmrun.ingress")
@@ -113,13 +113,12 @@ class IngressMetrics:
     async def gather(self, session: aiohttp.ClientSession, links: Links) -> bytes:
         """Return all metrics in Prometheus' text format, without sources that do not respond in time."""
         table = self._queue.table
-        host, port = table.control
         shown = [model for model in table.models.values() if model.log_engine_metrics]
         replicas = [(model.name, replica) for model in shown for replica in model.replicas]
         others = self._others()
         texts = await asyncio.gather(
             self.own(),
-            self._in_time("control", _from_control(session, f"http://{host}:{port}/metrics")),
+            self._in_time("control", _from_control(session, table.control, table.admin)),
             *(self._in_time(name, text) for name, text in others.items()),
             *(self._in_time(f"{model} {replica.id[:12]}", _from_engine(links, replica)) for model, replica in replicas),
         )
@@ -160,8 +159,10 @@ class _Gauges(Collector):
         return family
 
 
-async def _from_control(session: aiohttp.ClientSession, url: str) -> str:
-    async with session.get(url) as response:
+async def _from_control(session: aiohttp.ClientSession, control: tuple[str, int], admin_digest: str) -> str:
+    host, port = control
+    headers = {"authorization": metrics_credential(admin_digest)}
+    async with session.get(f"http://{host}:{port}/metrics", headers=headers) as response:
         return await response.text() if response.status == 200 else ""
 
 
