@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from packaging.requirements import InvalidRequirement, Requirement
@@ -29,6 +30,10 @@ ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,254}")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 ColdStartMode = Literal["default", "fast"]
 Task = Literal["auto", "generate", "embed", "classify", "score"]
+
+
+# Of an environment variable whose value nobody should see.
+SECRET_NAME = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|KEY|AUTH)(_|$)")
 
 
 class Secret(BaseModel):
@@ -304,3 +309,13 @@ def to_label(text: str) -> str:
     text = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z0-9])(?=[A-Z][a-z])", "-", text)
     text = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
     return text[:63].rstrip("-")
+
+
+def literal_secrets(specs: Iterable[ModelSpec]) -> list[str]:
+    """Return a warning for each value in `env=` that looks like a secret: it is stored, exported and shown in plans."""
+    return [
+        f"{spec.name}: env={name!r} is stored and shown as it is. Secret({name!r}) is read on the node instead"
+        for spec in specs
+        for name, value in spec.env.items()
+        if isinstance(value, str) and SECRET_NAME.search(name.upper())
+    ]

@@ -17,7 +17,7 @@ from llmrun.docstrings import argument_docstrings, attribute_docstrings
 from llmrun.engine_args import parse_flags
 from llmrun.errors import AppError
 from llmrun.markers import Marker, marked
-from llmrun.spec import ModelSpec, to_label
+from llmrun.spec import ModelSpec, literal_secrets, to_label
 from llmrun.weights import is_path
 
 
@@ -289,3 +289,11 @@ def test_markers_of_options() -> None:
         *("weights_nodes", "schedule", "min_uptime", "evictable", "max_wait_for_room"),
         *("rpm", "tpm", "max_in_flight", "max_output_tokens", "log_engine_metrics"),
     )
+
+
+def test_secrets_that_are_written_into_the_file_are_warned_of() -> None:
+    one = spec(env={"HF_TOKEN": "hf_x", "MY_PASSWORD": "x", "TOKENIZERS_PARALLELISM": "true", "API_KEY": Secret("K")})
+    assert [line.partition(" is stored")[0] for line in literal_secrets([one])] == [
+        "qwen-chat: env='HF_TOKEN'",
+        "qwen-chat: env='MY_PASSWORD'",
+    ]

@@ -180,6 +180,20 @@ def list_adapters(node: Node, weights: Weights, known_ranks: dict[str, int] | No
     return list(AdapterListing.model_validate(node.run(task)).adapters or ())
 
 
+def test_a_nodes_token_goes_to_no_endpoint_that_an_app_names(node: Node, hub: Hub, tmp_path: Path) -> None:
+    hub.repos["acme/model"] = make_model(tmp_path / "model")
+    hub.private.add("acme/model")
+    node.env |= {"HF_TOKEN": hub.token}
+    named = Weights("acme/model", endpoint_url=hub.url)
+    with pytest.raises(AssertionError, match="a node's own does not go to endpoint_url="):
+        node.pin(named)
+    node.env |= {"LLMRUN_MODEL_VARIABLES": "A,HF_TOKEN"}  # env= gives it to this model
+    assert node.pin(named).files
+    del node.env["LLMRUN_MODEL_VARIABLES"]
+    node.env |= {"HF_ENDPOINT": hub.url}
+    assert node.pin(Weights("acme/model")).files
+
+
 def test_a_stranger_chooses_only_revisions_that_the_owner_published(node: Node, hub: Hub, tmp_path: Path) -> None:
     folders = [make_adapter(tmp_path / name, seed=seed) for seed, name in enumerate(["main", "v1", "proposed"])]
     main, branch, proposed = folders

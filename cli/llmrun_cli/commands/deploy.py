@@ -11,6 +11,7 @@ import typer
 
 from llmrun.errors import AppError
 from llmrun.settings import Settings
+from llmrun.spec import literal_secrets
 from llmrun_cli import deployment, local_cluster
 from llmrun_cli.app_files.yaml_file import schema as app_schema
 from llmrun_cli.client import Client, user
@@ -68,7 +69,7 @@ def deploy(
         raise AppError("engine arguments and --accelerator require ORG/MODEL: for an app file, set them in @llm")
     else:
         prepared = deployment.from_file(target, name)
-    for warning in prepared.warnings:
+    for warning in (*prepared.warnings, *literal_secrets(prepared.request.specs)):
         warn(warning)
     request = prepared.request.model_copy(update={"prune": prune, "adopt": adopt, "lazy": lazy, "force": force})
     prepared = replace(prepared, request=request)

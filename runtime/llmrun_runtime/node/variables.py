@@ -6,12 +6,12 @@ Engines get those that configure libraries and devices. A node's secrets reach a
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Mapping
 
 from llmrun.errors import EngineError
 from llmrun.settings import Settings
-from llmrun.spec import Secret
+from llmrun.spec import SECRET_NAME, Secret
+from llmrun_runtime.weights.stores.base import MODEL_VARIABLES
 
 # Ray sets OMP_NUM_THREADS to the CPUs that an actor reserves; an engine counts its cores itself.
 NEVER = frozenset({"OMP_NUM_THREADS"})
@@ -50,7 +50,6 @@ PASSED_PREFIXES = (
     *("VLLM_", "SGL", "TORCH", "PYTORCH_", "TRITON_", "FLASHINFER_", "TVM_", "TRANSFORMERS_", "TOKENIZERS_", "HF_"),
 )
 INSTALLER_PREFIXES = ("UV_", "CMAKE_", "CARGO_", "RUST", "PKG_CONFIG", "MAKE", "GIT_", "SSH_AUTH_SOCK")
-SECRET = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|KEY|AUTH)(_|$)")
 # Weights workers run the stores' packages, which need no secret of llmrun.
 WORKER_SETTINGS = ("LLMRUN_HOME", "LLMRUN_WEIGHTS_DIR", "LLMRUN_WEIGHTS_MAX_BYTES")
 
@@ -73,7 +72,7 @@ def worker_env(spec_env: Mapping[str, Secret | str], where: str) -> dict[str, st
     """
     env = {k: v for k, v in os.environ.items() if not k.upper().startswith(OWN) and k not in NEVER}
     settings = {key: value for key, value in os.environ.items() if key.upper() in WORKER_SETTINGS}
-    return env | _resolved(spec_env, where) | settings
+    return env | _resolved(spec_env, where) | settings | {MODEL_VARIABLES: ",".join(sorted(spec_env))}
 
 
 def _passes(name: str, more: list[str]) -> bool:
@@ -82,7 +81,7 @@ def _passes(name: str, more: list[str]) -> bool:
         return False
     if any(name == each or (each.endswith("*") and name.startswith(each[:-1])) for each in more):
         return True
-    return (upper in PASSED or upper.startswith(PASSED_PREFIXES)) and not SECRET.search(upper)
+    return (upper in PASSED or upper.startswith(PASSED_PREFIXES)) and not SECRET_NAME.search(upper)
 
 
 def _resolved(spec_env: Mapping[str, Secret | str], where: str) -> dict[str, str]:

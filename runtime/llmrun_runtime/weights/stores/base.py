@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Protocol
 
@@ -34,6 +35,19 @@ class Store(Protocol):
     def local_copy(self, file: File) -> Path | None:
         """Return a copy of the file on this node, outside of our cache; the caller must check its digest."""
         ...
+
+
+# Names of the variables in a model's `env=`, separated by commas.
+MODEL_VARIABLES = "LLMRUN_MODEL_VARIABLES"
+
+
+def may_send(endpoint_url: str, *variables: str) -> bool:
+    """Whether a credential that its holder can use elsewhere, a token, may go to a source's endpoint.
+
+    A node's own one goes to the store's usual address only, not to a place that an app file names; one that the
+    model's `env=` gives by one of these variables goes wherever the model's source is.
+    """
+    return not endpoint_url or bool(set(variables) & set(os.environ.get(MODEL_VARIABLES, "").split(",")))
 
 
 def open_store(weights: Weights, connections: int = 8) -> Store:

@@ -25,6 +25,7 @@ from huggingface_hub import errors as hub
 from llmrun.errors import NotFound, WeightsError
 from llmrun.weights import Weights
 from llmrun_runtime.weights.pin import File, Pin, select_files
+from llmrun_runtime.weights.stores.base import may_send
 from llmrun_runtime.weights.stores.ranges import RETRYABLE, HttpReader, Reader, TransferError
 
 TIMEOUT_S = 30
@@ -39,7 +40,8 @@ class HubStore:
         self._weights = weights
         self._retry_waits_s = retry_waits_s
         self._endpoint = weights.endpoint_url or constants.ENDPOINT
-        self._token: str | bool = False if weights.anonymous else (get_token() or False)
+        self._may_send = may_send(weights.endpoint_url or "", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+        self._token: str | bool = (not weights.anonymous and self._may_send and get_token()) or False
         self._commit = weights.revision
         self._urls: dict[str, str] = {}
         self._lock = threading.Lock()
@@ -124,6 +126,8 @@ class HubStore:
     def _token_advice(self, whose: str) -> str:
         if self._token:
             return "and check that the account of this HF_TOKEN has access"
+        if not self._may_send and get_token():
+            return f"and give the model a token {whose} with env=: a node's own does not go to endpoint_url="
         return f"and set HF_TOKEN to a token {whose} (on the node, or with env=)"
 
     def _list_cached_files(self) -> Pin:

@@ -20,6 +20,7 @@ import fsspec
 from llmrun.errors import WeightsError
 from llmrun.weights import Weights
 from llmrun_runtime.weights.pin import MIRROR_MANIFEST, File, Pin, select_files
+from llmrun_runtime.weights.stores.base import may_send
 from llmrun_runtime.weights.stores.ranges import CHUNK_BYTES, HttpReader, Reader, TransferError
 
 SIGNED_URL_S = 3600
@@ -220,7 +221,7 @@ def open_filesystem(protocol: str, endpoint_url: str, *, anonymous: bool) -> Any
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
         if endpoint_url:
             options["endpoint_url"] = endpoint_url
-        if anonymous:
+        if anonymous or not may_send(endpoint_url, "GOOGLE_APPLICATION_CREDENTIALS"):
             options["token"] = "anon"
     return fsspec.filesystem(protocol, **options)
 
