@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from packaging.requirements import InvalidRequirement, Requirement
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 from llmrun.accelerator import Accelerator, parse_accelerator
@@ -159,6 +158,8 @@ class ModelSpec(BaseModel):
     @field_validator("requirements")
     @classmethod
     def _are_packages(cls, requirements: tuple[str, ...]) -> tuple[str, ...]:
+        from packaging.requirements import InvalidRequirement, Requirement  # noqa: PLC0415 - few models have any
+
         for requirement in requirements:
             if requirement.lstrip().startswith("-"):
                 raise ValueError(

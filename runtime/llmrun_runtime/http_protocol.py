@@ -46,6 +46,7 @@ class LimitedProtocol(HttpToolsProtocol):
     _unparsed_bytes = 0
     """Those that have arrived since httptools last parsed one."""
     _too_large = False
+    _refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the deadline of the first request."""
@@ -112,6 +113,7 @@ class LimitedProtocol(HttpToolsProtocol):
         length = str(len(content)).encode()
         headers = b"content-type: application/json\r\ncontent-length: " + length + b"\r\nconnection: close\r\n\r\n"
         self.transport.write(b"HTTP/1.1 " + status + b"\r\n" + headers + content)
+        self._refused = True
         self.transport.close()
 
     def on_headers_complete(self) -> None:
@@ -126,14 +128,14 @@ class LimitedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def close(self, transport: asyncio.Transport) -> None:
-        """Close the connection; a client that is still sending its request's body gets time to read the response.
+        """Close the connection; a client that is still sending its request gets time to read the response.
 
         The kernel answers bytes that arrive after a close with a reset, and the client's kernel then discards the
         response before the client has read it.
         """
         if self._lingering:
             return
-        uploading = self.cycle and self.cycle.response_complete and self.cycle.more_body
+        uploading = self._refused or (self.cycle and self.cycle.response_complete and self.cycle.more_body)
         if transport.is_closing() or not uploading or not transport.can_write_eof():
             transport.close()
             return
