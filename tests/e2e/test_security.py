@@ -13,6 +13,7 @@ import shutil
 import stat
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,7 @@ from tests.support.attacks import (
 )
 from tests.support.certificates import Authority
 from tests.support.cluster import BIN, REPO, Home, free_port, leftovers, new_processes, started_since, until, write_app
+from tests.support.network_attack import CLUSTER
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 # Modules that the processes of a cluster import sooner or later, from the standard library and from packages.
@@ -252,6 +254,25 @@ class _Touch:
 
     def __reduce__(self) -> tuple[object, ...]:
         return (open, (self.path, "w"))
+
+
+@pytest.mark.skipif(not shutil.which("ip"), reason="needs `ip` (iproute2) to lay a cable between two namespaces")
+def test_another_machine_of_the_network_gets_nothing(tmp_path: Path, tiny_weights: Path) -> None:
+    command = ["unshare", "-rn", sys.executable, "-m", "tests.support.network_attack", str(tmp_path / "home")]
+    done = subprocess.run(
+        [*command, str(tiny_weights)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        cwd=REPO,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")])},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert {host for host, _ in result["sockets"]} == {CLUSTER, "127.0.0.1"}  # none on all interfaces
+    assert result["taken"].pop("reached") > 10 and result["taken"] == {}
+    assert result["status"] == 200 and result["dead"] == []
 
 
 def test_no_port_unpickles_what_a_stranger_sends_to_ray_serve(listening: list[Listener], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import pytest
 
 from llmrun.errors import EngineError
 from llmrun.spec import ModelSpec
-from llmrun_runtime.engines.base import Launch, Loader, Member
+from llmrun_runtime.engines.base import LOOPBACK_ONLY, Launch, Loader, Member
 from llmrun_runtime.engines.forkserver import prestart
 from llmrun_runtime.engines.forkserver import supervisor as forkserver_supervisor
 from llmrun_runtime.engines.forkserver.prestart import Prestarts, adopt, prestart_socket
@@ -144,7 +144,7 @@ class Node:
         (package / "server.py").write_text(SERVER)
         self.folder = folder
         paths = [str(package.parent), *filter(None, sys.path)]
-        self.env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **env}
+        self.env = {**LOOPBACK_ONLY, **os.environ, "PYTHONPATH": os.pathsep.join(paths), **env}
         self.socket = forkserver_socket(folder, "node", "thing")
         self.output = folder / "forkserver.log"
         self.supervisor = ForkServerSupervisor(ThingEngine(), self.socket, self.output, self.env, poll_s=0.2)

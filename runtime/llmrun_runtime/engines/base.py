@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,11 @@ if TYPE_CHECKING:  # a process that only holds a lease needs none of these
 LEASE_ENV = "LLMRUN_LEASE"  # host:port of the replica's lease
 TOKEN_ENV = "LLMRUN_TOKEN"  # the replica's secret
 SHIM_ENV = "LLMRUN_SHIM"  # ShimConfig as JSON
+
+
+# The process groups of torch listen on the address of the host's name, which may be on a network, also if all their
+# members are processes of one engine. They take what arrives without a credential.
+LOOPBACK_ONLY = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo0" if sys.platform == "darwin" else "lo")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from llmrun_runtime.engines.base import Engine
+from llmrun_runtime.engines.base import LOOPBACK_ONLY, Engine
 from llmrun_runtime.engines.forkserver.server import LD_PRELOAD_BEFORE
 from llmrun_runtime.engines.process.start import with_ld_preload
 from llmrun_runtime.engines.process.unix_sockets import listen_at
@@ -51,7 +51,7 @@ class ForkServerSupervisor:
         self._output = output
         self._poll_s = poll_s
         self._backoff_s = backoff_s
-        self._env = {**env, **engine.environment(env, None)}
+        self._env = {**LOOPBACK_ONLY, **env, **engine.environment(env, None)}
         self._listener: socket.socket | None = None
         self._task: asyncio.Task[None] | None = None
 

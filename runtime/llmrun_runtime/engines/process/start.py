@@ -13,7 +13,6 @@ import os
 import secrets
 import signal
 import socket
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrun.errors import EngineError
-from llmrun_runtime.engines.base import LEASE_ENV, SHIM_ENV, TOKEN_ENV, Engine, Launch
+from llmrun_runtime.engines.base import LEASE_ENV, LOOPBACK_ONLY, SHIM_ENV, TOKEN_ENV, Engine, Launch
 from llmrun_runtime.engines.process.child import Child, Forked, ForkRefused, Spawned
 from llmrun_runtime.engines.process.fork import fork
 from llmrun_runtime.engines.process.temp_dir import TempDir, sweep_temp_dirs
@@ -95,11 +94,6 @@ def with_ld_preload(engine: Engine, env: Mapping[str, str]) -> dict[str, str]:
     """Return `env` with the engine's shared libraries first in LD_PRELOAD."""
     libraries = ":".join(filter(None, [*engine.libraries(), env.get("LD_PRELOAD", "")]))
     return {**env, **({"LD_PRELOAD": libraries} if libraries else {})}
-
-
-# The process groups of torch listen on the address of the host's name, which may be on a network, also if all their
-# members are processes of one engine. They take what arrives without a credential.
-LOOPBACK_ONLY = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo0" if sys.platform == "darwin" else "lo")
 
 
 async def start_process(engine: Engine, launch: Launch, *, spawn: bool = True) -> StartedProcess:
