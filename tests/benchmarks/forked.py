@@ -15,7 +15,7 @@ from pathlib import Path
 
 import aiohttp
 
-from llmrun_runtime.engines.base import Launch, Member, ShimConfig
+from llmrun_runtime.engines.base import LOOPBACK_ONLY, Launch, Member, ShimConfig
 from llmrun_runtime.engines.forkserver.supervisor import ForkServerSupervisor, forkserver_socket
 from llmrun_runtime.engines.process.engine_process import EngineProcess
 from llmrun_runtime.engines.registry import get_engine
@@ -45,7 +45,7 @@ async def rate(session: aiohttp.ClientSession, engine: EngineProcess, clients: i
 
 async def run(folder: Path) -> None:
     """Start both engines, measure them, and print the table."""
-    kind, env = get_engine("vllm"), engine_env({}, "node")
+    kind, env = get_engine("vllm"), LOOPBACK_ONLY | engine_env({}, "node")
     socket = forkserver_socket(folder, "node", "vllm")
     supervisor = ForkServerSupervisor(kind, socket, folder / "forkserver.log", env)
     supervisor.start()

@@ -6,12 +6,13 @@ and the attacker in another namespace at its other end. It prints JSON: the sock
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +44,21 @@ def main() -> None:
         text = f"@llm({str(weights)!r}, cpus=0.5, idle_timeout=600)\nclass Target: ...\n"
         home.ok("deploy", write_app(home.path.parent / "target" / "app.py", text))
         found = listeners(started_since(before))
-        taken = _from_the_other_end(lambda: _attack([each for each in found if each.host == CLUSTER]))
-        body = {"model": "target", "prompt": "Hi", "max_tokens": 2}
-        headers = {"authorization": f"Bearer {key}"}
-        answer = httpx.post(f"http://{CLUSTER}:{home.port}/v1/completions", json=body, headers=headers, timeout=60)
-        left = {process.pid for process in started_since(before)}
-        result = {
-            "sockets": [(each.host, each.title[:40]) for each in found],
-            "taken": taken,
-            "status": answer.status_code,
-            "dead": [each.title for each in found if each.pid not in left],
-        }
-    finally:
-        home.ok("down")
+        with _other_end(lambda: _attack([each for each in found if each.host == CLUSTER])) as taken:
+            body = {"model": "target", "prompt": "Hi", "max_tokens": 2}
+            headers = {"authorization": f"Bearer {key}"}
+            answer = httpx.post(f"http://{CLUSTER}:{home.port}/v1/completions", json=body, headers=headers, timeout=60)
+            left = {process.pid for process in started_since(before)}
+            result = {
+                "sockets": [(each.host, each.title[:40]) for each in found],
+                "taken": taken,
+                "status": answer.status_code,
+                "dead": [each.title for each in found if each.pid not in left],
+            }
+            home.ok("down")
+    except BaseException:
+        home.run("down")
+        raise
     print(json.dumps(result))
 
 
@@ -76,8 +79,9 @@ def _attack(found: list[Listener]) -> dict[str, Any]:
     return taken
 
 
-def _from_the_other_end(work: Callable[[], Any]) -> Any:
-    """Run a function in a process of the other namespace; return its result."""
+@contextlib.contextmanager
+def _other_end(work: Callable[[], Any]) -> Iterator[Any]:
+    """Run a function in a process of the other namespace; yield its result. The cable is cut after the block."""
     ours, theirs = os.pipe(), os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -88,15 +92,19 @@ def _from_the_other_end(work: Callable[[], Any]) -> Any:
         _ip("link set attacker up")
         with os.fdopen(theirs[1], "w") as file:
             json.dump(work(), file)
+        os.read(ours[0], 1)  # until the end of the block
         os._exit(0)
     os.close(theirs[1])
-    assert os.read(theirs[0], 5) == b"ready"
-    _ip(f"link set attacker netns {pid}")
-    os.write(ours[1], b"x")
-    with os.fdopen(theirs[0]) as file:
-        text = file.read()
-    os.waitpid(pid, 0)
-    return json.loads(text)
+    try:
+        assert os.read(theirs[0], 5) == b"ready"
+        _ip(f"link set attacker netns {pid}")
+        os.write(ours[1], b"x")
+        with os.fdopen(theirs[0]) as file:
+            text = file.read()
+        yield json.loads(text)
+    finally:
+        os.write(ours[1], b"x")
+        os.waitpid(pid, 0)
 
 
 def _ip(arguments: str) -> None:
