@@ -270,8 +270,9 @@ def test_another_machine_of_the_network_gets_nothing(tmp_path: Path, tiny_weight
     )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert {host for host, _ in result["sockets"]} == {CLUSTER, "127.0.0.1"}  # none on all interfaces
-    assert result["taken"].pop("reached") > 10 and result["taken"] == {}
+    everywhere = [title for host, title in result["sockets"] if host not in (CLUSTER, "127.0.0.1")]
+    assert everywhere and not [title for title in everywhere if re.search(r"llmrun: |VLLM|vllm", title)]  # Ray's alone
+    assert result["taken"].pop("reached") > 15 and result["taken"] == {}
     assert result["status"] == 200 and result["dead"] == []
 
 

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tests.support.attacks import Listener, fuzz, listeners, refusals
 from tests.support.cluster import Home, free_port, started_since, write_app
 
 CLONE_NEWNET = 0x40000000  # <linux/sched.h>
-CLUSTER, ATTACKER = "10.77.0.1", "10.77.0.2"
+CLUSTER, ATTACKER, EVERYWHERE = "10.77.0.1", "10.77.0.2", "::"
 
 
 def main() -> None:
@@ -44,7 +45,9 @@ def main() -> None:
         text = f"@llm({str(weights)!r}, cpus=0.5, idle_timeout=600)\nclass Target: ...\n"
         home.ok("deploy", write_app(home.path.parent / "target" / "app.py", text))
         found = listeners(started_since(before))
-        with _other_end(lambda: _attack([each for each in found if each.host == CLUSTER])) as taken:
+        with _other_end(
+            lambda: _attack([replace(each, host=CLUSTER) for each in found if each.host in (CLUSTER, EVERYWHERE)])
+        ) as taken:
             body = {"model": "target", "prompt": "Hi", "max_tokens": 2}
             headers = {"authorization": f"Bearer {key}"}
             answer = httpx.post(f"http://{CLUSTER}:{home.port}/v1/completions", json=body, headers=headers, timeout=60)
@@ -67,7 +70,7 @@ def _attack(found: list[Listener]) -> dict[str, Any]:
     taken: dict[str, Any] = {"reached": len(found)}
     for each in found:
         if answers := refusals(each):
-            taken[each.title[:40]] = answers
+            taken[f"{each.title[:40]} (HTTP)"] = answers
         with grpc.insecure_channel(f"{each.host}:{each.port}") as channel:
             call = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")
             try:
