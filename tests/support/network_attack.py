@@ -45,9 +45,8 @@ def main() -> None:
         text = f"@llm({str(weights)!r}, cpus=0.5, idle_timeout=600)\nclass Target: ...\n"
         home.ok("deploy", write_app(home.path.parent / "target" / "app.py", text))
         found = listeners(started_since(before))
-        with _other_end(
-            lambda: _attack([replace(each, host=CLUSTER) for each in found if each.host in (CLUSTER, EVERYWHERE)])
-        ) as taken:
+        reachable = [replace(each, host=CLUSTER) for each in found if each.host in (CLUSTER, EVERYWHERE)]
+        with _other_end(lambda: _attack(reachable)) as taken:
             body = {"model": "target", "prompt": "Hi", "max_tokens": 2}
             headers = {"authorization": f"Bearer {key}"}
             answer = httpx.post(f"http://{CLUSTER}:{home.port}/v1/completions", json=body, headers=headers, timeout=60)
