@@ -218,7 +218,7 @@ def test_adapter_revisions_and_the_canary(cluster: Home, tmp_path: Path, tiny_we
         now, before = texts("revised:legal"), texts("revised:legal@v1")
         assert now != before == texts(f"revised:legal@{commit_of(old)}") and texts("revised:legal@main") == now
         wrong = ask(cluster, "revised:legal@v9")
-        assert wrong.status_code == 404 and "has no revision 'v9'" in message(wrong)
+        assert wrong.status_code == 404 and "'v9' is not a branch or tag of acme/legal" in message(wrong)
         assert [name for name in listed(cluster) if name.startswith("revised:")] == ["revised:legal"]
         rows = json.loads(cluster.ok("usage", "--by", "adapter", "--json"))
         assert not any("@" in row["adapter"] for row in rows)
