@@ -101,6 +101,19 @@ class Settings(BaseSettings):
         "longer than this also gets a 408.",
     )
 
+    keepalive_timeout: float = Field(
+        default=620,
+        gt=0,
+        description="How long an idle connection of a client stays open. It must be longer than the client, or a proxy "
+        "in between, keeps it, who would otherwise send a request into a connection that closes. Go keeps 90 s, "
+        "Google's load balancer 600 s.",
+    )
+    stream_comments: bool = Field(
+        default=True,
+        description="Whether a stream that waits for its model for 10 s gets a 200 and comments, so that no proxy "
+        "times out. `X-LLMRun-Comments: off` turns them off for one request.",
+    )
+
     cors_origins: str = Field(
         default="",
         description="Origins of web pages that may call the ingress: comma-separated, or `*` for all. By default none.",

@@ -19,8 +19,8 @@ from llmrun_runtime.asgi import App
 from llmrun_runtime.http_protocol import LimitedProtocol
 from llmrun_runtime.listening import Listening
 
-# Longer than the ingress keeps an idle connection to control open.
-KEEP_ALIVE_S = 75
+# For idle connections to control: longer than the ingress keeps one.
+KEEP_ALIVE_S = 75.0
 # For a connection on which nothing is sent.
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S = 30, 10
 # For a client that acknowledges nothing, or that does not read.
@@ -67,8 +67,8 @@ def bind(host: str, port: int, *, shared: bool = False) -> socket.socket:
 class HTTPServer:
     """Serves an ASGI app on listening sockets until it is cancelled or drained."""
 
-    def __init__(self, app: App, listening: Listening | None = None) -> None:
-        """`listening`: has the certificate; None for plain HTTP."""
+    def __init__(self, app: App, listening: Listening | None = None, keepalive_timeout: float = KEEP_ALIVE_S) -> None:
+        """`listening`: has the certificate; None for plain HTTP. `keepalive_timeout`: of idle connections, seconds."""
         self._listening = listening
         self._config = uvicorn.Config(
             app,
@@ -78,7 +78,7 @@ class HTTPServer:
             access_log=False,
             log_config=None,
             server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_keep_alive=keepalive_timeout,  # type: ignore[arg-type] # it is only added to a time
         )
         self._config.load()
         self._server = uvicorn.Server(self._config)

@@ -9,7 +9,7 @@ import weakref
 from itertools import islice
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from llmrun_runtime.asgi import error_body
 
@@ -121,6 +121,8 @@ class LimitedProtocol(HttpToolsProtocol):
         self._end_deadline()
         self._in_headers = False
         super().on_headers_complete()
+        if self.cycle and self.scope["http_version"] == "1.0":
+            self.cycle.__class__ = _UnchunkedCycle  # its task has not started yet
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End the deadline."""
@@ -152,6 +154,26 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._deadline:
             self._deadline.cancel()
             self._deadline = None
+
+
+class _UnchunkedCycle(RequestResponseCycle):
+    """The response to a client of HTTP/1.0, which knows no chunks: the end of the connection ends the body.
+
+    uvicorn would send chunks, which such a client takes for the body. nginx asks so unless it is told otherwise.
+    """
+
+    async def send(self, message: Any) -> None:
+        """Send a message; without a Content-Length, expect just the bytes that come."""
+        if not self.response_started:
+            names = {name.lower() for name, _ in message.get("headers", ())}
+            if b"content-length" not in names:
+                self.chunked_encoding = False
+                self._unbounded = True
+        elif self._unbounded and self.scope["method"] != "HEAD":
+            self.expected_content_length += len(message.get("body", b""))
+        await super().send(message)
+
+    _unbounded = False
 
 
 class _LingeringTransport:

@@ -37,7 +37,8 @@ async def test_a_revision_is_resolved_by_control_and_not_listed(bench: Bench, en
         assert actual == status and message in str(answer) and ("Retry-After" in headers) == (status == 503)
     assert [request.headers[ADAPTER_HEADER] for request in engine.requests] == ["legal@v1 pin-0", "legal@v2 pin-2"]
     async with bench.session.get(bench.url + "/v1/models") as answer:
-        assert [model["id"] for model in (await answer.json())["data"]] == ["one", "one:legal"]
+        listed = [model["id"] for model in (await answer.json())["data"]]
+        assert listed == ["one", "org/one", "one:legal", "org/one:legal"]
     async with bench.session.get(bench.url + "/v1/models/one:legal@v9") as answer:
         assert answer.status == 404
 

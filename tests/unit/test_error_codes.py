@@ -6,13 +6,14 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+from llmrun_runtime.ingress import engine_errors
 from tests.support.cluster import REPO
 
 RUNTIME = REPO / "runtime" / "llmrun_runtime"
 # The position of the argument `code`.
 CALLS = {"HTTPError": 2, "send_error": 4, "error_body": 2}
 # These define the functions above, and pass their callers' codes on.
-DEFINITIONS = {RUNTIME / "asgi.py", RUNTIME / "ingress" / "errors.py"}
+DEFINITIONS = {RUNTIME / "asgi.py", RUNTIME / "ingress" / "errors.py", RUNTIME / "ingress" / "engine_errors.py"}
 PAGES = (REPO / "docs" / "reference" / "endpoint.md", REPO / "docs" / "endpoint.md")
 
 
@@ -54,7 +55,7 @@ def strings(value: ast.expr, tree: ast.AST) -> set[str]:
 def error_codes() -> dict[str, Path]:
     """Return every error code in the source, with a file that uses it."""
     constants = ast.parse((RUNTIME / "ingress" / "errors.py").read_text())
-    codes: dict[str, Path] = {}
+    codes = {code: RUNTIME / "ingress" / "engine_errors.py" for code in engine_errors.CODES}
     for path in sorted(RUNTIME.rglob("*.py")):
         if path in DEFINITIONS:
             continue

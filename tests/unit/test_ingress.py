@@ -81,7 +81,7 @@ async def test_unknown_paths_and_methods_are_rejected(bench: Bench, engine: Engi
     assert "no models are available" in (await bench.post())[2]["error"]["message"]
     assert (await bench.post(b"{nonsense"))[0] == 400
     bench.table(route(engine.port), route(engine.port, name="two", names=("two",), paths=frozenset({"/v1/embeddings"})))
-    for path in ("/", "/v1", "/v1/load_lora_adapter", "/sleep", "/load", CHAT + "/"):
+    for path in ("/v1", "/v1/load_lora_adapter", "/sleep", "/load"):
         status, _, answer = await bench.post(path=path)
         assert (status, answer["error"]["code"]) == (404, "path_not_found")
     status, _, answer = await bench.post({"model": "two"})
@@ -95,8 +95,9 @@ async def test_unknown_paths_and_methods_are_rejected(bench: Bench, engine: Engi
 async def test_models_are_listed_from_the_routing_table(bench: Bench) -> None:
     bench.table(route(state="cold"))
     async with bench.session.get(bench.url + "/v1/models") as answer:
-        (listed,) = (await answer.json())["data"]
+        listed, alias = (await answer.json())["data"]
     assert listed["id"] == "one" and listed["created"] == 7 and listed["llmrun"]["state"] == "cold"
+    assert alias == listed | {"id": "org/one"}, "a client chooses among the names that are listed"
     async with bench.session.get(bench.url + "/v1/models/org/one") as answer:
         assert (await answer.json())["id"] == "org/one"
     async with bench.session.get(bench.url + "/v1/models/nobody") as answer:
@@ -360,7 +361,8 @@ async def test_an_error_after_the_first_comment_is_an_event(keepalive_bench: Ben
     await asyncio.sleep(0.5)
     bench.table(route(engine.port))
     status, _, body = await pending
-    assert status == 200 and json.loads(body.rpartition(b"data: ")[2]) == {"error": {"message": "no\nsuch"}}
+    error = {"message": "no\nsuch", "type": "invalid_request_error", "param": None, "code": "invalid_request"}
+    assert status == 200 and json.loads(body.rpartition(b"data: ")[2]) == {"error": error}
 
 
 async def test_a_replica_never_gets_more_requests_than_max_ongoing(bench: Bench, engine: Engine) -> None:

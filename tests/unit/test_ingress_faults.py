@@ -15,11 +15,12 @@ from llmrun.wire import KeyInfo
 from llmrun_runtime import http
 from llmrun_runtime.asgi import Message, Send
 from llmrun_runtime.ingress.engine_deaths import FORGET_S, MAX_REQUESTS, EngineDeaths
+from llmrun_runtime.ingress.error_shapes import ErrorShape
 from llmrun_runtime.ingress.errors import HTTPError
 from llmrun_runtime.ingress.queue import keepalive
 from llmrun_runtime.ingress.queue.keepalive import DEFAULT_TIMING, KeepaliveStream
 from llmrun_runtime.rate_window import RateWindow
-from tests.support.ingress import CHUNKS, POST_JSON, Bench, Engine, bearer, keys, route, running_ingress
+from tests.support.ingress import CHAT, CHUNKS, POST_JSON, Bench, Engine, bearer, keys, route, running_ingress
 
 DEADLY = {"model": "one", "die_early": True}
 
@@ -143,7 +144,7 @@ async def test_a_client_that_reads_slowly_gets_every_chunk(monkeypatch: pytest.M
         await asyncio.sleep(0.1)
         sent.append(message.get("body", b""))
 
-    stream = KeepaliveStream(send, [], DEFAULT_TIMING)
+    stream = KeepaliveStream(send, [], DEFAULT_TIMING, ErrorShape(CHAT, "id"))
     await stream({"type": "http.response.start", "status": 200, "headers": []})
     for chunk in CHUNKS:
         await stream({"type": "http.response.body", "body": chunk, "more_body": True})
@@ -167,7 +168,7 @@ async def test_an_error_ends_the_event_that_it_interrupts(chunks: tuple[bytes, .
     async def send(message: Message) -> None:
         sent.append(message.get("body", b""))
 
-    stream = KeepaliveStream(send, [], DEFAULT_TIMING)
+    stream = KeepaliveStream(send, [], DEFAULT_TIMING, ErrorShape(CHAT, "id"))
     await stream.comment("waking")
     for chunk in chunks:
         await stream({"type": "http.response.body", "body": chunk, "more_body": True})

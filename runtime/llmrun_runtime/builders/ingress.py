@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
+import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
@@ -15,11 +17,14 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from llmrun.errors import EngineError
 from llmrun.settings import Settings
 from llmrun_runtime.ingress.admission.body import read_body
+from llmrun_runtime.ingress.admission.encodings import content_encoding, decode
 from llmrun_runtime.ingress.admission.request import check_method, parse_request
 from llmrun_runtime.ingress.admission.target import model_not_found
 from llmrun_runtime.ingress.endpoints.models import MODELS, entry
+from llmrun_runtime.ingress.error_shapes import ErrorShape
 from llmrun_runtime.ingress.errors import HTTPError
-from llmrun_runtime.ingress.relay import EVENT_STREAM, interrupted_event
+from llmrun_runtime.ingress.queue.keepalive import STREAM_HEADERS
+from llmrun_runtime.ingress.relay import EVENT_STREAM, interrupted
 
 
 class OpenAIIngress:
@@ -36,12 +41,12 @@ class OpenAIIngress:
         self._max_body = Settings().max_body_bytes
 
     async def __call__(self, request: Request) -> Response:
-        """Answer one request. Errors have OpenAI's shape."""
+        """Answer one request. Errors have the shape of the path's API."""
         try:
             return await self._answer(request)
         except HTTPError as error:
             headers = {"retry-after": str(error.retry_after)} if error.retry_after is not None else {}
-            return JSONResponse(error.body(), error.status, headers)
+            return JSONResponse(_shape(request).body(error), error.status, headers)
 
     async def _answer(self, request: Request) -> Response:
         path, method = request.url.path.removeprefix(request.scope.get("root_path", "")) or "/", request.method
@@ -54,15 +59,18 @@ class OpenAIIngress:
             raise HTTPError(404, f"path {path} not found", "path_not_found")
         check_method(method, path, "POST")
         body = await read_body(request.scope, request.receive, self._max_body)
+        if encoding := content_encoding(request.scope):
+            body = await asyncio.to_thread(decode, body, encoding, self._max_body)
         content_type = request.headers.get("content-type", "application/json")
         parsed = parse_request(body, content_type.encode())
-        name = self._model_name(parsed.model)
+        name, shape = self._model_name(parsed.model), _shape(request, parsed.model)
         with _http_errors(name):
             response: AsyncIterator[Any] = self._models[name].ask.remote(path, parsed.normalized or body, content_type)
             head = await anext(aiter(response))
             status, media_type = head["status"], head["content_type"]
             if media_type.encode().startswith(EVENT_STREAM):
-                return StreamingResponse(_events(name, response), status, media_type=media_type)
+                headers = {key.decode(): value.decode() for key, value in STREAM_HEADERS}
+                return StreamingResponse(_events(name, response, shape), status, headers, media_type=media_type)
             return Response(b"".join([chunk async for chunk in response]), status, media_type=media_type)
 
     def _model_name(self, name: str) -> str:
@@ -97,12 +105,19 @@ def _http_errors(model: str) -> Iterator[None]:
         raise HTTPError(503, message, "replica_gone", "service_unavailable", retry_after=5) from None
 
 
-async def _events(model: str, response: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+def _shape(request: Request, model: str = "") -> ErrorShape:
+    path = request.url.path.removeprefix(request.scope.get("root_path", ""))
+    return ErrorShape(path, request.headers.get("x-request-id") or uuid.uuid4().hex, model)
+
+
+async def _events(model: str, response: AsyncIterator[bytes], shape: ErrorShape) -> AsyncIterator[bytes]:
     """Relay the chunks of an event stream; end it with an error event if the replica dies."""
-    last = b""
+    first = last = b""
     try:
         with _http_errors(model):
             async for last in response:
+                first = first or last
                 yield last
     except HTTPError as error:
-        yield interrupted_event(last, error.message)
+        event = shape.event(interrupted(error.message), first, last)
+        yield event if not last or last.endswith(b"\n\n") else b"\n\n" + event

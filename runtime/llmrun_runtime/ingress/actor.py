@@ -90,7 +90,7 @@ class IngressActor:
             admin_host=listening.admin_host,
         )
         app: App = with_cors(ingress, self._settings.cors_origins) if self._settings.cors_origins else ingress
-        self._server = http.HTTPServer(app, listening)
+        self._server = http.HTTPServer(app, listening, self._settings.keepalive_timeout)
         self._drain = Drain(self._queue, ingress, self._server, self._readiness)
         self._first_table = asyncio.Event()
         self._ended = False

@@ -18,11 +18,12 @@ import llmrun
 from llmrun.identity import CHALLENGE_HEADER, MAX_CHALLENGE, PROOF_HEADER, digest_of, prove
 from llmrun.settings import Settings
 from llmrun.wire import CONTROL_ROOT, KeyInfo
-from llmrun_runtime.asgi import Receive, Scope, Send, send_bytes, send_error, send_json
+from llmrun_runtime.asgi import Receive, Scope, Send, send_bytes, send_json
 from llmrun_runtime.engines.registry import get_engine
 from llmrun_runtime.ingress.admission.admin_access import check_admin_access
 from llmrun_runtime.ingress.admission.auth import authenticate, bearer_token, can_access, check_operator, is_operator
 from llmrun_runtime.ingress.admission.browser import check_browser, check_content_type, names
+from llmrun_runtime.ingress.admission.paths import canonical_path, path_not_found
 from llmrun_runtime.ingress.admission.rate_limits import Limiter
 from llmrun_runtime.ingress.admission.request import check_headers, check_method
 from llmrun_runtime.ingress.admission.revision import Resolver, resolve_pin
@@ -102,14 +103,15 @@ class Ingress:
             await self._dispatch(scope, receive, recorded, record)
         except HTTPError as full:
             error = record.shown(full)
-            headers = [record.id_header, *error.headers(), *record.rate_limit_headers]
-            await send_json(recorded, error.status, error.body(), headers)
+            headers = [*record.shape.headers(), *error.headers(), *record.rate_limit_headers]
+            await send_json(recorded, error.status, record.shape.body(error), headers)
         except Exception as error:
             if record.status:
                 raise  # the server then closes the connection, so that no client takes the response for complete
             log.exception("request %s failed", record.id)
             message = f"internal error ({type(error).__name__}). See request {record.id} in the ingress log"
-            await send_error(recorded, 500, message, "internal_error", "internal_error", headers=[record.id_header])
+            internal = HTTPError(500, message, "internal_error", "internal_error")
+            await send_json(recorded, 500, record.shape.body(internal), record.shape.headers())
         finally:
             if record.path:
                 self._metrics.ended(record)
@@ -117,7 +119,10 @@ class Ingress:
 
     async def _dispatch(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
         path, method = scope["path"], scope["method"]
-        if path == "/health":
+        if path == "/":  # some clients look whether anybody is there
+            check_method(method, path, "GET", "HEAD")
+            await send_json(send, 200, {"name": "llmrun", "version": llmrun.__version__, "openapi": "/openapi.json"})
+        elif path == "/health":
             headers = self._proof(scope)
             await send_json(send, 200, {"status": "ok", "version": llmrun.__version__}, headers)
         elif path == "/ready":
@@ -133,16 +138,28 @@ class Ingress:
             await send_bytes(send, 200, await self._metrics_page(), CONTENT_TYPE_LATEST)
         elif path.startswith(CONTROL_ROOT + "/"):
             await self._control(scope, receive, send)
+        elif path not in self._paths():
+            await self._dispatch_canonical(scope, receive, send, record)
         else:
-            models = self._queue.table.models.values()
-            if path not in USUAL_PATHS and not any(path in model.paths for model in models):
-                raise HTTPError(404, f"path {path} not found", "path_not_found")
             check_method(method, path, "POST")
             record.path = path
             with self._counted():
                 key = self._authenticate(scope, record)
                 check_content_type(scope)
                 await self._infer(scope, receive, send, key, record)
+
+    async def _dispatch_canonical(self, scope: Scope, receive: Receive, send: Send, record: RequestRecord) -> None:
+        """Dispatch the path that is meant by another spelling. Raises HTTPError (404) if it is none."""
+        known = self._paths()
+        path, deployment = canonical_path(scope["path"], known)
+        if path == scope["path"]:
+            raise path_not_found(path, known)
+        record.shape.path = path
+        await self._dispatch({**scope, "path": path, "deployment": deployment}, receive, send, record)
+
+    def _paths(self) -> frozenset[str]:
+        """The paths that the models serve, and those that they usually serve."""
+        return USUAL_PATHS.union(*(model.paths for model in self._queue.table.models.values()))
 
     def _check_metrics_access(self, scope: Scope) -> None:
         """Raise HTTPError (401): metrics name all models, adapters and nodes.

@@ -17,10 +17,18 @@ from llmrun.wire import KeyInfo
 from llmrun_runtime.asgi import Receive, Scope, Send
 from llmrun_runtime.ingress.admission.admit import Admission, admit
 from llmrun_runtime.ingress.admission.body import read_body
+from llmrun_runtime.ingress.admission.encodings import content_encoding, decode
 from llmrun_runtime.ingress.admission.held_bytes import HeldBody, HeldBytes
 from llmrun_runtime.ingress.admission.output_tokens import with_field
 from llmrun_runtime.ingress.admission.rate_limits import Limiter, key_limits, model_limits
-from llmrun_runtime.ingress.admission.request import LARGE_BYTES, PRIORITY_HEADER, ParsedRequest, parse_request
+from llmrun_runtime.ingress.admission.request import (
+    COMMENTS_HEADER,
+    LARGE_BYTES,
+    PRIORITY_HEADER,
+    ParsedRequest,
+    parse_request,
+    wants_comments,
+)
 from llmrun_runtime.ingress.admission.revision import Resolver, resolve_pin
 from llmrun_runtime.ingress.admission.target import Target, check_path
 from llmrun_runtime.ingress.disconnect import cancel_on_disconnect
@@ -39,8 +47,9 @@ from llmrun_runtime.wire.headers import ADAPTER_HEADER, KEY_HEADER, PROBE_HEADER
 log = logging.getLogger("llmrun.ingress")
 # Headers that are never forwarded from clients: their credentials, and those that the ingress sets or acts on.
 PRIVATE = frozenset(
-    {b"authorization", b"x-api-key", b"x-request-id", b"content-length"}
-    | {name.encode() for name in (TOKEN_HEADER, KEY_HEADER, PROBE_HEADER, ADAPTER_HEADER, PRIORITY_HEADER.lower())}
+    {b"authorization", b"x-api-key", b"api-key", b"x-request-id", b"content-length", b"content-encoding"}
+    | {name.encode() for name in (TOKEN_HEADER, KEY_HEADER, PROBE_HEADER, ADAPTER_HEADER)}
+    | {name.lower().encode() for name in (PRIORITY_HEADER, COMMENTS_HEADER)}
 )
 
 
@@ -70,14 +79,17 @@ class Inference:
         self._resolver = resolver
         self._links = links
         self._keepalive = keepalive
+        self._comments = settings.stream_comments
         self._deaths = EngineDeaths()
 
     async def __call__(
         self, scope: Scope, receive: Receive, send: Send, key: KeyInfo | None, record: RequestRecord
     ) -> None:
         """Answer a request whose key is authenticated. Raises HTTPError before the response starts."""
-        limits, now = key_limits(key), time.monotonic()
+        limits = key_limits(key)
         try:
+            await self._limiter.wait_for_place(limits)
+            now = time.monotonic()
             # Before the body is read: a refused request costs, too, so it counts.
             with self._limiter.acquire(limits, now), self._held.body(record.key) as body:
                 await self._read(scope, receive, body)
@@ -92,17 +104,25 @@ class Inference:
             raise
 
     async def _read(self, scope: Scope, receive: Receive, body: HeldBody) -> None:
-        """Read the body. Raises ClientDisconnect or HTTPError, see `read_body`."""
+        """Read and decode the body. Raises ClientDisconnect or HTTPError, see `read_body` and `decode`."""
+        encoding = content_encoding(scope)
         body.replace(await read_body(scope, receive, self._max_body_bytes, body.reserve, self._body_timeout))
+        if encoding:
+            loop = asyncio.get_running_loop()
+            decoding = loop.run_in_executor(self._parser, decode, body.content, encoding, self._max_body_bytes)
+            content = await decoding
+            body.reserve(max(0, len(content) - len(body.content)))
+            body.replace(content)
 
     async def _parse(self, scope: Scope, body: HeldBody) -> ParsedRequest:
         """Parse the body, and normalize it. Raises HTTPError (400)."""
         content_type = dict(scope["headers"]).get(b"content-type", b"")
+        deployment = scope.get("deployment", "")
         if len(body.content) <= LARGE_BYTES:
-            parsed = parse_request(body.content, content_type)
+            parsed = parse_request(body.content, content_type, deployment)
         else:
             loop = asyncio.get_running_loop()
-            parsed = await loop.run_in_executor(self._parser, parse_request, body.content, content_type)
+            parsed = await loop.run_in_executor(self._parser, parse_request, body.content, content_type, deployment)
         if parsed.normalized:
             body.replace(parsed.normalized)
         return replace(parsed, normalized=b"")
@@ -120,8 +140,10 @@ class Inference:
         record.model, record.adapter = model, self._metrics.adapter(model, adapter)
         if self._deaths:  # a digest of every body would cost too much
             self._check_deaths(_digest(admission, scope, body), record)
-        stream = KeepaliveStream(send, [record.id_header], self._keepalive)
+        record.shape.model = admission.request.model
+        stream = KeepaliveStream(send, record.shape.headers(), self._keepalive, record.shape)
         try:
+            await self._limiter.wait_for_place(model_limits(admission.target.model))
             now = time.monotonic()
             with (
                 self._limiter.acquire(model_limits(admission.target.model), now),
@@ -157,14 +179,15 @@ class Inference:
         target = await resolve_pin(admission.target, self._resolver)
         parsed = admission.request
         caller = Caller(record.key, admission.probe, parsed.prefix, target.pin, record.adapter, admission.priority)
-        wait = CallerWait(self._queue, target.name, admission.max_wait, stream if parsed.stream else None, caller)
+        commented = stream if admission.streams and wants_comments(scope, self._comments) else None
+        wait = CallerWait(self._queue, target.name, admission.max_wait, commented, caller)
         request = UpstreamRequest(
             method=scope["method"],
             path=scope["path"],
             query=scope["query_string"],
             headers=_upstream_headers(scope, record, caller, target, len(body.content)),
             body=body,
-            response_headers=[record.id_header, *record.rate_limit_headers],
+            response_headers=[*record.shape.headers(), *record.rate_limit_headers],
             deadlines=self._deadlines,
         )
         failed: list[str] = []
@@ -175,9 +198,9 @@ class Inference:
                     # The engine reports its paths only once it runs, so this can differ from the check at admission.
                     check_path(self._queue.table.models.get(claim.model), request.path)
 
-                    def on_first_byte(claim: Claim = claim) -> None:
+                    def on_first_byte(is_answer: bool, claim: Claim = claim) -> None:
                         record.first_byte = time.monotonic()
-                        record.streamed = stream.streams_answer
+                        record.streamed = is_answer and stream.is_event_stream
                         self._queue.on_first_byte(claim)
                         if self._deaths:
                             self._deaths.forget(_digest(admission, scope, body))

@@ -1,20 +1,22 @@
-"""Relays a request to a replica and its response to the client, without parsing either body."""
+"""Relays a request to a replica and its response to the client. Of the bodies, it reads only those of errors."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llmrun_runtime.asgi import Scope, Send, error_body
+from llmrun_runtime.asgi import Scope, Send
 from llmrun_runtime.ingress.admission.held_bytes import HeldBody
+from llmrun_runtime.ingress.engine_errors import MAX_ERROR_BYTES, engine_error
 from llmrun_runtime.ingress.errors import HTTPError
 from llmrun_runtime.link.client import Exchange, LinkLostError, Links
 from llmrun_runtime.wire.headers import DIED, GONE_HEADER, TOKEN_HEADER
 from llmrun_runtime.wire.routing_table import ReplicaRoute
 
 EVENT_STREAM = b"text/event-stream"
+# For the rest of an engine's error response.
+ERROR_TIMEOUT_S = 10.0
 # RFC 9110, 7.6.1.
 HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization te trailer transfer-encoding upgrade".split()
@@ -69,12 +71,14 @@ def forwarded_headers(scope: Scope, drop: frozenset[bytes] = frozenset()) -> lis
 
 
 async def relay(
-    links: Links, replica: ReplicaRoute, request: UpstreamRequest, send: Send, on_first_byte: Callable[[], None]
+    links: Links, replica: ReplicaRoute, request: UpstreamRequest, send: Send, on_first_byte: Callable[[bool], None]
 ) -> None:
     """Send the request to the replica and stream the response to the client.
 
-    Before the first byte, raises UpstreamUnavailable, or HTTPError on a timeout. If the engine fails later, an event
-    stream ends with an error event; any other response is aborted, so that a client cannot take it for complete.
+    `on_first_byte` is called once, and told whether the response is an answer, not an error.
+
+    Before the first byte, raises UpstreamUnavailable. Raises HTTPError for an error response of the engine, on a
+    timeout, and, also after the response has begun, if the engine fails.
     """
     try:
         link = await links.get(replica.host, replica.port)
@@ -101,11 +105,14 @@ async def relay(
         if gone := exchange.status == 503 and _gone(exchange.headers):
             died = gone == DIED.encode()
             raise UpstreamUnavailable("its engine died" if died else "it is shutting down", reached=died)
+        if exchange.status >= 400:
+            on_first_byte(False)
+            body = await _read_error(exchange, request.deadlines.idle_stream)
+            raise engine_error(exchange.status, exchange.headers, body, request.path)
         kept = [(key.lower(), value) for key, value in exchange.headers if key.lower() not in DROPPED_FROM_RESPONSE]
-        is_event_stream = dict(kept).get(b"content-type", b"").startswith(EVENT_STREAM)
         response_headers = [*kept, *request.response_headers]
         await send({"type": "http.response.start", "status": exchange.status, "headers": response_headers})
-        await _stream(exchange, send, on_first_byte, request.deadlines.idle_stream, is_event_stream=is_event_stream)
+        await _stream(exchange, send, on_first_byte, request.deadlines.idle_stream)
 
 
 def _gone(headers: list[tuple[bytes, bytes]]) -> bytes:
@@ -113,10 +120,9 @@ def _gone(headers: list[tuple[bytes, bytes]]) -> bytes:
     return next((value for key, value in headers if key.lower() == GONE_HEADER.encode()), b"")
 
 
-async def _stream(
-    exchange: Exchange, send: Send, on_first_byte: Callable[[], None], idle_timeout: float, *, is_event_stream: bool
-) -> None:
-    last = b""
+async def _stream(exchange: Exchange, send: Send, on_first_byte: Callable[[bool], None], idle_timeout: float) -> None:
+    """Pass the response on, chunk by chunk. Raises HTTPError if the engine ends, or sends nothing for too long."""
+    started = False
     while True:
         try:
             if idle_timeout:
@@ -124,25 +130,30 @@ async def _stream(
                     chunk = await exchange.read()
             else:
                 chunk = await exchange.read()
-        except (LinkLostError, TimeoutError) as error:
-            if not is_event_stream:
-                raise
-            if isinstance(error, TimeoutError):
-                reason = f"the engine sent nothing for {idle_timeout:g} s (LLMRUN_IDLE_STREAM_TIMEOUT)"
-            else:
-                reason = "the connection to the engine was lost. See `llmrun logs`"
-            await send({"type": "http.response.body", "body": interrupted_event(last, reason)})
-            return
-        if not last:
-            on_first_byte()
+        except TimeoutError:
+            raise interrupted(f"the engine sent nothing for {idle_timeout:g} s (LLMRUN_IDLE_STREAM_TIMEOUT)") from None
+        except LinkLostError:
+            raise interrupted("the connection to the engine was lost. See `llmrun logs`") from None
+        if not started:
+            on_first_byte(True)
+            started = True
         await send({"type": "http.response.body", "body": chunk, "more_body": bool(chunk)})
         if not chunk:
             return
-        last = chunk
 
 
-def interrupted_event(last: bytes, reason: str) -> bytes:
-    """Return the error event that ends an interrupted stream, after its `last` chunk."""
-    body = error_body(f"stream interrupted: {reason}", "service_unavailable", "stream_broken_off")
-    event = b"data: " + json.dumps(body).encode() + b"\n\n"
-    return event if not last or last.endswith(b"\n\n") else b"\n\n" + event
+async def _read_error(exchange: Exchange, timeout: float) -> bytes:
+    """Return the body of an engine's error response, or its first MAX_ERROR_BYTES."""
+    body = bytearray()
+    try:
+        async with asyncio.timeout(timeout or ERROR_TIMEOUT_S):
+            while len(body) < MAX_ERROR_BYTES and (chunk := await exchange.read()):
+                body += chunk
+    except (LinkLostError, TimeoutError):
+        pass  # what has arrived says more than that the rest is missing
+    return bytes(body[:MAX_ERROR_BYTES])
+
+
+def interrupted(reason: str) -> HTTPError:
+    """The error for a response that has begun and cannot go on."""
+    return HTTPError(503, f"stream interrupted: {reason}", "stream_broken_off", "service_unavailable")

@@ -9,6 +9,7 @@ import uuid
 from dataclasses import dataclass, field
 
 from llmrun_runtime.asgi import Scope
+from llmrun_runtime.ingress.error_shapes import ErrorShape
 from llmrun_runtime.ingress.errors import HTTPError
 
 log = logging.getLogger("llmrun.ingress")
@@ -21,6 +22,8 @@ class RequestRecord:
     """One request. `status` is 0 until the response starts; `path` is "" for requests that are not for a model."""
 
     id: str
+    shape: ErrorShape
+    """How its errors are written."""
     model: str = ""
     adapter: str = ""
     """The adapter's label in metrics."""
@@ -48,13 +51,9 @@ class RequestRecord:
             log.info("%s %s: %s: %s", self.id, self.key, error.message, error.cause)
         return error.shown(to_operator=self.operator, request=self.id)
 
-    @property
-    def id_header(self) -> tuple[bytes, bytes]:
-        """`x-request-id`, for the response."""
-        return b"x-request-id", self.id.encode("latin-1")
-
 
 def new_record(scope: Scope) -> RequestRecord:
     """Return a record with the client's `x-request-id`, or a new one."""
     given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
-    return RequestRecord(given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
+    number = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return RequestRecord(number, ErrorShape(scope["path"], number))

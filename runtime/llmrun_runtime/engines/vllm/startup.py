@@ -49,6 +49,7 @@ from vllm.v1.executor import Executor
 from vllm.v1.worker import gpu_model_runner
 
 from llmrun_runtime.engines.shim import lease
+from llmrun_runtime.engines.vllm.client_errors import report_client_errors
 from llmrun_runtime.engines.vllm.engine import VLLM, cpu_defaults
 from llmrun_runtime.engines.vllm.metering import meter_vllm
 
@@ -90,6 +91,7 @@ def prepare(*, from_forkserver: bool) -> None:
     _prepared.parser = make_arg_parser(FlexibleArgumentParser(prog="vllm"))
     meter_vllm()
     if _prepared.fast:
+        report_client_errors()
         _check_for_processor_first()
         tokenizers.copy = SimpleNamespace(copy=copy.copy, deepcopy=_deepcopy)
         if current_platform.is_cpu():

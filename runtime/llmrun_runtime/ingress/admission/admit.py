@@ -8,11 +8,22 @@ from functools import partial
 from llmrun.wire import KeyInfo
 from llmrun_runtime.asgi import Scope
 from llmrun_runtime.ingress.admission.auth import can_access, check_may_wake
+from llmrun_runtime.ingress.admission.paths import KEPT_NOWHERE
 from llmrun_runtime.ingress.admission.rate_limits import Limit, key_limits, model_limits, output_cap
 from llmrun_runtime.ingress.admission.request import ParsedRequest, parse_max_wait, parse_priority
 from llmrun_runtime.ingress.admission.target import Target, check_path, find_target
+from llmrun_runtime.ingress.error_shapes import RESPONSES
+from llmrun_runtime.ingress.errors import HTTPError
 from llmrun_runtime.wire.reports import PRIORITIES
 from llmrun_runtime.wire.routing_table import Table
+
+# Paths that answer JSON even if a request says `"stream": true`, which their engines ignore.
+NEVER_STREAMED = frozenset(
+    {
+        *("/v1/embeddings", "/pooling", "/classify", "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
+        *("/tokenize", "/detokenize", "/v1/messages/count_tokens"),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -31,11 +42,17 @@ class Admission:
     """The field and the value that cap its output; None without a cap."""
     priority: int
     """In the queue: its index in PRIORITIES."""
+    path: str
 
     @property
     def probe(self) -> bool:
         """Whether the request must not keep the model warm."""
         return self.key is not None and not self.key.wake
+
+    @property
+    def streams(self) -> bool:
+        """Whether its response is an event stream."""
+        return self.request.stream and self.path not in NEVER_STREAMED
 
 
 def admit(table: Table, key: KeyInfo | None, scope: Scope, request: ParsedRequest) -> Admission:
@@ -43,7 +60,7 @@ def admit(table: Table, key: KeyInfo | None, scope: Scope, request: ParsedReques
 
     1. The headers are valid.
     2. The model, or its adapter, exists. What the key may not use does not exist for it.
-    3. The model's engine serves the path.
+    3. The model's engine serves the path, and the request asks for nothing that llmrun does not keep.
     4. Its output is within the caps of the key and the model.
     5. The model is running, or the key may wake it.
     """
@@ -56,6 +73,7 @@ def admit(table: Table, key: KeyInfo | None, scope: Scope, request: ParsedReques
     target = find_target(table, request.model, partial(can_access, key))
     # 3.
     check_path(target.model, scope["path"])
+    _check_kept(request, scope["path"])
     # 4.
     cap, path, output = output_cap(key, target.model), scope["path"], request.wanted.total(scope["path"])
     capped = cap.apply(path, request.wanted) if cap else None
@@ -64,4 +82,11 @@ def admit(table: Table, key: KeyInfo | None, scope: Scope, request: ParsedReques
     # 5.
     check_may_wake(key, target.model)
     limits = [*key_limits(key), *model_limits(target.model)]
-    return Admission(key, request, target, max_wait, limits, output, capped, priority)
+    return Admission(key, request, target, max_wait, limits, output, capped, priority, path)
+
+
+def _check_kept(request: ParsedRequest, path: str) -> None:
+    """Raise HTTPError (400) for a response that must be kept: what it follows may be in no replica, or in another."""
+    if path == RESPONSES and request.kept:
+        message = f"{request.kept!r} is not supported: {KEPT_NOWHERE}"
+        raise HTTPError(400, message, "responses_not_kept", param=request.kept)

@@ -10,6 +10,7 @@ from llmrun_runtime.ingress.errors import NOT_READY, HTTPError
 from llmrun_runtime.wire.routing_table import ModelRoute, Table
 
 BEARER = "bearer "
+KEY_HEADERS = (b"x-api-key", b"api-key")
 ADMIN_HINT = "set LLMRUN_ADMIN_KEY to the content of `admin.key` in the head node's LLMRUN_HOME"
 
 
@@ -23,7 +24,8 @@ def authenticate(table: Table, scope: Scope, now: float, *, required: bool) -> K
     """Return the request's API key; None if no key is needed. Raises HTTPError (401).
 
     1. While no key exists, requests need none, unless keys are `required` here, or by the table.
-    2. Otherwise the key is sent as OpenAI's clients do (`Authorization: Bearer …`), or as Anthropic's (`x-api-key`).
+    2. Otherwise the key is sent as OpenAI's clients do (`Authorization: Bearer …`), as Anthropic's (`x-api-key`), or as
+       Azure's (`api-key`). Clients that send several keys often do not know that: any valid one will do.
     3. The key must exist, and must not be disabled or expired. The admin key has access to everything.
     4. A viewer's key opens no models.
     """
@@ -31,16 +33,16 @@ def authenticate(table: Table, scope: Scope, now: float, *, required: bool) -> K
     if not table.keys and not required and not table.keys_required:
         return None
     # 2.
-    bearer, anthropic = bearer_token(scope), dict(scope["headers"]).get(b"x-api-key", b"").decode("latin-1")
-    secret = (anthropic if bearer is None else bearer).strip()
-    if not secret:
+    secrets = _secrets(scope)
+    if not secrets:
         message = "API key is required: send `Authorization: Bearer KEY`. Create one with `llmrun key create NAME`"
         raise HTTPError(401, message, "missing_api_key", "authentication_error")
     # 3.
-    digest = digest_of(secret)
-    key = ADMIN if digest == table.admin else table.keys.get(digest)
-    if key is None:
+    keys = [ADMIN if digest == table.admin else table.keys.get(digest) for digest in map(digest_of, secrets)]
+    known = [key for key in keys if key]
+    if not known:
         raise HTTPError(401, "invalid API key (unknown or revoked)", "invalid_api_key", "authentication_error")
+    key = next((key for key in known if not _problem(key, now)), known[0])
     if problem := _problem(key, now):
         raise problem
     # 4.
@@ -48,6 +50,13 @@ def authenticate(table: Table, scope: Scope, now: float, *, required: bool) -> K
         message = f"API key {key.name} is a viewer's: it opens no models. Create one with `llmrun key create NAME`"
         raise HTTPError(403, message, "viewer_key", "permission_error")
     return key
+
+
+def _secrets(scope: Scope) -> list[str]:
+    """Return the keys that the request sends, in all headers for them."""
+    headers = dict(scope["headers"])
+    others = (headers.get(name, b"").decode("latin-1").strip() for name in KEY_HEADERS)
+    return [secret for secret in (bearer_token(scope) or "", *others) if secret]
 
 
 def _problem(key: KeyInfo, now: float) -> HTTPError | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from llmrun_runtime.wire.reports import LocalUsage, RemoteUsage, Subject, key_su
 from llmrun_runtime.wire.routing_table import ModelRoute
 
 CONCURRENCY_RETRY_S = 1
+# A client that closes a stream and asks again at once is faster than the news of the close.
+PLACE_WAIT_S = 0.1
 _NO_USAGE = RemoteUsage()
 
 
@@ -68,10 +72,13 @@ class Limiter:
         self._in_flight: Counter[Subject] = Counter()
         self._reserved: Counter[Subject] = Counter()
         """The tokens that requests in flight may still generate."""
+        self._released = asyncio.Event()
+        """Set when a request ends."""
 
     def set_remote(self, usage: Mapping[Subject, RemoteUsage], now: float) -> None:
         """Store the usage at other ingresses and of tokens, as control reports it."""
         self._remote, self._remote_since = usage, now
+        self._released.set()
 
     def usage(self, now: float) -> dict[Subject, LocalUsage]:
         """Return the usage of subjects with limits at this ingress, for control."""
@@ -80,6 +87,20 @@ class Limiter:
         self._reserved = +self._reserved
         subjects = self._requests.keys() | self._in_flight.keys() | self._reserved.keys()
         return {s: LocalUsage(self._local_requests(s, now), self._in_flight[s], self._reserved[s]) for s in subjects}
+
+    async def wait_for_place(self, limits: Sequence[Limit]) -> None:
+        """Return when `max_in_flight` admits another request, at the latest after PLACE_WAIT_S."""
+        if not any(limit.max_in_flight for limit in limits):
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(PLACE_WAIT_S):
+                while any(self._is_full(limit, time.monotonic()) for limit in limits):
+                    self._released.clear()
+                    await self._released.wait()
+
+    def _is_full(self, limit: Limit, now: float) -> bool:
+        remote = self._usage_elsewhere(limit.subject, now)
+        return bool(limit.max_in_flight) and self._in_flight[limit.subject] + remote.in_flight >= limit.max_in_flight
 
     @contextlib.contextmanager
     def acquire(self, limits: Sequence[Limit], now: float) -> Iterator[None]:
@@ -92,7 +113,7 @@ class Limiter:
         for limit in limits:
             remote = self._usage_elsewhere(limit.subject, now)
             # 1.
-            if limit.max_in_flight and self._in_flight[limit.subject] + remote.in_flight >= limit.max_in_flight:
+            if self._is_full(limit, now):
                 concurrent = _count(limit.max_in_flight, "concurrent request")
                 raise _limit_reached(limit, f"{concurrent} (max_in_flight)", CONCURRENCY_RETRY_S)
             # 2.
@@ -110,6 +131,7 @@ class Limiter:
         finally:
             for limit in limits:
                 self._in_flight[limit.subject] -= 1
+            self._released.set()
 
     @contextlib.contextmanager
     def reserve(self, limits: Sequence[Limit], now: float, output_tokens: int) -> Iterator[None]:

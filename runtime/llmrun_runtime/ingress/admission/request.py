@@ -15,19 +15,25 @@ import python_multipart
 from llmrun_runtime.asgi import Scope
 from llmrun_runtime.ingress.admission.compat import normalize
 from llmrun_runtime.ingress.admission.output_tokens import UNKNOWN, Wanted
+from llmrun_runtime.ingress.admission.text import check_text
 from llmrun_runtime.ingress.errors import HTTPError
 from llmrun_runtime.wire.reports import PRIORITIES
 
 MAX_WAIT_HEADER = "X-LLMRun-Max-Wait"
 _MAX_WAIT = MAX_WAIT_HEADER.lower().encode()
 PRIORITY_HEADER = "X-LLMRun-Priority"
+COMMENTS_HEADER = "X-LLMRun-Comments"
 _PRIORITY = PRIORITY_HEADER.lower().encode()
 PROMPT_KEYS = (b'"messages"', b'"prompt"', b'"input"')
 # Routing by prefix pays off only for prompts of this length.
 PREFIX_BYTES = 1024
 ROUTING_KEYS = ("model", "stream")
+# What engines take for true in a JSON body (pydantic's rules).
+TRUE = frozenset({"1", "on", "t", "true", "y", "yes"})
+# Of /v1/responses: what asks for a response that is kept.
+KEPT = ("previous_response_id", "conversation", "background", "store")
 # Whoever reads a header that is sent twice takes the first or the last value: two readers would see two requests.
-SINGLE_HEADERS = (b"content-type", b"content-length", b"authorization", b"x-api-key")
+SINGLE_HEADERS = (b"content-type", b"content-length", b"content-encoding", b"authorization", b"x-api-key", b"api-key")
 # Parsing more bytes than this takes so long that it would delay other requests.
 LARGE_BYTES = 256 * 2**10
 # Python's parser holds the interpreter, and with it all streams. For as many values as 32 MiB can have, that would be
@@ -59,10 +65,15 @@ class ParsedRequest:
     """The body to send to the engine; b"" for the original one."""
     wanted: Wanted = UNKNOWN
     """What it says about its output."""
+    kept: str = ""
+    """The field of KEPT that it sets; "" for none."""
 
 
-def parse_request(body: bytes, content_type: bytes = b"application/json") -> ParsedRequest:
-    """Parse a JSON body or a multipart form. Raises HTTPError (400)."""
+def parse_request(body: bytes, content_type: bytes = b"application/json", deployment: str = "") -> ParsedRequest:
+    """Parse a JSON body or a multipart form. Raises HTTPError (400).
+
+    `deployment`: the model that the path names, over the one in a JSON body; "" if it names none.
+    """
     if content_type.lower().startswith(b"multipart/form-data"):
         return _parse_form(body, content_type)
     _check_size(body)
@@ -76,9 +87,19 @@ def parse_request(body: bytes, content_type: bytes = b"application/json") -> Par
         raise HTTPError(400, message, "invalid_json")
     if duplicate:
         raise HTTPError(400, f"duplicate key {duplicate!r} in the request body", "duplicate_key", param=duplicate)
-    normalized = normalize(parsed)
+    check_text(body, parsed)
+    is_renamed = bool(deployment) and parsed.get("model") != deployment
+    if is_renamed:
+        parsed["model"] = deployment
+    normalized = normalize(parsed) or (parsed if is_renamed else None)
     encoded = json.dumps(normalized, ensure_ascii=False).encode() if normalized else b""
-    return ParsedRequest(_model_of(parsed), parsed.get("stream") is True, _prefix(body), encoded, Wanted.of(parsed))
+    kept = next((name for name in KEPT if parsed.get(name)), "")
+    stream = _is_true(parsed.get("stream"))
+    return ParsedRequest(_model_of(parsed), stream, _prefix(body), encoded, Wanted.of(parsed), kept)
+
+
+def _is_true(value: Any) -> bool:
+    return value in (True, 1) if isinstance(value, bool | int | float) else str(value).lower() in TRUE
 
 
 def _check_size(body: bytes) -> None:
@@ -126,7 +147,7 @@ def _parse_form(body: bytes, content_type: bytes) -> ParsedRequest:
         python_multipart.parse_form(headers, io.BytesIO(body), on_field, lambda file: file.close())
     except (python_multipart.exceptions.FormParserError, ValueError) as error:
         raise HTTPError(400, f"request body is not a valid multipart form: {error}", "invalid_form") from None
-    return ParsedRequest(_model_of(fields), fields.get("stream", "").lower() in ("true", "1"))
+    return ParsedRequest(_model_of(fields), _is_true(fields.get("stream")))
 
 
 def _duplicate_key(body: bytes) -> str | None:
@@ -168,6 +189,14 @@ def parse_priority(scope: Scope) -> int:
             return index
     message = f"invalid value for {PRIORITY_HEADER}: {value!r} must be high, normal or batch"
     raise HTTPError(400, message, "invalid_header")
+
+
+def wants_comments(scope: Scope, default: bool) -> bool:
+    """Whether a stream that waits may get comments: `X-LLMRun-Comments`, else `default`. Raises HTTPError (400)."""
+    value = dict(scope["headers"]).get(COMMENTS_HEADER.lower().encode(), b"").decode("latin-1").lower()
+    if value not in ("", "on", "off"):
+        raise HTTPError(400, f"invalid value for {COMMENTS_HEADER}: {value!r} must be on or off", "invalid_header")
+    return value == "on" if value else default
 
 
 def check_headers(scope: Scope) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import islice, product
 from typing import Any
 
 from llmrun_runtime.ingress.admission.target import Visibility, listed_adapters
@@ -29,16 +29,19 @@ async def list_models(models: Iterable[ModelRoute], visible: Visibility) -> byte
 
 
 def _entries(models: list[ModelRoute], visible: Visibility) -> Iterator[dict[str, Any] | None]:
-    """Yield models, then adapters; for adapters, which can be thousands, only OpenAI's fields and the parent.
+    """Yield models, then adapters, by each of their names.
+
+    Adapters can be thousands: they have only OpenAI's fields and the parent.
 
     Yields None for each entry that is not visible, because checking it takes time, too.
     """
     for model in models:
-        yield describe(model, model.name) if visible(model) else None
+        for name in model.names:
+            yield describe(model, name) if visible(model) else None
     for model in models:
-        for adapter in listed_adapters(model):
-            name = f"{model.name}:{adapter}"
-            yield entry(name, model.created) | {"parent": model.name} if visible(model, adapter) else None
+        for name, adapter in product(model.names, listed_adapters(model)):
+            shown = visible(model, adapter)
+            yield entry(f"{name}:{adapter}", model.created) | {"parent": model.name} if shown else None
 
 
 def describe(model: ModelRoute, name: str) -> dict[str, Any]:

@@ -6,10 +6,10 @@ The engine's events follow unchanged; if the request fails, one event with the e
 from __future__ import annotations
 
 import asyncio
-import json
 from dataclasses import dataclass
 
-from llmrun_runtime.asgi import Headers, Message, Send, error_body
+from llmrun_runtime.asgi import Headers, Message, Send
+from llmrun_runtime.ingress.error_shapes import ErrorShape
 from llmrun_runtime.ingress.errors import HTTPError
 
 
@@ -24,32 +24,28 @@ class KeepaliveTiming:
 DEFAULT_TIMING = KeepaliveTiming()
 # A client that reads so little that one chunk does not fit into the buffers would keep its engine busy for ever.
 WRITE_TIMEOUT_S = 60.0
+# Of every event stream: proxies must neither keep it nor wait for its end (nginx reads `x-accel-buffering`).
+STREAM_HEADERS = [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
 
 
 class KeepaliveStream:
-    """A `Send` around the client's; it changes nothing until the first comment is sent.
+    """A `Send` around the client's; it only adds STREAM_HEADERS to event streams until the first comment is sent.
 
     Raises ConnectionAbortedError if the client reads too little for WRITE_TIMEOUT_S.
     """
 
-    def __init__(self, send: Send, headers: Headers, timing: KeepaliveTiming) -> None:
+    def __init__(self, send: Send, headers: Headers, timing: KeepaliveTiming, shape: ErrorShape) -> None:
         self.timing = timing
         self.response_started = False
         """Whether the client has received a status."""
         self.is_event_stream = False
         """Whether the response is an event stream, so that an error can be sent as its last event."""
         self._client_send = send
-        self._headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-        self._headers += headers
+        self._headers = [(b"content-type", b"text/event-stream; charset=utf-8"), *STREAM_HEADERS, *headers]
+        self._shape = shape
         self._comment_sent = False
-        self._error_body: bytearray | None = None
-        self._in_event = False
-        """Whether the last event is incomplete."""
-
-    @property
-    def streams_answer(self) -> bool:
-        """Whether the response is an event stream with an answer, not with an engine's error."""
-        return self.is_event_stream and self._error_body is None
+        self._first = self._last = b""
+        """The engine's first and its last chunk."""
 
     async def comment(self, text: str) -> None:
         """Send a comment, which clients ignore."""
@@ -60,44 +56,28 @@ class KeepaliveStream:
 
     async def fail(self, error: HTTPError) -> None:
         """End the stream with an error event."""
-        await self._end(json.dumps(error.body(), ensure_ascii=False).encode())
+        event = self._shape.event(error, self._first, self._last)
+        is_in_event = self._last and not self._last.endswith(b"\n\n")
+        await self._send({"type": "http.response.body", "body": b"\n\n" + event if is_in_event else event})
 
     async def __call__(self, message: Message) -> None:
         """Forward a message of the engine's response."""
-        if not self._comment_sent:
-            if message["type"] == "http.response.start":
-                self.response_started = True
-                types = [value for key, value in message["headers"] if key.lower() == b"content-type"]
-                self.is_event_stream = any(each.lower().startswith(b"text/event-stream") for each in types)
+        if message["type"] == "http.response.body":
+            if chunk := message.get("body"):
+                self._first, self._last = self._first or chunk, chunk
             await self._send(message)
-        elif message["type"] == "http.response.start":
-            if message["status"] != 200:
-                self._error_body = bytearray()
-        elif self._error_body is None:
-            await self._send(message)
-        else:
-            self._error_body += message.get("body", b"")
-            if not message.get("more_body"):
-                await self._end(_one_line(bytes(self._error_body)))
+        elif not self._comment_sent:
+            self.response_started = True
+            headers = [(key.lower(), value) for key, value in message["headers"]]
+            self.is_event_stream = dict(headers).get(b"content-type", b"").lower().startswith(b"text/event-stream")
+            if self.is_event_stream:
+                own = dict(STREAM_HEADERS)
+                headers = [*((key, value) for key, value in headers if key not in own), *STREAM_HEADERS]
+            await self._send({**message, "headers": headers})
 
     async def _send(self, message: Message) -> None:
-        if body := message.get("body"):
-            self._in_event = not body.endswith(b"\n\n")
         try:
             async with asyncio.timeout(WRITE_TIMEOUT_S):
                 await self._client_send(message)
         except TimeoutError:
             raise ConnectionAbortedError(f"the client read too little for {WRITE_TIMEOUT_S:g} s") from None
-
-    async def _end(self, data: bytes) -> None:
-        event = b"data: " + data + b"\n\n"
-        await self._send({"type": "http.response.body", "body": b"\n\n" + event if self._in_event else event})
-
-
-def _one_line(body: bytes) -> bytes:
-    """Return an engine's error response as the data of one event."""
-    try:
-        error = json.loads(body)
-    except ValueError:
-        error = error_body(body.decode(errors="replace")[:1000], "invalid_request_error", "engine_refused")
-    return json.dumps(error, ensure_ascii=False).encode()

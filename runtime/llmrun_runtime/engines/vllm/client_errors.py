@@ -1,0 +1,84 @@
+"""Has vLLM report a client's mistakes as such: with 400, and in one sentence that names the field."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+from starlette.responses import JSONResponse
+from vllm.entrypoints.serve.exception_handling import error_response, register
+from vllm.exceptions import VLLMValidationError
+from vllm.multimodal.media.connector import MediaConnector
+
+from llmrun_runtime.asgi import error_body
+from llmrun_runtime.engines.vllm.validation import explain
+
+CREATE = "create_error_response"
+LOCAL_FILE = "local files are not read: send the file itself, as a data URL"
+
+
+def report_client_errors() -> None:
+    """Replace vLLM's handler of validation errors, and what turns its exceptions into responses, once."""
+    if register.validation_exception_handler is _on_invalid_request:
+        return
+    register.validation_exception_handler = _on_invalid_request
+    original = error_response.create_error_response
+    explained = _explained(original)
+    for module in list(sys.modules.values()):  # vLLM's modules import it by name
+        if getattr(module, "__name__", "").startswith("vllm.") and vars(module).get(CREATE) is original:
+            setattr(module, CREATE, explained)
+    MediaConnector.load_from_url = _loading(MediaConnector.load_from_url)
+    MediaConnector.load_from_url_async = _loading_async(MediaConnector.load_from_url_async)
+
+
+async def _on_invalid_request(_: Request, error: RequestValidationError) -> JSONResponse:
+    message, field = explain(error.errors(), error.body)
+    return JSONResponse(error_body(message, "invalid_request_error", "invalid_request", field or None), 400)
+
+
+def _explained(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def create(message: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(message, ValidationError):
+            text, field = explain([dict(error) for error in message.errors()])
+            message = VLLMValidationError(text, parameter=field or None)
+        return original(message, *args, **kwargs)
+
+    return create
+
+
+def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load(self: Any, url: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(self, url, *args, **kwargs)
+        except Exception as error:
+            raise _not_loaded(url, error) from error
+
+    return load
+
+
+def _loading_async(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    async def load(self: Any, url: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await original(self, url, *args, **kwargs)
+        except Exception as error:
+            raise _not_loaded(url, error) from error
+
+    return load
+
+
+def _not_loaded(url: Any, error: Exception) -> Exception:
+    """Return the error for an image, audio or video that cannot be loaded: the client has sent it, or its URL.
+
+    Pillow's error for a decompression bomb, for example, is none that vLLM knows as the client's.
+    """
+    if str(url).startswith("file:"):
+        return ValueError(LOCAL_FILE)
+    return error if isinstance(error, ValueError) else ValueError(f"cannot load the media: {error}")
