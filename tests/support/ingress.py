@@ -37,6 +37,7 @@ CHAT = "/v1/chat/completions"
 POST_JSON = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 """The start of a raw request."""
 CHUNKS = [b"data: {}\n\n", b"data: \xff not json\n\n", b"data: [DONE]\n\n"]
+VALID_CHUNKS = [b'data: {"id": "resp_1", "sequence_number": 4, "choices": []}\n\n', b"data: [DONE]\n\n"]
 
 
 class Engine:
@@ -70,7 +71,10 @@ class Engine:
         await asyncio.gather(response, disconnect, return_exceptions=True)
 
     async def respond(self, request: Request, send: Send) -> None:
-        """Stream CHUNKS, unless the body has `refuse`, `hang`, `stall`, `die_early`, `die_late`, `end` or `fail`."""
+        """Stream CHUNKS, or VALID_CHUNKS with `valid`, unless the body asks for a fault.
+
+        Faults: `refuse`, `hang`, `stall`, `die_early`, `die_late`, `end`, `fail`.
+        """
         if request.url.path == "/metrics":
             text = b'# TYPE vllm:tokens_total counter\nvllm:tokens_total{model_name="one"} 7.0\n'
             await asgi.send_bytes(send, 200, text, "text/plain")
@@ -91,7 +95,7 @@ class Engine:
         await asyncio.sleep(body.get("stall", 0))
         headers = [(b"content-type", b"text/event-stream"), (b"x-engine", b"yes")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        for chunk in CHUNKS:
+        for chunk in VALID_CHUNKS if body.get("valid") else CHUNKS:
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
             if body.get("die_late"):
                 await asyncio.sleep(0.05)  # until the chunk is sent
@@ -192,7 +196,8 @@ async def running_ingress(
     metrics = IngressMetrics("ingress", queue, timeout=metrics_timeout)
     readiness = Readiness()
     ingress = Ingress(parsed, queue, limiter, metrics, resolve, readiness, keys_only=keys_only, keepalive=keepalive)
-    http_server = http.HTTPServer(with_cors(ingress, parsed.cors_origins) if parsed.cors_origins else ingress)
+    app = with_cors(ingress, parsed.cors_origins) if parsed.cors_origins else ingress
+    http_server = http.HTTPServer(app, keepalive_timeout=parsed.keepalive_timeout)
     sock = http.bind("127.0.0.1", 0)
     server = asyncio.create_task(http_server.serve([sock]))
     async with aiohttp.ClientSession() as session:

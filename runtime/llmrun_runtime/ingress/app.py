@@ -209,11 +209,11 @@ class Ingress:
 
     async def _models(self, scope: Scope, path: str, send: Send, record: RequestRecord) -> None:
         key, table = self._authenticate(scope, record), self._queue.table
-        if path == MODELS:
+        name = path.removeprefix(MODELS).strip("/")
+        if not name:
             body = await list_models(table.models.values(), partial(can_access, key))
             await send_bytes(send, 200, body, "application/json")
         else:
-            name = path.removeprefix(MODELS + "/")
             target = find_target(table, name, partial(can_access, key))
             await resolve_pin(target, self._resolver)  # a revision that does not exist is an error here, too
             await send_json(send, 200, describe(target.model, name))

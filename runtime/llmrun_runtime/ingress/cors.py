@@ -6,14 +6,18 @@ from typing import Any, cast
 
 from starlette.middleware.cors import CORSMiddleware
 
+from llmrun.wire import CONTROL_ROOT
 from llmrun_runtime.asgi import App, Receive, Scope, Send
 from llmrun_runtime.ingress.admission.browser import listed
 
-EXPOSED = ("x-request-id", "retry-after")
+EXPOSED = ("x-request-id", "request-id", "retry-after")
 
 
 def with_cors(app: App, origins: str) -> App:
-    """Wrap the app in Starlette's CORS middleware, for `/v1` alone; `origins` is a comma-separated list, or `*`."""
+    """Wrap the app in Starlette's CORS middleware; `origins` is a comma-separated list, or `*`.
+
+    llmrun's own API and the metrics are for no web page.
+    """
     rate_limits = [
         f"x-ratelimit-{field}-{kind}" for field in ("limit", "remaining", "reset") for kind in ("requests", "tokens")
     ]
@@ -26,6 +30,7 @@ def with_cors(app: App, origins: str) -> App:
     )
 
     async def dispatch(scope: Scope, receive: Receive, send: Send) -> None:
-        await (cors if scope["path"].startswith("/v1/") else app)(scope, receive, send)
+        is_own = scope["path"] == "/metrics" or scope["path"].startswith(CONTROL_ROOT + "/")
+        await (app if is_own else cors)(scope, receive, send)
 
     return dispatch

@@ -29,7 +29,7 @@ CODES = {CONTEXT_LENGTH, NO_TEMPLATE, OTHER, *(code for _, code in _KINDS.values
 """All codes that this module gives to errors."""
 _OPENAI_WORD = re.compile(r"[a-z]+(_[a-z]+)*")
 # vLLM appends these to its messages.
-_DETAILS = re.compile(r"\s*\(parameter=([\w.]+)(?:, value=.*)?\)\s*$", re.DOTALL)
+_DETAILS = re.compile(r"\s*\(parameter=([\w.\[\]]+)(?:, value=.*)?\)\s*$", re.DOTALL)
 _CONTEXT = re.compile(r"maximum context length is (\d+) tokens.*?(\d+) (?:input )?tokens", re.DOTALL)
 _TOO_MANY = re.compile(r"max_\w+=(\d+) cannot be greater than max_model_len=(\d+)")
 _NO_TEMPLATE = re.compile(r"default chat template is no longer allowed|chat template to be used|no chat template")

@@ -27,7 +27,6 @@ from llmrun_runtime.ingress.admission.request import (
     PRIORITY_HEADER,
     ParsedRequest,
     parse_request,
-    wants_comments,
 )
 from llmrun_runtime.ingress.admission.revision import Resolver, resolve_pin
 from llmrun_runtime.ingress.admission.target import Target, check_path
@@ -179,7 +178,8 @@ class Inference:
         target = await resolve_pin(admission.target, self._resolver)
         parsed = admission.request
         caller = Caller(record.key, admission.probe, parsed.prefix, target.pin, record.adapter, admission.priority)
-        commented = stream if admission.streams and wants_comments(scope, self._comments) else None
+        comments = self._comments if admission.comments is None else admission.comments
+        commented = stream if admission.streams and comments else None
         wait = CallerWait(self._queue, target.name, admission.max_wait, commented, caller)
         request = UpstreamRequest(
             method=scope["method"],

@@ -4,13 +4,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 Loc = tuple[str | int, ...]
 # Fields by which the members of a union differ.
-TAGS = ("role", "type")
+TAGS = (("role",), ("type",))
+_FIELD = re.compile(r"[a-z_]+")
+_LISTS = {"ChatCompletionContentPart": ("content",), "ChatCompletionMessage": ("tool_calls",)}
 _INPUT = re.compile(r"^Input should be ")
 _PREFIXES = re.compile(r"^(Value|Assertion) error, ")
+
+
+@dataclass(frozen=True)
+class _Error:
+    """One of pydantic's errors: where it is in the body, and in which members of unions."""
+
+    path: Loc
+    members: tuple[str, ...]
+    kind: str
+    message: str
+
+    @property
+    def is_tag(self) -> bool:
+        """Whether it says that another member of the union was meant."""
+        return self.path[-1:] in TAGS and self.kind in ("literal_error", "enum", "missing")
 
 
 def explain(errors: Sequence[Mapping[str, Any]], body: Any = None) -> tuple[str, str]:
@@ -19,47 +37,52 @@ def explain(errors: Sequence[Mapping[str, Any]], body: Any = None) -> tuple[str,
     `errors`: pydantic's. `body`: what was validated. Of a union's members, the one that was probably meant counts:
     its tag fits, then its error is the deepest, then it has the fewest errors.
     """
-    members: dict[str, list[tuple[Loc, Mapping[str, Any]]]] = {}
-    for error in errors:
-        path, member = _split(error, body)
-        members.setdefault(member, []).append((path, error))
-    if not members:
+    read = [_read(error, body) for error in errors]
+    if not read:
         return "the request is not valid", ""
+    others = [error.members for error in read if error.is_tag]
 
-    def fit(found: list[tuple[Loc, Mapping[str, Any]]]) -> tuple[int, int, int]:
-        return sum(_is_tag(path, error) for path, error in found), -max(len(path) for path, _ in found), len(found)
+    def fit(error: _Error) -> tuple[int, int, int]:
+        is_other = sum(error.members[: len(members)] == members for members in others)
+        return is_other, -len(error.path), sum(each.members == error.members for each in read)
 
-    meant = min(members.values(), key=fit)
-    path, error = min(meant, key=lambda each: (_is_tag(*each), -len(each[0])))
-    field, message = _dotted(path), str(error.get("msg", "is not valid"))
-    if error.get("type") == "missing":
+    meant = min(read, key=fit)
+    field, message = _dotted(meant.path), meant.message
+    if meant.kind == "missing":
         return f"{field!r} is required", field
     if _PREFIXES.match(message):
         return _PREFIXES.sub("", message), field
     return f"{field!r} {_INPUT.sub('should be ', message)}" if _INPUT.match(message) else f"{field!r}: {message}", field
 
 
-def _split(error: Mapping[str, Any], body: Any) -> tuple[Loc, str]:
-    """Split an error's location into the path in the body, and the member of the outermost union."""
+def _read(error: Mapping[str, Any], body: Any) -> _Error:
     loc: Loc = tuple(error.get("loc", ()))
     loc = loc[1:] if loc[:1] == ("body",) else loc
-    if body is not None and loc and isinstance(loc[0], int):  # pydantic validates iterables later, without their place
-        loc = (*_place_of(error.get("input"), loc, body), *loc)
+    kind = str(error.get("type", ""))
+    if loc and isinstance(loc[0], int):  # pydantic validates iterables later, without their place
+        loc = (*(_place_of(error.get("input"), loc, body) if body is not None else _usual_place(loc)), *loc)
     path: list[str | int] = []
-    member, value = "", body
+    members: list[str] = []
+    value = body
     for index, part in enumerate(loc):
         is_last = index == len(loc) - 1
-        if isinstance(value, dict) and (part in value or (is_last and error.get("type") == "missing")):
+        if isinstance(value, dict) and (part in value or (is_last and kind == "missing")):
             path.append(part)
             value = value.get(part)
         elif isinstance(value, list) and isinstance(part, int) and part < len(value):
             path.append(part)
             value = value[part]
-        elif body is None and (isinstance(part, int) or part.islower()):
+        elif body is None and (isinstance(part, int) or _FIELD.fullmatch(part)):
             path.append(part)
         else:
-            member = member or str(part)
-    return tuple(path), member
+            members.append(str(part))
+    return _Error(tuple(path), tuple(members), kind, str(error.get("msg", "is not valid")))
+
+
+def _usual_place(loc: Loc) -> Loc:
+    """Return the name of the list that vLLM validates, by its items' class."""
+    names = [part for part in loc if isinstance(part, str)]
+    return next((name for part in names for prefix, name in _LISTS.items() if part.startswith(prefix)), ())
 
 
 def _place_of(value: Any, loc: Loc, body: Any) -> Loc:
@@ -77,11 +100,6 @@ def _place_of(value: Any, loc: Loc, body: Any) -> Loc:
 
 def _has(item: Any, value: Any) -> bool:
     return isinstance(item, dict) and any(each == value or _has(each, value) for each in item.values())
-
-
-def _is_tag(path: Loc, error: Mapping[str, Any]) -> bool:
-    """Whether the error says that another member of the union was meant."""
-    return bool(path) and path[-1] in TAGS and error.get("type") in ("literal_error", "enum", "missing")
 
 
 def _dotted(path: Loc) -> str:

@@ -10,7 +10,7 @@ from llmrun_runtime.asgi import Scope
 from llmrun_runtime.ingress.admission.auth import can_access, check_may_wake
 from llmrun_runtime.ingress.admission.paths import KEPT_NOWHERE
 from llmrun_runtime.ingress.admission.rate_limits import Limit, key_limits, model_limits, output_cap
-from llmrun_runtime.ingress.admission.request import ParsedRequest, parse_max_wait, parse_priority
+from llmrun_runtime.ingress.admission.request import ParsedRequest, parse_comments, parse_max_wait, parse_priority
 from llmrun_runtime.ingress.admission.target import Target, check_path, find_target
 from llmrun_runtime.ingress.error_shapes import RESPONSES
 from llmrun_runtime.ingress.errors import HTTPError
@@ -43,6 +43,8 @@ class Admission:
     priority: int
     """In the queue: its index in PRIORITIES."""
     path: str
+    comments: bool | None
+    """Whether its stream may get comments while it waits, as the client set it; None if it did not."""
 
     @property
     def probe(self) -> bool:
@@ -82,7 +84,7 @@ def admit(table: Table, key: KeyInfo | None, scope: Scope, request: ParsedReques
     # 5.
     check_may_wake(key, target.model)
     limits = [*key_limits(key), *model_limits(target.model)]
-    return Admission(key, request, target, max_wait, limits, output, capped, priority, path)
+    return Admission(key, request, target, max_wait, limits, output, capped, priority, path, parse_comments(scope))
 
 
 def _check_kept(request: ParsedRequest, path: str) -> None:

@@ -12,7 +12,7 @@ from llmrun_runtime.ingress.errors import HTTPError
 
 V1 = "/v1"
 KEPT_NOWHERE = "llmrun keeps no responses. Send the whole conversation in 'input'"
-_AZURE = re.compile(r"/openai/deployments/(.+)")
+_AZURE = re.compile(r"/openai/deployments/(.+/.+)")
 
 
 def canonical_path(path: str, known: Collection[str]) -> tuple[str, str]:
@@ -23,8 +23,9 @@ def canonical_path(path: str, known: Collection[str]) -> tuple[str, str]:
     plain = re.sub(r"/{2,}", "/", path).rstrip("/")
     if azure := _AZURE.fullmatch(plain):
         for suffix in sorted((each.removeprefix(V1) for each in known), key=len, reverse=True):
-            if azure[1].endswith(suffix) and azure[1] != suffix:
-                return V1 + suffix if V1 + suffix in known else suffix, azure[1].removesuffix(suffix)
+            deployment = azure[1].removesuffix(suffix)
+            if deployment != azure[1] and deployment:
+                return V1 + suffix if V1 + suffix in known else suffix, deployment
     plain = plain.removeprefix("/openai")
     while plain.startswith(V1 + V1 + "/"):
         plain = plain.removeprefix(V1)

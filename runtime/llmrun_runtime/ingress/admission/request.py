@@ -191,12 +191,12 @@ def parse_priority(scope: Scope) -> int:
     raise HTTPError(400, message, "invalid_header")
 
 
-def wants_comments(scope: Scope, default: bool) -> bool:
-    """Whether a stream that waits may get comments: `X-LLMRun-Comments`, else `default`. Raises HTTPError (400)."""
+def parse_comments(scope: Scope) -> bool | None:
+    """Return whether `X-LLMRun-Comments` is on; None without it. Raises HTTPError (400)."""
     value = dict(scope["headers"]).get(COMMENTS_HEADER.lower().encode(), b"").decode("latin-1").lower()
     if value not in ("", "on", "off"):
         raise HTTPError(400, f"invalid value for {COMMENTS_HEADER}: {value!r} must be on or off", "invalid_header")
-    return value == "on" if value else default
+    return value == "on" if value else None
 
 
 def check_headers(scope: Scope) -> None:
