@@ -13,7 +13,7 @@ from llmrun.errors import AppError, DeployError
 from llmrun.spec import DNS_LABEL, Code, ModelSpec, to_label
 from llmrun.weights import is_path
 from llmrun.wire import Change, DeployRequest, Event, Plan
-from llmrun_cli.app_files.package import CodePackage, pack
+from llmrun_cli.app_files.package import CodePackage, hidden_modules, pack
 from llmrun_cli.app_files.python_file import LoadedModel, load_app
 from llmrun_cli.app_files.yaml_file import SUFFIXES as YAML_SUFFIXES
 from llmrun_cli.app_files.yaml_file import read_yaml
@@ -60,7 +60,8 @@ def load(target: str) -> LoadedApp:
 
 def _load_file(path: Path) -> LoadedApp:
     if path.suffix not in YAML_SUFFIXES:
-        return LoadedApp(path, load_app(path), [])
+        models, warnings = load_app(path)
+        return LoadedApp(path, models, warnings)
     specs, warnings = read_yaml(path)
     folder = path.absolute().parent
     return LoadedApp(
@@ -72,17 +73,18 @@ def from_file(target: str, app_name: str = "") -> PreparedDeploy:
     """Prepare a deploy of `PATH[::NAME]`; packs the file's folder if a class has code. Raises AppError."""
     app = load(target)
     path = app.path.absolute()
-    code = None
+    code, warnings = None, list(app.warnings)
     if any(model.needs_code for model in app.models):
         weights = {Path(model.spec.path).expanduser() for model in app.models if model.spec.path}  # used in place
         code = pack(path.parent, exclude=weights)
+        warnings += hidden_modules(code)
     request = DeployRequest(
         app=_app_name(app_name, path.parent.name if path.stem == "app" else path.stem),
         source=f"{socket.gethostname()}:{path}",
         specs=tuple(_spec_with_code(model, path, code) for model in app.models),
         only="::" in target,
     )
-    return PreparedDeploy(request, code, app.warnings)
+    return PreparedDeploy(request, code, warnings)
 
 
 def from_model(

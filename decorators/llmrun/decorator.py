@@ -5,11 +5,13 @@ Depends on no cluster, app file or command line.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import json
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any, TypeVar, Unpack
 
 from pydantic import ValidationError
@@ -25,6 +27,7 @@ T = TypeVar("T", bound=type)
 HOOKS = {"on_start": ("self",), "on_request": ("self", "request")}
 CONTEXT = "context"
 ATTRIBUTE = "__llmrun_spec__"
+_collected: ContextVar[list[type] | None] = ContextVar("_collected", default=None)
 
 
 def llm(model: str | Weights = "", **options: Unpack[LLMOptions]) -> Callable[[T], T]:
@@ -61,6 +64,8 @@ def llm(model: str | Weights = "", **options: Unpack[LLMOptions]) -> Callable[[T
         if fields.get("name") is None:
             fields["name"] = to_label(cls.__name__)
         setattr(cls, ATTRIBUTE, build_spec(fields))
+        if (collected := _collected.get()) is not None:
+            collected.append(cls)
         if not hasattr(cls, "deploy"):
             setattr(cls, "deploy", classmethod(deploy))  # noqa: B010 - type checkers know no such attribute
         return cls
@@ -95,6 +100,17 @@ def build_spec(fields: Mapping[str, Any]) -> ModelSpec:
         field = ".".join(str(part) for part in first["loc"][:1])
         message = first["msg"][:1].lower() + first["msg"][1:]
         raise SpecError(f"{field}={fields.get(field)!r}: {message}") from None
+
+
+@contextlib.contextmanager
+def collecting() -> Iterator[list[type]]:
+    """Collect the classes that `@llm` decorates in this block, also those that lose their name, as in a loop."""
+    classes: list[type] = []
+    token = _collected.set(classes)
+    try:
+        yield classes
+    finally:
+        _collected.reset(token)
 
 
 def spec_of(cls: type) -> ModelSpec | None:

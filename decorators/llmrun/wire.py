@@ -127,6 +127,8 @@ class AdapterRow(Answer):
     """Replicas whose engines hold it."""
     last_used: float = 0
     """Unix time; 0 if unused since control started."""
+    problem: str = ""
+    """Why this folder is not served, though it looks like an adapter; "" for an adapter."""
 
 
 class WeightsRow(Answer):

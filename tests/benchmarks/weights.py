@@ -26,6 +26,7 @@ from llmrun.weights import Weights
 from llmrun_runtime.weights.node_weights import NodeWeights
 from tests.support.cluster import BIN
 from tests.support.servers import AWS, hub_server, s3_server
+from tests.support.weights import write_safetensors
 
 FILES, FILE_BYTES = 5, 2**30 // 5
 ROUNDS = 5
@@ -36,9 +37,7 @@ def make_random_model(folder: Path) -> None:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     for number in range(FILES):
-        with (folder / f"model-{number}.safetensors").open("wb") as file:
-            for start in range(0, FILE_BYTES, 2**20):
-                file.write(os.urandom(min(2**20, FILE_BYTES - start)))
+        write_safetensors(folder / f"model-{number}.safetensors", FILE_BYTES)
 
 
 @contextmanager

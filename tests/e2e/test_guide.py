@@ -61,7 +61,7 @@ def test_embeddings_vision_and_adapters(guide: dict[str, str], tmp_path: Path) -
 
 
 def test_gpu_examples_load() -> None:
-    counts = {item.spec.name: (item.spec.gpu_count, item.spec.nodes) for item in load_app(GUIDE / "placement.py")}
+    counts = {item.spec.name: (item.spec.gpu_count, item.spec.nodes) for item in load_app(GUIDE / "placement.py")[0]}
     assert counts == {
         "first-there-is": (1, 1),
         "tensor-parallel": (4, 1),

@@ -144,7 +144,7 @@ def node(tmp_path: Path) -> Iterator[Node]:
 
 
 def make_model(folder: Path, sizes: tuple[int, ...] = (3 * MIB,), seed: int = 0) -> Path:
-    """Make a folder like a model's: one file of random bytes for each of `sizes`, and files that are not needed."""
+    """Make a folder like a model's: one file of weights for each of `sizes`, and files that are not needed."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"seed": seed}))
     (folder / "tokenizer.json").write_text("{}" * 1000)
@@ -152,10 +152,21 @@ def make_model(folder: Path, sizes: tuple[int, ...] = (3 * MIB,), seed: int = 0)
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.onnx").write_text("not needed")
     for number, size in enumerate(sizes):
-        with (folder / f"model-{number}.safetensors").open("wb") as file:
-            for start in range(0, size, MIB):
-                file.write(os.urandom(min(size - start, MIB)))
+        write_safetensors(folder / f"model-{number}.safetensors", size)
     return folder
+
+
+def write_safetensors(path: Path, size: int) -> None:
+    """Write a valid file of `size` bytes, at least 10: one tensor of random bytes, none in a file under 128 bytes."""
+    header = b"{}"
+    if size >= 128:
+        count = size - 128
+        header = json.dumps({"t": {"dtype": "U8", "shape": [count], "data_offsets": [0, count]}}).encode()
+    header = header.ljust(min(size, 128) - 8)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for start in range(128, size, MIB):
+            file.write(os.urandom(min(size - start, MIB)))
 
 
 def read_files(folder: Path) -> dict[str, bytes]:

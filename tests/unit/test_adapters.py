@@ -29,7 +29,7 @@ from llmrun_runtime.ingress.admission.auth import can_access
 from llmrun_runtime.ingress.admission.target import find_target
 from llmrun_runtime.ingress.errors import HTTPError
 from llmrun_runtime.ingress.routing import AFFINITY_SLACK, choose
-from llmrun_runtime.weights.adapters import Adapter, AdapterListing, find_adapters
+from llmrun_runtime.weights.adapters import Adapter, AdapterListing, find_adapters, find_skipped
 from llmrun_runtime.weights.pin import File, Pin
 from llmrun_runtime.weights.stores.objects import ObjectStore
 from llmrun_runtime.wire.headers import ADAPTER_HEADER
@@ -111,6 +111,24 @@ def test_each_folder_is_one_adapter() -> None:
     assert [file.name for file in hub["two"].pin.files] == [f"two/{name}" for name in both]
     single = find_adapters(Pin(weights=Weights("acme/legal@v3"), revision="c" * 40, files=files(*both, "README.md")))
     assert single.keys() == {"legal"} and single["legal"].folder == ""
+
+
+def test_what_looks_like_an_adapter_and_is_none_has_a_reason() -> None:
+    both = ("adapter_config.json", "adapter_model.safetensors")
+    good, odd = ("one", "v1.0"), ("über", "a b", "a:b", "a@1", "-x")
+    folders = (*good, *odd, "team/two", "one/checkpoint-500")
+    names = [f"{folder}/{name}" for folder in folders for name in both]
+    more = ["half/adapter_config.json", "other/adapter_model.bin", "docs/README.md", "model.safetensors"]
+    listed = Pin(weights=Weights("s3://acme/all"), files=files(*names, *more))
+    assert find_adapters(listed).keys() == {*good}
+    skipped = find_skipped(listed)
+    assert skipped.keys() == {*odd, "team/two", "half", "other"}
+    assert all("its name must be letters, digits" in skipped[folder] for folder in odd)
+    assert "nested" in skipped["team/two"]
+    assert skipped["half"] == "it has no adapter_model.safetensors"
+    assert skipped["other"] == "it has no adapter_config.json"
+    many = Pin(weights=Weights("s3://acme/all"), files=files(*(f"x {n}/{name}" for n in range(99) for name in both)))
+    assert len(find_skipped(many)) == 20
 
 
 def test_a_local_folder_is_a_source_too(tmp_path: Path) -> None:

@@ -16,10 +16,12 @@ from typing import cast
 import pytest
 import typer
 
+from llmrun.app_file import load_file
+from llmrun.decorator import spec_of
 from llmrun.errors import AppError, DeployError
 from llmrun.wire import Event
 from llmrun_cli import deployment
-from llmrun_cli.app_files.package import CodePackage, pack
+from llmrun_cli.app_files.package import CodePackage, hidden_modules, pack
 from llmrun_cli.app_files.python_file import load_app
 from llmrun_cli.client import Client
 from llmrun_cli.deploy_output import show_code, show_events
@@ -107,14 +109,72 @@ def test_a_port_that_another_server_uses_is_reported(home: Home) -> None:
 
 def test_paths_are_relative_to_the_app_file(tmp_path: Path) -> None:
     app = write_app(tmp_path / "apps" / "app.py", '@llm("./weights")\nclass A: ...\n@llm("~/w")\nclass B: ...\n')
-    assert [str(item.spec.model) for item in load_app(app)] == [str(tmp_path / "apps" / "weights"), "~/w"]
+    assert [str(item.spec.model) for item in load_app(app)[0]] == [str(tmp_path / "apps" / "weights"), "~/w"]
 
 
 def test_an_app_file_may_import_its_neighbours_and_print(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "neighbour.py").write_text("NAME = 'from-neighbour'\n")
     text = "from neighbour import NAME\nprint('loading')\n@llm('a/b', name=NAME)\nclass A: ...\n"
-    assert load_app(write_app(tmp_path / "app.py", text))[0].spec.name == "from-neighbour"
+    assert load_app(write_app(tmp_path / "app.py", text))[0][0].spec.name == "from-neighbour"
     assert capfd.readouterr().out == ""
+
+
+LOOP = "for i in range(2):\n    @llm('a/b', name=f'l{i}')\n    class L: ...\n"
+
+
+def test_models_that_share_a_class_name_are_all_deployed(tmp_path: Path) -> None:
+    models, warnings = load_app(write_app(tmp_path / "app.py", LOOP))
+    assert [model.spec.name for model in models] == ["l0", "l1"] and not warnings
+    loaded = load_file(tmp_path / "app.py")
+    for model in ("l0", "l1"):
+        assert (spec := spec_of(loaded.find(model, "L"))) and spec.name == model
+    assert loaded.find("renamed", "L") is loaded.module.L
+
+
+def test_the_models_of_other_files_are_deployed_if_they_are_imported_by_name(tmp_path: Path) -> None:
+    text = "from llmrun import llm\n@llm('a/b')\nclass One: ...\n@llm('a/b')\nclass Two: ...\n"
+    (tmp_path / "others.py").write_text(text)
+    app = write_app(tmp_path / "app.py", "import others\nfrom others import Two\n@llm('a/b')\nclass Three: ...\n")
+    models, warnings = load_app(app)
+    assert [model.spec.name for model in models] == ["two", "three"]
+    (warning,) = warnings
+    assert "model 'one' is not deployed: its class is defined in others. Import the class One by its name" in warning
+
+
+def test_a_class_that_another_decorator_copies_is_one_model(tmp_path: Path) -> None:
+    text = "import dataclasses\n@dataclasses.dataclass(slots=True)\n@llm('a/b')\nclass A:\n    x: int = 1\n"
+    models, _ = load_app(write_app(tmp_path / "app.py", text))
+    assert [model.spec.name for model in models] == ["a"]
+
+
+def test_a_file_that_python_cannot_read_is_refused(tmp_path: Path) -> None:
+    app = write_app(tmp_path / "app.py", "@llm('a/b')\nclass A: ...\n")
+    text = app.read_bytes()
+    app.write_bytes(text + b"# caf\xe9\n")
+    with pytest.raises(AppError) as error:
+        load_app(app)
+    assert "syntax error" in str(error.value) and "save the file as UTF-8" in str(error.value.detail)
+    app.write_bytes(b"# -*- coding: latin-1 -*-\n" + text + b"# caf\xe9\n")
+    assert load_app(app)[0][0].spec.name == "a"
+
+
+def test_modules_that_hide_others_are_named(tmp_path: Path) -> None:
+    for name in ("app.py", "json.py", "torch.py", "helpers/types.py", "data.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    first, second = hidden_modules(pack(tmp_path))
+    assert first.startswith("json.py has the name of a module of Python's library") and second.startswith("torch.py")
+
+
+def test_links_to_folders_inside_are_packed(tmp_path: Path) -> None:
+    (tmp_path / "lib" / "shared").mkdir(parents=True)
+    (tmp_path / "lib" / "shared" / "util.py").write_text("x = 1")
+    (tmp_path / "app.py").write_text("import shared.util")
+    (tmp_path / "shared").symlink_to("lib/shared")
+    assert pack(tmp_path).files == ("app.py", "lib/shared/util.py", "shared/util.py")
+    (tmp_path / "lib" / "loop").symlink_to("..")
+    with pytest.raises(AppError, match=r"lib/loop: the link leads to a folder that contains it"):
+        pack(tmp_path)
 
 
 def test_packages_are_the_same_for_the_same_files(tmp_path: Path) -> None:

@@ -238,6 +238,22 @@ def test_a_key_that_cannot_be_read_is_not_valid(path: Path) -> None:
     assert not keys.routes and rows(path, 'SELECT * FROM "keys"') == []
 
 
+def test_a_model_that_failed_is_still_there_after_a_restart(path: Path) -> None:
+    database = opened(path)
+    database.put_version(deployed("new"), active=False, cause="it has no chat template")
+    database.put_version(deployed("old", 1), active=True)
+    database.put_version(deployed("old", 2), active=False, cause="out of memory")
+    database.put_version(deployed("mended", 1), active=False, cause="out of memory")
+    database.put_version(deployed("mended", 2), active=True)
+    failed = opened(path).failed()
+    assert {name: (row.version, row.app, cause) for name, (row, cause) in failed.items()} == {
+        "new": (1, "app", "it has no chat template"),
+        "old": (2, "app", "out of memory"),
+    }
+    database.remove(["new"])
+    assert opened(path).failed().keys() == {"old"}
+
+
 def test_only_the_last_versions_are_kept(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(database_module, "PACKAGE_GRACE_S", -1)
     database = opened(path)

@@ -34,7 +34,7 @@ def test_the_readme_fits_on_a_few_screens() -> None:
 def test_the_readmes_app_can_be_loaded(tmp_path: Path) -> None:
     (text,) = re.findall(r"```python\n# app.py\n(.*?)```", README, re.S)
     (tmp_path / "app.py").write_text(text)
-    models = load_app(tmp_path / "app.py")
+    models, _ = load_app(tmp_path / "app.py")
     assert [(item.spec.name, item.hooks) for item in models] == [("assistant", ()), ("writer", ("on_request",))]
 
 
@@ -53,7 +53,7 @@ def test_the_apps_of_the_how_to_pages_can_be_loaded(page: str, names: list[str],
         path = tmp_path / str(number) / "app.py"
         path.parent.mkdir()
         path.write_text(text)
-        loaded += [item.spec.name for item in load_app(path)]
+        loaded += [item.spec.name for item in load_app(path)[0]]
     assert loaded == names
 
 

@@ -23,6 +23,7 @@ from llmrun_runtime.control.autoscaling.autoscaler import Autoscaler
 from llmrun_runtime.control.autoscaling.cold_starts import ColdStarts
 from llmrun_runtime.control.autoscaling.serve_apps import ServeApps
 from llmrun_runtime.control.catalog.adapter_revisions import AdapterRevisions
+from llmrun_runtime.control.catalog.adapter_sources import ModelAdapters
 from llmrun_runtime.control.catalog.adapters import AdaptersCatalog
 from llmrun_runtime.control.catalog.weights import WeightsCatalog
 from llmrun_runtime.control.hung_replicas import HungReplicas
@@ -127,7 +128,7 @@ class Year:
         self.keys.create(key)
         assert row.spec.lora
         for model in (name, "stays"):
-            self.adapters._update(model, row.spec.lora, {adapter: Adapter(name=adapter, pin=PIN)})
+            self.adapters._update(model, ModelAdapters(row.spec.lora, {adapter: Adapter(name=adapter, pin=PIN)}))
         await self._requests(number, key)
         self.keys.revoke(key.name)
         await self.serve_apps.delete(name, 1)

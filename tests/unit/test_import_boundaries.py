@@ -16,7 +16,7 @@ MAY_IMPORT = {"decorators": {"llmrun"}, "cli": {"llmrun", "llmrun_cli"}, "runtim
 RUNTIME = REPO / "runtime" / "llmrun_runtime"
 # Each folder of the runtime is one process role, or one thing on a node. What two of them exchange is in `wire`.
 SHARED = {"actors", "asgi", "http", "http_protocol", "listening", "logs", "metric_labels", "placement", "rate_window"}
-SHARED |= {"ray_internals", "ray_nodes", "supervise"}
+SHARED |= {"ray_internals", "ray_nodes", "safetensors_files", "supervise"}
 FOLDERS = {
     "wire": {"weights"},
     "link": set[str](),

@@ -30,7 +30,7 @@ def init(path: Path, *args: str) -> Any:
 def test_every_suggested_model_gets_an_accelerator_that_fits(model: str, tmp_path: Path) -> None:
     path = tmp_path / "app.py"
     init(path, "--model", model)
-    (loaded,) = load_app(path)
+    (loaded,), _ = load_app(path)
     spec = loaded.spec
     size = MODELS[model].size
     assert spec.model.source == model and (spec.task == "embed") == (MODELS[model].use == "embed")
@@ -46,12 +46,12 @@ def test_flags_are_written_to_the_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     more = ["--name", "7b-chat", "--accelerator", "A100-80G", "--gpus", "4", "--lora", "s3://acme/adapters"]
     init(path, "--model", "acme/x", *more, "--max-replicas", "3", "--keep-warm")
-    (loaded,) = load_app(path)
+    (loaded,), _ = load_app(path)
     spec = loaded.spec
     assert (spec.name, str(spec.accelerator), spec.gpu_count) == ("7b-chat", "A100-80G:4", 4)
     assert spec.lora and str(spec.lora) == "s3://acme/adapters" and (spec.min_replicas, spec.max_replicas) == (1, 3)
     init(path, "--model", "acme/x", "--accelerator", "cpu", "--force")
-    (loaded,) = load_app(path)
+    (loaded,), _ = load_app(path)
     assert loaded.spec.on_cpu and loaded.spec.name == "x"
 
 
@@ -104,7 +104,7 @@ def test_the_size_of_another_model_is_read_from_its_files(tmp_path: Path, monkey
         assert size_of("acme/new", hub.url) == Size(1000, 1024, 4) == size_of("acme/new@main", hub.url)
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         init(tmp_path / "app.py", "--model", "acme/new")
-        assert load_app(tmp_path / "app.py")[0].spec.accelerator is None, "a model this small is fast enough on CPUs"
+        assert load_app(tmp_path / "app.py")[0][0].spec.accelerator is None, "a model this small is fast enough on CPUs"
         with pytest.raises(WeightsError, match="it is gated or private; set HF_TOKEN"):
             size_of("acme/gated", hub.url)
         with pytest.raises(WeightsError, match=r"cannot determine its size: .*set --accelerator and --gpus"):
@@ -120,6 +120,6 @@ def test_missing_flags_are_prompted_for_on_a_terminal(tmp_path: Path) -> None:
     path = tmp_path / "app.py"
     code, shown = Home(tmp_path / "home", 1).run_on_a_terminal("init", path, answers="chat\n4\nA10G\n1\n-\n2\ny\n")
     assert code == 0, shown
-    (loaded,) = load_app(path)
+    (loaded,), _ = load_app(path)
     assert loaded.spec.model.source == "Qwen/Qwen3-8B" and str(loaded.spec.accelerator) == "A10G"
     assert (loaded.spec.min_replicas, loaded.spec.max_replicas) == (1, 2)

@@ -28,7 +28,7 @@ from llmrun_runtime.weights.tasks import FetchTask, VerifyTask
 from llmrun_runtime.weights.transfer import PART_BYTES, FileDownload, RetryPolicy, Transfer
 from tests.support.cluster import until
 from tests.support.servers import AWS, S3, Fault, Proxy, gcs_server
-from tests.support.weights import MIB, Node, make_model, on_s3, read_files
+from tests.support.weights import MIB, Node, make_model, on_s3, read_files, write_safetensors
 
 
 def large_model(buckets: Path, parts: int = 6) -> Path:
@@ -307,6 +307,21 @@ def test_an_index_that_names_missing_shards_fails_before_the_download(node: Node
     assert proxy.sent == (folder / "model.safetensors.index.json").stat().st_size
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "model-1.safetensors is damaged at its source: it has 1572864 bytes, expected 3145728. Upload it again"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "model-1.safetensors is damaged at its source: it has no"),
+    ],
+)
+def test_a_shard_that_was_cut_off_at_its_source_is_named(
+    node: Node, buckets: Path, proxy: Proxy, content: bytes | None, message: str
+) -> None:
+    shard = make_model(buckets / "acme" / "model", (3 * MIB, 3 * MIB)) / "model-1.safetensors"
+    shard.write_bytes(shard.read_bytes()[: 3 * MIB // 2] if content is None else content)
+    assert message in node.fetch_error(node.pin(on_s3(proxy)))
+
+
 def test_verify_detects_damage_on_disk(node: Node, buckets: Path, proxy: Proxy) -> None:
     make_model(buckets / "acme" / "model")
     pin = node.pin(on_s3(proxy))
@@ -342,8 +357,7 @@ def test_files_that_were_not_synced_before_a_reboot_are_hashed_again(node: Node,
 
 def test_a_workers_memory_does_not_grow_with_the_model(node: Node, buckets: Path, s3: S3) -> None:
     folder = make_model(buckets / "acme" / "model", ())
-    with (folder / "model.safetensors").open("wb") as file:
-        file.truncate(360 * MIB)
+    write_safetensors(folder / "model.safetensors", 360 * MIB)
     pin = node.pin(on_s3(s3))
     script = "import resource, subprocess, sys; subprocess.run(sys.argv[1:]); "
     script += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import sys
 import zipfile
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ SECRETS = (
 )
 # Of an LLMRUN_HOME, whatever its name: such a folder is left out.
 HOME_FILES = ("admin.key", "ray.token", "cluster.json")
+# What engines import, also late.
+ENGINE_MODULES = frozenset({"fastapi", "llmrun", "numpy", "pydantic", "ray", "torch", "transformers", "vllm"})
 EPOCH = (1980, 1, 1, 0, 0, 0)
 Rules = list[tuple[Path, GitIgnoreSpec]]
 
@@ -86,6 +89,20 @@ def pack(folder: Path, exclude: Collection[Path] = ()) -> CodePackage:
     return CodePackage(hashlib.sha256(data).hexdigest(), data, packed, tuple(secrets))
 
 
+def hidden_modules(package: CodePackage) -> list[str]:
+    """Return warnings about modules of the app that share their name with one of Python's library, or an engine's.
+
+    Whichever is imported first counts: in `python app.py` that is often the app's, beside an engine the other one.
+    """
+    tops = sorted({name.removesuffix(".py") for name in package.files if name.endswith(".py") and "/" not in name})
+    return [
+        f"{top}.py has the name of a module of Python's library or of the engine. Rename it: which of the two is "
+        f"imported depends on the order"
+        for top in tops
+        if top in sys.stdlib_module_names or top in ENGINE_MODULES
+    ]
+
+
 def _files(folder: Path, exclude: Collection[Path]) -> tuple[list[Path], list[str]]:
     """Return the folder's files that no ignore file excludes, and what was left out because it may contain secrets.
 
@@ -123,7 +140,11 @@ def _files(folder: Path, exclude: Collection[Path]) -> tuple[list[Path], list[st
                 (path / file).is_file() for file in HOME_FILES
             ):
                 secrets.append(name)
-            elif path.is_dir() and not path.is_symlink():
+            elif path.is_dir():
+                if path.is_symlink() and path.parent.resolve().is_relative_to(target):
+                    raise AppError(
+                        f"{path}: the link leads to a folder that contains it, {target}. List it in .llmrunignore."
+                    )
                 walk(path, rules)
             elif path.is_file():
                 files.append(path)

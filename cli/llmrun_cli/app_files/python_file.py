@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import tokenize
 import traceback
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,8 @@ class LoadedModel(BaseModel):
         return bool(self.hooks or self.spec.requirements)
 
 
-def load_app(path: Path) -> list[LoadedModel]:
-    """Return the models of a Python file in its order, with absolute paths. Raises AppError."""
+def load_app(path: Path) -> tuple[list[LoadedModel], list[str]]:
+    """Return the models of a Python file in its order, with absolute paths, and warnings. Raises AppError."""
     if not path.is_file():
         raise AppError(f"{path}: file not found")
     with tempfile.NamedTemporaryFile(suffix=".json") as result_file:
@@ -66,16 +67,17 @@ def load_app(path: Path) -> list[LoadedModel]:
     result = json.loads(text)
     if "error" in result:
         raise AppError(result["error"], result["detail"])
-    return [LoadedModel.model_validate(item) for item in result["models"]]
+    return [LoadedModel.model_validate(item) for item in result["models"]], result["warnings"]
 
 
 def _inspect(path: Path) -> dict[str, Any]:
     """Return the file's models, or an error and its detail."""
     try:
-        module = load_file(path)
+        _check_encoding(path)
+        file = load_file(path)
     except SpecError as error:
         return {"error": f"{_location(path, error)}: {error}", "detail": ""}
-    except SyntaxError as error:
+    except SyntaxError as error:  # also: not UTF-8
         return {
             "error": f"{error.filename or path}: syntax error",
             "detail": "".join(traceback.format_exception_only(error)),
@@ -83,11 +85,11 @@ def _inspect(path: Path) -> dict[str, Any]:
     except BaseException as error:  # noqa: BLE001 - a user's file may raise anything; the user gets to see it
         text = traceback.format_exception_only(error)[-1].strip()
         return {"error": f"{path}: import failed: {text}", "detail": _user_traceback(path, error)}
-    classes = {id(item): item for item in vars(module).values() if isinstance(item, type) and spec_of(item)}
+    classes = file.models()
     if not classes:
         return {"error": f"{path}: no models found. Put @llm on a class:\n\n{EXAMPLE}", "detail": ""}
     models, class_names = [], dict[str, str]()
-    for cls in classes.values():
+    for cls in classes:
         spec = spec_of(cls)
         assert spec
         if spec.name in class_names:
@@ -99,7 +101,21 @@ def _inspect(path: Path) -> dict[str, Any]:
         class_names[spec.name] = cls.__name__
         spec = resolve_paths(spec, path.absolute().parent)
         models.append(LoadedModel(cls=cls.__qualname__, hooks=hooks_of(cls), spec=spec).model_dump(mode="json"))
-    return {"models": models}
+    warnings = [
+        f"{path}: model {spec_of(cls).name!r} is not deployed: its class is defined in {cls.__module__}. Import the "  # type: ignore[union-attr]
+        f"class {cls.__name__} by its name to deploy it"
+        for cls in file.others()
+    ]
+    return {"models": models, "warnings": warnings}
+
+
+def _check_encoding(path: Path) -> None:
+    """Raise SyntaxError for a file that `python FILE` refuses: an import does not look at comments."""
+    try:
+        with tokenize.open(path) as source:
+            source.read()
+    except UnicodeDecodeError as error:
+        raise SyntaxError(f"{error.reason} at byte {error.start}: save the file as UTF-8") from None
 
 
 def _location(path: Path, error: BaseException) -> str:

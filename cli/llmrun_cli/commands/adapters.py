@@ -16,7 +16,17 @@ from llmrun.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llmrun.settings import Settings
 from llmrun_cli.client import Client
 from llmrun_cli.progress import show_progress
-from llmrun_cli.terminal import AsJson, exit_on_interrupt, format_time, make_table, note, out, print_json, print_table
+from llmrun_cli.terminal import (
+    AsJson,
+    exit_on_interrupt,
+    format_time,
+    make_table,
+    note,
+    out,
+    print_json,
+    print_table,
+    warn,
+)
 
 COMPLETIONS = "/v1/completions"
 CHUNK_BYTES = 2**20
@@ -128,6 +138,9 @@ def list_(
         return
     table = make_table("NAME", "SOURCE", "REVISION", "SIZE", "RANK", "LAST USED", "LOADED ON")
     for row in rows:
+        if row.problem:
+            warn(f"{row.source}: {row.name!r} is left out: {row.problem}")
+            continue
         last_used = format_time(row.last_used) if row.last_used else "-"
         rank, replicas = str(row.rank or "-"), ", ".join(row.loaded_on) or "-"
         table.add_row(f"{model}:{row.name}", row.source, row.short, decimal(row.bytes), rank, last_used, replicas)

@@ -29,7 +29,7 @@ from llmrun_runtime.control.operations.deploy import Deployer
 from llmrun_runtime.control.operations.rollout import Rollout
 from llmrun_runtime.control.operations.weights import WeightsOperations
 from llmrun_runtime.control.state.database import Database
-from llmrun_runtime.control.state.models import Deployed, Models
+from llmrun_runtime.control.state.models import Candidate, Deployed, Models
 from llmrun_runtime.control.state.operation import Operations
 from llmrun_runtime.control.state.registry import Registry
 from llmrun_runtime.control.usage import Usage
@@ -142,6 +142,8 @@ class ControlPlane:
             self.autoscaler.unreadable = self.database.unreadable
             for row in rows.values():
                 self.autoscaler.activate(row)
+            for row, cause in (await self.database.run(self.database.failed)).values():
+                self.models.candidates[row.name] = Candidate(row, cause)
             await self.database.run(self.adapters.load)
         except Exception:
             self.database.submit(self.database.disconnect)  # its file may be replaced before the next try

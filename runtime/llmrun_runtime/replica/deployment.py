@@ -13,6 +13,7 @@ import socket
 import time
 from dataclasses import replace
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -34,6 +35,7 @@ from llmrun_runtime.replica.multinode import RemoteMembers, free_port
 from llmrun_runtime.replica.provisioner import Provisioner
 from llmrun_runtime.replica.stall import StallWatch, probe_request
 from llmrun_runtime.replica.unreported_counts import UnreportedCounts
+from llmrun_runtime.safetensors_files import find_damaged
 from llmrun_runtime.wire.replica_config import ReplicaConfig
 from llmrun_runtime.wire.reports import LEASE_S, REPORT_S, ReplicaReport
 
@@ -192,7 +194,13 @@ class Replica:
         self._write_line(f"engine ready after {time.monotonic() - started:.1f} s, port {engine.port}")
 
     async def _fail_start(self, cause: str) -> None:
-        """Report to control, until control receives it, that the start failed; stop the engine."""
+        """Report to control, until control receives it, that the start failed; stop the engine.
+
+        An engine does not name the file of weights that it could not read, so look for one.
+        """
+        spec = self._config.spec
+        if spec.path and (damage := await asyncio.to_thread(find_damaged, Path(spec.path).expanduser())):
+            cause = f"{damage} ({cause})"
         self._failed = cause
         self._write_line(f"failed to start: {cause}")
         while not await self._call_control("failed", self._make_report(), cause):

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 from llmrun.errors import WeightsError
 from llmrun.lora import ADAPTER_CONFIG, MAX_CONFIG_BYTES, read_lora_rank
-from llmrun_runtime.weights.adapters import Adapter, find_adapters
+from llmrun_runtime.weights.adapters import Adapter, find_adapters, find_skipped
 from llmrun_runtime.weights.pin import File
 from llmrun_runtime.weights.stores.base import Store
 from llmrun_runtime.weights.stores.ranges import TransferError
@@ -17,8 +17,8 @@ READ_TIMEOUT_S = 20
 CONCURRENT_READS = 16
 
 
-def list_adapters(store: Store, known_ranks: Mapping[str, int] | None) -> list[Adapter]:
-    """Return all adapters at the source, sorted by name. Raises WeightsError.
+def list_adapters(store: Store, known_ranks: Mapping[str, int] | None) -> tuple[list[Adapter], dict[str, str]]:
+    """Return all adapters at the source, sorted by name, and what was left out (`find_skipped`). Raises WeightsError.
 
     `known_ranks`: ranks by configuration id; other configurations are read. None reads no ranks at all.
     """
@@ -27,7 +27,7 @@ def list_adapters(store: Store, known_ranks: Mapping[str, int] | None) -> list[A
     files = {file.name: file for file in listing.files}
     adapters = [adapter for _, adapter in sorted(find_adapters(listing).items())]
     if known_ranks is None:
-        return adapters
+        return adapters, find_skipped(listing)
     ranks = dict(known_ranks)
     pool = ThreadPoolExecutor(CONCURRENT_READS)
     reads = {
@@ -38,7 +38,8 @@ def list_adapters(store: Store, known_ranks: Mapping[str, int] | None) -> list[A
     done, _ = wait(reads, READ_TIMEOUT_S)
     pool.shutdown(wait=False, cancel_futures=True)
     ranks |= {reads[read]: read.result() for read in done}
-    return [adapter.model_copy(update={"rank": ranks.get(adapter.config_id, 0)}) for adapter in adapters]
+    ranked = [adapter.model_copy(update={"rank": ranks.get(adapter.config_id, 0)}) for adapter in adapters]
+    return ranked, find_skipped(listing)
 
 
 def _config_name(adapter: Adapter, files: Mapping[str, File]) -> str:

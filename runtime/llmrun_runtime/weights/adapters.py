@@ -14,6 +14,7 @@ from llmrun.lora import ADAPTER_CONFIG, ADAPTER_NAME, ADAPTER_WEIGHTS
 from llmrun.weights import Weights
 from llmrun_runtime.weights.pin import File, Pin, check_file_name
 
+MAX_SKIPPED = 20
 # In order of preference.
 WEIGHT_FILES = (ADAPTER_WEIGHTS, "adapter_model.bin")
 
@@ -47,6 +48,8 @@ class AdapterListing(BaseModel):
     """Equal for equal listings."""
     adapters: tuple[Adapter, ...] | None = None
     """None: they are those of the listing that the caller knows. 10,000 adapters are 10 MB, and rarely change."""
+    skipped: dict[str, str] = {}
+    """See `find_skipped`."""
 
 
 def find_adapters(listing: Pin) -> dict[str, Adapter]:
@@ -67,6 +70,30 @@ def find_adapters(listing: Pin) -> dict[str, Adapter]:
         if needed and ADAPTER_NAME.fullmatch(name):
             adapters[name] = Adapter(name=name, **_pin_files(listing, folder, needed))
     return adapters
+
+
+def find_skipped(listing: Pin) -> dict[str, str]:
+    """Return the first MAX_SKIPPED folders that look like adapters and are none, with the reasons. Pure."""
+    folders = defaultdict[str, set[str]](set)
+    for file in listing.files:
+        folder, _, name = file.name.rpartition("/")
+        folders[folder].add(name)
+    adapters = {folder for folder, files in folders.items() if ADAPTER_CONFIG in files}
+    skipped: dict[str, str] = {}
+    for folder, files in sorted(folders.items()):
+        has_weights = any(name in files for name in WEIGHT_FILES)
+        above = folder.rpartition("/")[0]
+        if not folder or above in adapters or len(skipped) == MAX_SKIPPED:
+            continue  # a checkpoint inside an adapter is a part of its training
+        if ADAPTER_CONFIG in files and not has_weights:
+            skipped[folder] = f"it has no {ADAPTER_WEIGHTS}"
+        elif ADAPTER_CONFIG in files and above:
+            skipped[folder] = "it is nested: adapters are the folders directly below the source"
+        elif ADAPTER_CONFIG in files and not ADAPTER_NAME.fullmatch(folder):
+            skipped[folder] = "its name must be letters, digits, '.', '_' and '-', and begin with a letter or digit"
+        elif has_weights and ADAPTER_CONFIG not in files:
+            skipped[folder] = f"it has no {ADAPTER_CONFIG}"
+    return skipped
 
 
 def _adapter_files(files: dict[str, File]) -> list[File]:

@@ -15,6 +15,7 @@ import urllib3
 from pydantic import BaseModel
 
 from llmrun.errors import WeightsError
+from llmrun_runtime.safetensors_files import read_shapes
 from llmrun_runtime.weights.cache.cache import Cache, Manifest, ManifestEntry
 from llmrun_runtime.weights.cache.digests import blob_names, hash_file, mismatch
 from llmrun_runtime.weights.cache.local_files import LocalFiles
@@ -129,6 +130,7 @@ class Fetcher:
             if files:
                 entries |= self._download(files, {entry.place for entry in entries.values()})
             self._check_shards(entries)
+        self._check_sizes(entries)
         return entries
 
     def _find_in_hub_cache(self, file: File) -> ManifestEntry | None:
@@ -237,6 +239,16 @@ class Fetcher:
         with self._lock:
             self._complete_bytes += count
             self._progress(self._complete_bytes, self._pin.total)
+
+    def _check_sizes(self, entries: dict[str, ManifestEntry]) -> None:
+        """Raise WeightsError if a file does not have the size that its own header says: its source was cut off."""
+        for name, entry in entries.items():
+            if name.endswith(".safetensors"):
+                try:
+                    read_shapes(self._cache.path_of(entry))
+                except ValueError as error:
+                    text = f"{self._pin.weights}: {name} is damaged at its source: {error}. Upload it again"
+                    raise WeightsError(text) from None
 
     def _check_shards(self, entries: dict[str, ManifestEntry]) -> None:
         """Raise WeightsError if an index names shards that the source does not have."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from llmrun.errors import WeightsError
 from llmrun.weights import Weights
+from llmrun_runtime.safetensors_files import find_damaged
 from llmrun_runtime.weights.cache.cache import Cache, Manifest, ManifestEntry
 from llmrun_runtime.weights.cache.digests import hash_file
 from llmrun_runtime.weights.cache.local_files import LocalFiles
@@ -31,6 +32,8 @@ def import_folder(cache: Cache, folder: Path, weights: Weights, keep: Collection
     except OSError as error:
         raise WeightsError(f"cannot read {folder}: {error.strerror}") from None
     files = select_files(found, weights)
+    if any(file.name.endswith(".safetensors") for file in files) and (damage := find_damaged(folder)):
+        raise WeightsError(f"{damage}. Download it again")
     total = sum(file.size for file in files)
     cache.evict_for(total, keep, f"{folder} ({total:,} bytes)")
     entries: dict[str, ManifestEntry] = {}

@@ -81,10 +81,12 @@ def _list_adapters(task: ListAdaptersTask) -> Outcome:
     store = open_store(task.weights)
     if task.published:
         store.check_published()
-    adapters = list_adapters(store, task.known_ranks)
+    adapters, skipped = list_adapters(store, task.known_ranks)
     listed = [adapter.model_dump(mode="json") for adapter in adapters]
-    digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-    return Outcome({"digest": digest} if digest == task.known else {"digest": digest, "adapters": listed})
+    digest = hashlib.sha256(json.dumps([listed, skipped]).encode()).hexdigest()
+    if digest == task.known:
+        return Outcome({"digest": digest})
+    return Outcome({"digest": digest, "adapters": listed, "skipped": skipped})
 
 
 def _fetch(task: FetchTask, cache: Cache, progress: Progress) -> Outcome:

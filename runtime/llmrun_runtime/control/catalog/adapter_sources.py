@@ -33,6 +33,8 @@ class ModelAdapters:
     """In seconds of the monotonic clock."""
     digest: str = ""
     """That of the listing of `lora.path`; "" if there is none, or `adapters` are not what is there."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Folders that look like adapters and are none, with the reasons."""
 
     def is_of(self, lora: LoRA | None) -> bool:
         """Whether `lora` has the same sources."""
@@ -64,7 +66,7 @@ async def list_sources(
         if listed.adapters is None and last:
             return replace(last, listed_at=time.monotonic())
         by_name = {adapter.name: adapter for adapter in listed.adapters or ()}
-        return ModelAdapters(lora, by_name, listed_at=time.monotonic(), digest=listed.digest)
+        return ModelAdapters(lora, by_name, listed_at=time.monotonic(), digest=listed.digest, skipped=listed.skipped)
     old = last.adapters if last else {}
     calls = [
         _list_one(weights, name, source, env, placement, old.get(name), start_agents=strict)

@@ -10,6 +10,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 
 from pydantic import TypeAdapter
 
@@ -178,7 +179,15 @@ class AdaptersCatalog:
                 last_used=self._last_used.get(model, {}).get(name, 0),
             )
             for name, adapter in sorted(listing.adapters.items() if listing else ())
+        ] + [
+            AdapterRow(name=name, source=active.spec.lora.location, short="", bytes=0, problem=problem)
+            for name, problem in (listing.skipped.items() if listing else ())
         ]
+
+    def skipped(self, spec: ModelSpec) -> dict[str, str]:
+        """Return what the listing for a deploy of this spec left out, with the reasons."""
+        listings = (self._planned.get(spec.name), self._listings.get(spec.name))
+        return next((listing.skipped for listing in listings if listing and listing.is_of(spec.lora)), {})
 
     async def run(self) -> None:
         """Refresh the listings as they fall due, indefinitely."""
@@ -248,7 +257,7 @@ class AdaptersCatalog:
         if not active or not listed.is_of(active.spec.lora):
             return False  # another deploy has changed the sources, and published its own listing
         listed = unless_empty(row.name, listed, self._listing_of(row.name, lora))
-        if self._update(row.name, lora, listed.adapters, listed.digest):
+        if self._update(row.name, listed):
             await self._database.run(self._store, row.name, self._listings[row.name])
         if row.name in self._models.deployed:
             self._publish_pins(row.name)
@@ -259,16 +268,16 @@ class AdaptersCatalog:
         listing = self._listings.get(model)
         return listing if listing and listing.is_of(lora) else None
 
-    def _update(self, model: str, lora: LoRA, adapters: dict[str, Adapter], digest: str = "") -> bool:
-        """Replace the model's listing. Return whether it has changed."""
-        listing = self._listings.get(model)
-        if listing and listing.is_of(lora) and listing.adapters == adapters:
-            listing.listed_at, listing.digest = time.monotonic(), digest
+    def _update(self, model: str, listed: ModelAdapters) -> bool:
+        """Replace the model's listing. Return whether its adapters have changed."""
+        listing, adapters = self._listings.get(model), listed.adapters
+        if listing and listing.is_of(listed.lora) and listing.adapters == adapters:
+            listing.listed_at, listing.digest, listing.skipped = time.monotonic(), listed.digest, listed.skipped
             return False  # keep these objects: their pins have cached their IDs
         previous: dict[str, Adapter] = {}
         if listing:
             previous = listing.previous if _pins(listing.adapters) == _pins(adapters) else listing.adapters
-        self._listings[model] = ModelAdapters(lora, adapters, previous, time.monotonic(), digest)
+        self._listings[model] = replace(listed, previous=previous, listed_at=time.monotonic())
         used = self._last_used.get(model, {})
         self._last_used[model] = {name: when for name, when in used.items() if name in adapters}
         return True
@@ -285,7 +294,7 @@ class AdaptersCatalog:
         if not listing:
             self._revisions.forget(model)
         if lora and planned and planned.is_of(lora) and (listing is None or planned.listed_at > listing.listed_at):
-            self._update(model, lora, planned.adapters, planned.digest)
+            self._update(model, planned)
         if listing := self._listing_of(model, lora):
             self._database.submit(self._store, model, listing)
             self._publish_pins(model)

@@ -138,6 +138,8 @@ class Deployer:
         removals = [change.model for change in plan.changes if change.kind == "remove" and request.prune]
         failed = False
         for change in plan.changes:
+            if change.kind != "remove":
+                await self._warn_of_skipped(rows[change.model].spec, operation)
             if change.kind == "tune":
                 await self._rollout.tune(rows[change.model], request, operation)
             elif change.kind in ("add", "change"):
@@ -148,6 +150,11 @@ class Deployer:
             await operation.emit("warning", text=text)
         elif removals:
             await self._rollout.remove_all(removals, operation)
+
+    async def _warn_of_skipped(self, spec: ModelSpec, operation: Operation) -> None:
+        if spec.lora and (skipped := self._adapters.skipped(spec)):
+            reasons = "; ".join(f"{name!r}: {reason}" for name, reason in skipped.items())
+            await operation.emit("warning", spec.name, f"left out of the adapters in {spec.lora.location}: {reasons}")
 
     async def delete(self, models: list[str]) -> None:
         """Remove models. Raises Refused while a deploy of their app runs."""

@@ -157,7 +157,7 @@ class Rollout:
                 if not cause and old:
                     await self.prover.match(row, old, operation)
             if cause:
-                await self._database.run(self._database.put_version, row, active=False)
+                await self._database.run(self._database.put_version, row, active=False, cause=cause)
                 self._models.candidates[row.name] = Candidate(row, cause)
                 kept = f"; version {old.version} stays active{hint}" if old else ""
                 await operation.emit("failed", row.name, f"{cause}{kept} (details: `llmrun logs {row.name}`)")

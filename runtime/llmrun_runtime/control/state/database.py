@@ -5,6 +5,7 @@ Control is the only writer.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import fields
 from typing import ParamSpec, TypeVar
 
-from sqlalchemy import delete, event, select, update
+from sqlalchemy import delete, event, func, select, update
 from sqlalchemy.orm import Session
 
 from llmrun.spec import ModelSpec
@@ -128,8 +129,25 @@ class Database:
             session.merge(NumberRow(model=model, last=number))
             return number
 
-    def put_version(self, deployed: Deployed, *, active: bool) -> None:
-        """Store a version; `active` makes it the active one. Deletes the versions before the last KEEP_VERSIONS."""
+    def failed(self) -> dict[str, tuple[Deployed, str]]:
+        """Return the models whose last version failed its proof: that version, and the cause, by model name."""
+        with self.session() as session:
+            last = select(VersionRow.model, func.max(VersionRow.number).label("number")).group_by(VersionRow.model)
+            newest = last.subquery()
+            query = select(VersionRow).join(
+                newest, (VersionRow.model == newest.c.model) & (VersionRow.number == newest.c.number)
+            )
+            found: dict[str, tuple[Deployed, str]] = {}
+            for version in session.scalars(query.where(VersionRow.cause.is_not(None))):
+                with contextlib.suppress(ValueError):  # of a later release: only what is active must be readable
+                    found[version.model] = _deployed(version.app or "", version, None), version.cause or ""
+            return found
+
+    def put_version(self, deployed: Deployed, *, active: bool, cause: str | None = None) -> None:
+        """Store a version; `active` makes it the active one. Deletes the versions before the last KEEP_VERSIONS.
+
+        `cause`: why its proof failed.
+        """
         with self.session() as session, session.begin():
             last = max(deployed.version, _last_number(session, deployed.name))
             session.merge(NumberRow(model=deployed.name, last=last))
@@ -142,6 +160,8 @@ class Database:
                     placement=json.dumps(deployed.placement.__dict__),
                     proven=deployed.proven,
                     created=deployed.created,
+                    app=deployed.app,
+                    cause=cause,
                 )
             )
             if deployed.pin:

@@ -52,6 +52,10 @@ class VersionRow(Base):
     placement: Mapped[str] = mapped_column(Text)
     proven: Mapped[bool]
     created: Mapped[float]
+    app: Mapped[str | None] = mapped_column(NAME)
+    """None in rows of releases that did not store it."""
+    cause: Mapped[str | None] = mapped_column(LONG_TEXT)
+    """Why its proof failed."""
 
 
 class PinRow(Base):

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from llmrun.app_file import load_file
+from llmrun.app_file import LoadedFile, load_file
 from llmrun.context import RequestContext
 from llmrun.decorator import takes_context
 from llmrun.errors import HookError
@@ -76,10 +76,8 @@ class Hooks:
     async def start(self) -> None:
         """Import the class, create its instance and run `on_start`. Raises HookError."""
         cls = self._config.cls
-        module = await self._call(f"importing {self._file.name}", load_file, self._file, timeout=None)
-        user_class: Any = module
-        for part in cls.split("."):
-            user_class = getattr(user_class, part)
+        loaded: LoadedFile = await self._call(f"importing {self._file.name}", load_file, self._file, timeout=None)
+        user_class = loaded.find(self._config.model, cls)
         self._instance = await self._call(f"{cls}()", user_class, timeout=None)
         if "on_start" in self._config.hooks:
             # No separate timeout: start_timeout bounds the whole start.

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from llmrun.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_lora_rank
 from llmrun_runtime.engines.shim.adapter_slots import AdapterError
+from llmrun_runtime.safetensors_files import Shapes, read_shapes
 
 PREFIX = "base_model.model."
 A, B = ".lora_A.weight", ".lora_B.weight"
-# https://github.com/huggingface/safetensors#format
-LENGTH_BYTES, MAX_HEADER_BYTES = 8, 100 * 2**20
-Shapes = dict[str, tuple[int, ...]]
 
 
 def check_adapter(folder: Path, base: Mapping[str, tuple[int, ...]], max_lora_rank: int) -> None:
@@ -64,23 +61,4 @@ def read_base(folder: Path) -> Shapes:
     shapes: Shapes = {}
     for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
         shapes |= read_shapes(file)
-    return shapes
-
-
-def read_shapes(file: Path) -> Shapes:
-    """Return the shapes of a safetensors file's tensors. Raises OSError; ValueError if it is invalid or truncated."""
-    size = file.stat().st_size
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(LENGTH_BYTES), "little")
-        if not 0 < length <= min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
-            raise ValueError("it has no safetensors header")
-        header = json.loads(opened.read(length))
-    try:
-        header.pop("__metadata__", None)
-        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        shapes = {name: tuple(tensor["shape"]) for name, tensor in header.items()}
-    except (AttributeError, LookupError, TypeError):
-        raise ValueError("it has an invalid safetensors header") from None
-    if LENGTH_BYTES + length + end != size:
-        raise ValueError(f"it has {size} bytes, expected {LENGTH_BYTES + length + end}")
     return shapes

@@ -54,9 +54,10 @@ async def delete_model(name: str, plane: Plane) -> dict[str, list[str]]:
 @router.delete("/apps/{app}")
 async def delete_app(app: str, plane: Plane) -> dict[str, list[str]]:
     """Remove all models of an app."""
-    models = [row.name for row in plane.models.deployed.values() if row.app == app]
+    rows = [*plane.models.deployed.values(), *(candidate.row for candidate in plane.models.candidates.values())]
+    models = sorted({row.name for row in rows if row.app == app})
     if not models:
-        apps = sorted({row.app for row in plane.models.deployed.values()})
+        apps = sorted({row.app for row in rows})
         raise Refused(f"app {app!r} not found; available: {', '.join(apps) or 'none'}", 404)
     await plane.deployer.delete(models)
     return {"deleted": models}

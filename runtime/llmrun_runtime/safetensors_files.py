@@ -1,0 +1,39 @@
+"""Reads the headers of safetensors files. Loads no weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+# https://github.com/huggingface/safetensors#format
+LENGTH_BYTES, MAX_HEADER_BYTES = 8, 100 * 2**20
+Shapes = dict[str, tuple[int, ...]]
+
+
+def read_shapes(file: Path) -> Shapes:
+    """Return the shapes of a safetensors file's tensors. Raises OSError; ValueError if it is invalid or truncated."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(LENGTH_BYTES), "little")
+        if not 0 < length <= min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
+            raise ValueError("it has no safetensors header")
+        header = json.loads(opened.read(length))
+    try:
+        header.pop("__metadata__", None)
+        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        shapes = {name: tuple(tensor["shape"]) for name, tensor in header.items()}
+    except (AttributeError, LookupError, TypeError):
+        raise ValueError("it has an invalid safetensors header") from None
+    if LENGTH_BYTES + length + end != size:
+        raise ValueError(f"it has {size} bytes, expected {LENGTH_BYTES + length + end}")
+    return shapes
+
+
+def find_damaged(folder: Path) -> str:
+    """Return which safetensors file in a folder is damaged, and how; "" if none is."""
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            read_shapes(file)
+        except (OSError, ValueError) as error:
+            return f"{file} is damaged: {error}"
+    return ""
