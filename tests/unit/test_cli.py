@@ -150,11 +150,11 @@ def test_a_class_that_another_decorator_copies_is_one_model(tmp_path: Path) -> N
 def test_a_file_that_python_cannot_read_is_refused(tmp_path: Path) -> None:
     app = write_app(tmp_path / "app.py", "@llm('a/b')\nclass A: ...\n")
     text = app.read_bytes()
-    app.write_bytes(text + b"# caf\xe9\n")
+    app.write_bytes(text + b"# \xe9\n")
     with pytest.raises(AppError) as error:
         load_app(app)
     assert "syntax error" in str(error.value) and "save the file as UTF-8" in str(error.value.detail)
-    app.write_bytes(b"# -*- coding: latin-1 -*-\n" + text + b"# caf\xe9\n")
+    app.write_bytes(b"# -*- coding: latin-1 -*-\n" + text + b"# \xe9\n")
     assert load_app(app)[0][0].spec.name == "a"
 
 

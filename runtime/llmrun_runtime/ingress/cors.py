@@ -10,14 +10,12 @@ from llmrun.wire import CONTROL_ROOT
 from llmrun_runtime.asgi import App, Receive, Scope, Send
 from llmrun_runtime.ingress.admission.browser import listed
 
+NOT_FOR_PAGES = frozenset({"/", "/health", "/ready", "/metrics", "/openapi.json"})
 EXPOSED = ("x-request-id", "request-id", "retry-after")
 
 
 def with_cors(app: App, origins: str) -> App:
-    """Wrap the app in Starlette's CORS middleware; `origins` is a comma-separated list, or `*`.
-
-    llmrun's own API and the metrics are for no web page.
-    """
+    """Wrap the app in Starlette's CORS middleware, but for NOT_FOR_PAGES; `origins`: a comma-separated list, or `*`."""
     rate_limits = [
         f"x-ratelimit-{field}-{kind}" for field in ("limit", "remaining", "reset") for kind in ("requests", "tokens")
     ]
@@ -30,7 +28,7 @@ def with_cors(app: App, origins: str) -> App:
     )
 
     async def dispatch(scope: Scope, receive: Receive, send: Send) -> None:
-        is_own = scope["path"] == "/metrics" or scope["path"].startswith(CONTROL_ROOT + "/")
+        is_own = scope["path"] in NOT_FOR_PAGES or scope["path"].startswith(CONTROL_ROOT + "/")
         await (app if is_own else cors)(scope, receive, send)
 
     return dispatch
