@@ -41,8 +41,9 @@ from tests.support.attacks import (
     unix_sockets,
 )
 from tests.support.certificates import Authority
-from tests.support.cluster import BIN, REPO, Home, free_port, leftovers, new_processes, started_since, until, write_app
+from tests.support.cluster import BIN, REPO, Home, free_port, leftovers, new_processes, started_since, write_app
 from tests.support.network_attack import CLUSTER
+from tests.support.nginx import nginx
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 # Modules that the processes of a cluster import sooner or later, from the standard library and from packages.
@@ -298,9 +299,8 @@ def test_no_port_unpickles_what_a_stranger_sends_to_ray_serve(listening: list[Li
 
 
 @contextlib.contextmanager
-def nginx(folder: Path, upstream: int) -> Iterator[str]:
+def documented_nginx(folder: Path, upstream: int) -> Iterator[str]:
     """Run nginx with the configuration of the documentation; yields its URL."""
-    assert shutil.which("nginx"), "a real nginx is needed: `apt-get install nginx` (`just test` does it where it may)"
     page = (REPO / "docs/how-to/beyond-this-machine.md").read_text()
     block = re.search(r"```nginx\n(.*?)```", page, re.DOTALL)
     assert block
@@ -313,17 +313,8 @@ def nginx(folder: Path, upstream: int) -> Iterator[str]:
     ):
         assert documented in site
         site = site.replace(documented, here)
-    kinds = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    paths = "".join(f"{kind}_temp_path {folder}/{kind};\n" for kind in kinds)
-    text = f"daemon off; pid {folder}/pid; error_log {folder}/error.log;\nevents {{}}\n"
-    (folder / "nginx.conf").write_text(text + f"http {{ access_log off;\n{paths}{site}}}\n")
-    command = ["nginx", "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log")]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        try:
-            until((folder / "pid").exists, 10, "nginx has started")
-            yield f"https://127.0.0.1:{port}"
-        finally:
-            process.terminate()
+    with nginx(folder, site):
+        yield f"https://127.0.0.1:{port}"
 
 
 def test_nginx_of_the_documentation_passes_streams_on_event_by_event(attacked: Home, tmp_path: Path) -> None:
@@ -331,7 +322,7 @@ def test_nginx_of_the_documentation_passes_streams_on_event_by_event(attacked: H
     key = attacked.ok("key", "create", "proxied").split()[0]
     body = {"model": "target", "prompt": "Hi", "max_tokens": 400, "ignore_eos": True, "stream": True}
     try:
-        with nginx(tmp_path, attacked.port) as url, httpx.Client(verify=False, timeout=60) as client:
+        with documented_nginx(tmp_path, attacked.port) as url, httpx.Client(verify=False, timeout=60) as client:
             headers = {"authorization": f"Bearer {key}", "host": "gpu-box.example"}
             began, arrivals = time.monotonic(), []
             with client.stream("POST", f"{url}/v1/completions", json=body, headers=headers) as answer:

@@ -15,7 +15,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -60,6 +60,10 @@ class Stub:
 
     def refuses(self, spec: ModelSpec) -> str:
         """Accept every model."""
+        return ""
+
+    def warning(self, launch: Launch, paths: Collection[str]) -> str:
+        """Warn of nothing."""
         return ""
 
     def command(self, launch: Launch) -> list[str]:

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -322,6 +322,9 @@ class Script:
         self.text = text
 
     def refuses(self, spec: ModelSpec) -> str:
+        return ""
+
+    def warning(self, launch: Launch, paths: Collection[str]) -> str:
         return ""
 
     def command(self, launch: Launch) -> list[str]:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,9 @@ class ThingEngine:
     paths = probe_paths = frozenset[str]()
 
     def refuses(self, spec: ModelSpec) -> str:
+        return ""
+
+    def warning(self, launch: Launch, paths: Collection[str]) -> str:
         return ""
 
     def command(self, launch: Launch) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hmac
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -161,6 +161,10 @@ class Engine(Protocol):
 
     def refuses(self, spec: ModelSpec) -> str:
         """Return why the engine cannot serve this model, in one line for its author; "" if it can."""
+        ...
+
+    def warning(self, launch: Launch, paths: Collection[str]) -> str:
+        """Return what of its `paths` it will refuse with these weights, for a deploy to show; "" if nothing."""
         ...
 
     def command(self, launch: Launch) -> list[str]:

@@ -64,6 +64,7 @@ class Replica:
         self._failed = ""
         self._moments = {"placed": time.time()}
         self._max_model_len = 0
+        self._warning = ""
         # The engine's state, when it was last read, and the counts that control has not acknowledged.
         self._counts: dict[str, Any] = {}
         self._counted_at = time.monotonic()
@@ -124,6 +125,8 @@ class Replica:
             self._mark("ready")
             await self._read_counts()
             self._max_model_len = await engine.max_model_len()
+            warning = get_engine(self._config.spec.engine).warning
+            self._warning = await asyncio.to_thread(warning, launch, self._counts["paths"])
             self._state = "ready"
             await self._report()
         except LLMRunError as error:
@@ -311,6 +314,7 @@ class Replica:
             moments=self._moments,
             paths=frozenset(counts.get("paths", ())),
             max_model_len=self._max_model_len,
+            warning=self._warning,
             adapters=frozenset(counts.get("adapters", ())),
             usage=self._unreported.usage(),
             paces=self._unreported.paces(),

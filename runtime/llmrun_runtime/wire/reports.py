@@ -54,6 +54,8 @@ class ReplicaReport(Message):
     paths: frozenset[str] = frozenset()
     """The inference paths that its engine serves; empty until the engine has reported them."""
     max_model_len: int = 0
+    warning: str = ""
+    """See `Engine.warning`."""
     adapters: frozenset[str] = frozenset()
     """The pins of the adapters that its engine has loaded."""
     usage: tuple[Row, ...] = ()

@@ -35,6 +35,7 @@ class Proof:
     done: asyncio.Event = field(default_factory=asyncio.Event)
     cause: str = ""
     """Why the replica failed; "" if it is ready."""
+    warning: str = ""
 
 
 class Prover:
@@ -64,7 +65,7 @@ class Prover:
             return False
         proof.placed.set()
         if cause or report.state == "ready":
-            proof.cause = cause
+            proof.cause, proof.warning = cause, report.warning
             proof.done.set()
         return True
 
@@ -127,6 +128,8 @@ class Prover:
             limit_s = self._settings.start_timeout + PREPARE_TIMEOUT_S
             if not await _wait_until(proof.done.is_set, limit_s):
                 return f"the replica did not report within {limit_s:g} s"
+            if proof.warning and not proof.cause:
+                await operation.emit("warning", row.name, proof.warning)
             return proof.cause
         finally:
             del self._proofs[row.name, row.engine_version]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -82,6 +82,10 @@ class SidecarEngine:
     get_paths: tuple[str, ...] = ("/v1/models", "/metrics", "/health")
     probe_paths: frozenset[str] = frozenset()
     tasks: frozenset[str] = frozenset({"auto", "generate"})
+
+    def warning(self, launch: Launch, paths: Collection[str]) -> str:
+        """See Engine."""
+        return ""
 
     def refuses(self, spec: ModelSpec) -> str:
         """See Engine."""

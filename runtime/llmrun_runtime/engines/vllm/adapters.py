@@ -23,7 +23,8 @@ from vllm.sampling_params import SamplingParams
 from llmrun.lora import split_revision
 from llmrun_runtime.engines.base import TokenLogprobs
 from llmrun_runtime.engines.shim.adapter_slots import AdapterError
-from llmrun_runtime.engines.shim.peft import Shapes, check_adapter, read_base
+from llmrun_runtime.engines.shim.peft import check_adapter, read_base
+from llmrun_runtime.safetensors_files import Shapes
 
 # Separates a number from a name that an older adapter still has; it occurs in no adapter's name.
 DUPLICATE = "@"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from pydantic import JsonValue
 
 from llmrun.spec import ModelSpec
 from llmrun_runtime.engines.base import Launch, Loader, ShimConfig, to_flags
-from llmrun_runtime.engines.vllm.tool_parsers import tool_parser
+from llmrun_runtime.engines.vllm.tool_parsers import chat_template, tool_parser
 
 # The prefix of a line of vLLM's log: "(EngineCore pid=12) ERROR 11-22 15:50:00 [core.py:1] ".
 PREFIX = re.compile(r"^(\([^)]*pid=\d+\)\s?)?((DEBUG|INFO|WARNING|ERROR|CRITICAL) [\d-]+ [\d:.]+ \[[^\]]*\]\s?)?")
@@ -63,6 +63,7 @@ TASK_ARGS: dict[str, dict[str, JsonValue]] = {
     "score": {"runner": "pooling"},
 }
 
+CHAT = "/v1/chat/completions"
 # vLLM's default for a whole GPU.
 MAX_MEMORY_FRACTION = 0.92
 MEMORY_ARGS = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
@@ -130,7 +131,7 @@ class VLLM:
     name = "vllm"
     paths = frozenset(
         {
-            *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"),
+            *(CHAT, "/v1/completions", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens"),
             *("/v1/embeddings", "/pooling", "/classify", "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
             *("/v1/audio/transcriptions", "/v1/audio/translations", "/tokenize", "/detokenize"),
         }
@@ -142,6 +143,19 @@ class VLLM:
     def refuses(self, spec: ModelSpec) -> str:
         """Refuse nothing: vLLM itself rejects what it cannot serve."""
         return ""
+
+    def warning(self, launch: Launch, paths: Collection[str]) -> str:
+        """Warn of a model without a chat template: vLLM starts, and then refuses every chat."""
+        weights = Path(launch.weights)
+        others = (weights / "chat_template.json", weights / "tekken.json")  # a processor's, and Mistral's own format
+        if CHAT not in paths or "chat_template" in launch.engine_args:
+            return ""
+        if any(map(Path.exists, others)) or chat_template(weights):
+            return ""
+        return (
+            "the model has no chat template, so only prompts to /v1/completions are answered. For chats, set one: "
+            'engine_args={"chat_template": "/path/of/template.jinja"}'
+        )
 
     def command(self, launch: Launch) -> list[str]:
         """Return the command line of a plain process."""

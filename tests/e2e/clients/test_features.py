@@ -1,4 +1,4 @@
-"""Popular clients, and requests beyond plain text: tools, JSON schemas, embeddings and scores."""
+"""Requests beyond plain text: tools, JSON schemas, embeddings and scores."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import os
 import re
 import shutil
 import struct
-import subprocess
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,41 +18,9 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from tests.support.cluster import ENGINE_START_S, SMOLLM2, Home, write_app
+from tests.support.cluster import SMOLLM2, Home, write_app
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
-# LiteLLM pins versions of openai and huggingface_hub that conflict with ours, so it runs in a separate environment.
-LITELLM = """
-import json, sys
-import litellm
-base, model = sys.argv[1:]
-ask = dict(model=f"openai/{model}", api_base=base, api_key="none", temperature=0, max_tokens=12)
-ask["messages"] = [{"role": "user", "content": "Name the capital of France."}]
-whole = litellm.completion(**ask).choices[0].message.content
-streamed = "".join(chunk.choices[0].delta.content or "" for chunk in litellm.completion(**ask, stream=True))
-try:
-    litellm.completion(**ask | {"model": "openai/nobody"})
-except litellm.NotFoundError as error:
-    print(json.dumps([whole, streamed, str(error)]))
-"""
-
-
-@pytest.fixture(scope="module")
-def client(cluster: Home, tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path) -> Iterator[openai.OpenAI]:
-    """An OpenAI client for `talker` (SmolLM2 with tools) and `embedder` (a tiny pooling model)."""
-    tools = '"enable_auto_tool_choice": True, "tool_call_parser": "hermes"'
-    text = f"""
-@llm({str(SMOLLM2)!r}, cpus=0.2, idle_timeout=600, engine_args={{{tools}}})
-class Talker: ...
-
-@llm({str(tiny_weights)!r}, cpus=0.2, idle_timeout=600, engine_args={{"runner": "pooling"}})
-class Embedder: ...
-"""
-    cluster.ok("deploy", write_app(tmp_path_factory.mktemp("clients") / "clients" / "app.py", text))
-    with openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", timeout=ENGINE_START_S, max_retries=0) as client:
-        yield client
-    for model in ("talker", "embedder"):
-        cluster.ok("delete", model, "--yes")
 
 
 class Capital(BaseModel):
@@ -195,16 +161,3 @@ def test_embeddings_and_scores(cluster: Home, client: openai.OpenAI) -> None:
         openai.NotFoundError, match=r"embedder does not support /v1/chat/completions. Available: .*/v1/embeddings"
     ):
         client.chat.completions.create(model="embedder", messages=[{"role": "user", "content": "Hi"}])
-
-
-def test_litellm_completes_and_streams(cluster: Home, client: openai.OpenAI, tmp_path: Path) -> None:
-    uv = shutil.which("uv")
-    assert uv
-    script = tmp_path / "ask.py"
-    script.write_text(LITELLM)
-    command = [uv, "run", "--no-project", "--isolated", "--with", "litellm", str(script), f"{cluster.url}/v1", "talker"]
-    env = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"}  # otherwise it downloads prices
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
-    assert done.returncode == 0, done.stderr
-    whole, streamed, missing = json.loads(done.stdout.splitlines()[-1])
-    assert "Paris" in whole and streamed == whole and "model 'nobody' not found" in missing
