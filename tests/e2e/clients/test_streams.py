@@ -62,72 +62,6 @@ def test_a_client_of_http_1_0_gets_a_plain_stream(served: Home) -> None:
     assert all(event.startswith("data: ") for event in events) and events[-1] == "data: [DONE]"
 
 
-def engine_of(served: Home, kind: str) -> psutil.Process:
-    """Return the process of talker's API server, or of its engine core."""
-    (replica,) = served.status("talker")["details"]
-    port = int(replica["address"].rpartition(":")[2])
-    listening = (each for each in psutil.net_connections("tcp") if each.status == "LISTEN" and each.laddr)
-    (api,) = {each.pid for each in listening if each.laddr.port == port}  # type: ignore[union-attr]
-    server = psutil.Process(api)
-    if kind == "api":
-        return server
-    (core,) = [each for each in server.children(recursive=True) if "EngineCore" in " ".join(each.cmdline())]
-    return core
-
-
-def from_openai(url: str) -> Iterator[Any]:
-    with openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client:
-        more: Any = {"ignore_eos": True}
-        yield from client.chat.completions.create(
-            model="talker", messages=HI, max_tokens=2000, stream=True, extra_body=more
-        )
-
-
-def from_anthropic(url: str) -> Iterator[Any]:
-    with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as client:
-        more: Any = {"ignore_eos": True}
-        yield from client.messages.create(model="talker", messages=HI, max_tokens=2000, stream=True, extra_body=more)
-
-
-@pytest.mark.parametrize("kind", ["core", "api"])
-@pytest.mark.parametrize(
-    ("events", "error"), [(from_openai, openai.APIError), (from_anthropic, anthropic.APIStatusError)]
-)
-def test_a_client_raises_when_the_engine_dies(
-    served: Home, kind: str, events: Callable[[str], Iterator[Any]], error: type[Exception]
-) -> None:
-    served.ok("warm", "talker")
-    process = engine_of(served, kind)
-    with pytest.raises(error, match="stream interrupted"):
-        for count, _ in enumerate(events(served.url)):
-            if count == 20:
-                process.kill()
-    until(lambda: served.status("talker")["state"] in ("hot", "cold"), 60, "talker recovers")
-
-
-@pytest.mark.parametrize("kind", ["core", "api"])
-def test_a_response_fails_when_the_engine_dies(served: Home, kind: str) -> None:
-    """Codex waits for the last event."""
-    served.ok("warm", "talker")
-    process = engine_of(served, kind)
-    last: dict[str, Any] = {}
-    with httpx.stream("POST", served.url + RESPONSES, json=LONG | {"input": "Hi"}, timeout=60) as answer:
-        names: list[str] = []
-        for line in answer.iter_lines():
-            if line.startswith("event: "):
-                names.append(line.removeprefix("event: "))
-            elif line.startswith("data: "):
-                assert line != "data: [DONE]"
-                last = json.loads(line.removeprefix("data: "))
-            if len(names) == 20:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-    assert names[-1] == last["type"] == "response.failed"
-    assert last["response"]["id"].startswith("resp_") and last["response"]["status"] == "failed"
-    assert last["response"]["error"]["code"] == "stream_broken_off"
-    until(lambda: served.status("talker")["state"] in ("hot", "cold"), 60, "talker recovers")
-
-
 def test_a_closed_stream_frees_its_place_at_once(served: Home) -> None:
     """How it is measured: 100 times, a stream is closed after its first event, then a request is sent at once."""
     key = served.ok("key", "create", "one-at-a-time", "--max-in-flight", "1").split()[0]
@@ -144,3 +78,62 @@ def test_a_closed_stream_frees_its_place_at_once(served: Home) -> None:
     finally:
         served.ok("key", "revoke", "one-at-a-time")
     assert set(statuses) == {200}, statuses
+
+
+def engine_of(served: Home, kind: str) -> psutil.Process:
+    """Return the process of talker's API server, or of its engine core, once it answers."""
+    until(lambda: served.ask("talker").status_code == 200, 90, "talker answers: it pauses after an engine has died")
+    (server,) = served.engines("talker")
+    return server if kind == "api" else server.children(recursive=True)[0]
+
+
+def from_openai(url: str) -> Iterator[Any]:
+    with openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client:
+        more: Any = {"ignore_eos": True}
+        yield from client.chat.completions.create(
+            model="talker", messages=HI, max_tokens=2000, stream=True, extra_body=more
+        )
+
+
+def from_anthropic(url: str) -> Iterator[Any]:
+    with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as client:
+        more: Any = {"ignore_eos": True}
+        yield from client.messages.create(model="talker", messages=HI, max_tokens=2000, stream=True, extra_body=more)
+
+
+@pytest.mark.parametrize(
+    ("kind", "events", "error"),
+    [
+        ("core", from_openai, openai.APIError),
+        ("core", from_anthropic, anthropic.APIStatusError),
+        ("api", from_anthropic, anthropic.APIStatusError),
+    ],
+)
+def test_a_client_raises_when_the_engine_dies(
+    served: Home, kind: str, events: Callable[[str], Iterator[Any]], error: type[Exception]
+) -> None:
+    process = engine_of(served, kind)
+    with pytest.raises(error, match="stream interrupted"):
+        for count, _ in enumerate(events(served.url)):
+            if count == 20:
+                process.kill()
+
+
+def test_a_response_fails_when_the_engine_dies(served: Home) -> None:
+    """Codex waits for the last event."""
+    process = engine_of(served, "core")
+    last: dict[str, Any] = {}
+    with httpx.stream("POST", served.url + RESPONSES, json=LONG | {"input": "Hi"}, timeout=60) as answer:
+        names: list[str] = []
+        for line in answer.iter_lines():
+            if line.startswith("event: "):
+                names.append(line.removeprefix("event: "))
+            elif line.startswith("data: "):
+                assert line != "data: [DONE]"
+                last = json.loads(line.removeprefix("data: "))
+            if len(names) == 20:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+    assert names[-1] == last["type"] == "response.failed"
+    assert last["response"]["id"].startswith("resp_") and last["response"]["status"] == "failed"
+    assert last["response"]["error"]["code"] == "stream_broken_off"
