@@ -84,7 +84,8 @@ def engine_of(served: Home, kind: str) -> psutil.Process:
     """Return the process of talker's API server, or of its engine core, once it answers."""
     until(lambda: served.ask("talker").status_code == 200, 90, "talker answers: it pauses after an engine has died")
     (server,) = served.engines("talker")
-    return server if kind == "api" else server.children(recursive=True)[0]
+    # A server that is not forked has a process of multiprocessing's, too.
+    return server if kind == "api" else max(server.children(recursive=True), key=lambda each: each.memory_info().rss)
 
 
 def from_openai(url: str) -> Iterator[Any]:
