@@ -23,6 +23,7 @@ from tests.support.nginx import nginx
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
 HI: list[Any] = [{"role": "user", "content": "Hi"}]
+STORY: list[Any] = [{"role": "user", "content": "Write a long story about a ship."}]
 LONG: dict[str, Any] = {"model": "talker", "stream": True, "ignore_eos": True, "temperature": 0}
 
 
@@ -90,16 +91,14 @@ def engine_of(served: Home, kind: str) -> psutil.Process:
 
 def from_openai(url: str) -> Iterator[Any]:
     with openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0) as client:
-        more: Any = {"ignore_eos": True}
         yield from client.chat.completions.create(
-            model="talker", messages=HI, max_tokens=2000, stream=True, extra_body=more
+            model="talker", messages=STORY, max_tokens=1500, temperature=0, stream=True
         )
 
 
 def from_anthropic(url: str) -> Iterator[Any]:
     with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as client:
-        more: Any = {"ignore_eos": True}
-        yield from client.messages.create(model="talker", messages=HI, max_tokens=2000, stream=True, extra_body=more)
+        yield from client.messages.create(model="talker", messages=STORY, max_tokens=1500, temperature=0, stream=True)
 
 
 @pytest.mark.parametrize(
