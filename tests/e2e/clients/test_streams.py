@@ -23,6 +23,7 @@ from tests.support.nginx import nginx
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
 HI: list[Any] = [{"role": "user", "content": "Hi"}]
+GREEDY: dict[str, Any] = {"temperature": 0}
 STORY: list[Any] = [{"role": "user", "content": "Write a long story about a ship."}]
 LONG: dict[str, Any] = {"model": "talker", "stream": True, "ignore_eos": True, "temperature": 0}
 
@@ -98,7 +99,9 @@ def from_openai(url: str) -> Iterator[Any]:
 
 def from_anthropic(url: str) -> Iterator[Any]:
     with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as client:
-        yield from client.messages.create(model="talker", messages=STORY, max_tokens=1500, temperature=0, stream=True)
+        yield from client.messages.create(
+            model="talker", messages=STORY, max_tokens=1500, stream=True, extra_body=GREEDY
+        )
 
 
 @pytest.mark.parametrize(

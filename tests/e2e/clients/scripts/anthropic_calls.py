@@ -7,7 +7,7 @@ import anthropic
 
 ASK = [{"role": "user", "content": "Name the capital of France."}]
 client = anthropic.Anthropic(base_url=sys.argv[1], api_key="none")
-usual = {"model": "talker", "messages": ASK, "temperature": 0, "max_tokens": 12}
+usual = {"model": "talker", "messages": ASK, "max_tokens": 12, "extra_body": {"temperature": 0}}
 
 
 def failure(call):
