@@ -138,6 +138,7 @@ def surrogates() -> list[Row]:
     ]
 
 
+EMPTY = {"type": "message", "id": "", "role": "assistant", "status": "completed", "content": []}
 BARE = {"type": "json_schema", "json_schema": {"type": "object", "properties": {}}}
 NOT_KEPT = (400, "responses_not_kept", "llmrun keeps no responses")
 TABLE = [
@@ -188,6 +189,12 @@ TABLE = [
         400,
         "invalid_request",
         "'input[0].content' is required",
+    ),
+    Row(
+        "assistant with empty content",
+        RESPONSES,
+        {"model": "talker", "input": [EMPTY], "max_output_tokens": 4},
+        *(400, "invalid_request", "the engine cannot read this request"),
     ),
     Row(
         "no max_tokens",

@@ -47,6 +47,9 @@ def _explained(original: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(message, ValidationError):
             text, field = explain([dict(error) for error in message.errors()])
             message = VLLMValidationError(text, parameter=field or None)
+        elif isinstance(message, LookupError | AttributeError):
+            # As with ValueError and TypeError, for vLLM: what it reads before it generates is the request.
+            message = VLLMValidationError(f"the engine cannot read this request: {type(message).__name__}: {message}")
         return original(message, *args, **kwargs)
 
     return create
