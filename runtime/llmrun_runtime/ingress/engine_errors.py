@@ -23,9 +23,9 @@ _KINDS = {
     429: ("rate_limit_error", "rate_limit_exceeded"),
     503: ("service_unavailable", "engine_unavailable"),
 }
-NO_TEMPLATE = "no_chat_template"
+NO_TEMPLATE, NO_TOOLS = "no_chat_template", "tools_not_enabled"
 OTHER = "engine_error"
-CODES = {CONTEXT_LENGTH, NO_TEMPLATE, OTHER, *(code for _, code in _KINDS.values())}
+CODES = {CONTEXT_LENGTH, NO_TEMPLATE, NO_TOOLS, OTHER, *(code for _, code in _KINDS.values())}
 """All codes that this module gives to errors."""
 _OPENAI_WORD = re.compile(r"[a-z]+(_[a-z]+)*")
 # vLLM appends these to its messages.
@@ -33,6 +33,7 @@ _DETAILS = re.compile(r"\s*\(parameter=([\w.\[\]]+)(?:, value=.*)?\)\s*$", re.DO
 _CONTEXT = re.compile(r"maximum context length is (\d+) tokens.*?(\d+) (?:input )?tokens", re.DOTALL)
 _TOO_MANY = re.compile(r"max_\w+=(\d+) cannot be greater than max_model_len=(\d+)")
 _NO_TEMPLATE = re.compile(r"default chat template is no longer allowed|chat template to be used|no chat template")
+_NO_TOOLS = re.compile(r"requires --enable-auto-tool-choice")
 _PROMPTS = {
     "/v1/chat/completions": "messages",
     "/v1/messages": "messages",
@@ -76,6 +77,12 @@ def _known(error: HTTPError, path: str) -> HTTPError:
         error.message = (
             'the model has no chat template. Set one in @llm, engine_args={"chat_template": "FILE.jinja"}, or send a '
             "prompt to /v1/completions"
+        )
+    elif _NO_TOOLS.search(error.message):
+        error.code, error.param = NO_TOOLS, "tools"
+        error.message = (
+            "tools are not enabled for this model: how it calls them is not known. Set its parser in @llm, "
+            'engine_args={"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}, for example'
         )
     return error
 

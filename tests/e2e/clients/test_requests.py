@@ -211,6 +211,12 @@ TABLE = [
     Row("no image", CHAT, look("data:image/png;base64,aGVsbG8="), 400, "invalid_request"),
     Row("image for a text model", CHAT, look(image(8, 8)) | {"model": "talker"}, 400, "invalid_request"),
     # others
+    Row(
+        "tools without a parser",
+        CHAT,
+        {"model": "eyes", "messages": HI, "tools": [{"type": "function", "function": {"name": "f"}}]},
+        *(400, "tools_not_enabled", '"tool_call_parser": "hermes"', "tools"),
+    ),
     Row("no template", CHAT, {"model": "plain", "messages": HI}, 400, "no_chat_template", "engine_args"),
     Row(
         "no template, Anthropic",
