@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 
 def test_an_app_runs_as_python_would_run_it(cluster: Home, tmp_path: Path, tiny_weights: Path) -> None:
-    """Helpers in a folder, a linked package, data beside the file; deployed from another folder, one class of a loop."""
+    """It has helpers in a folder, a linked package, data beside the file, and a loop."""
     folder = tmp_path / "project" / "pkg"
     (folder / "helpers").mkdir(parents=True)
     (folder / "helpers" / "util.py").write_text("def words(text: str) -> int:\n    return len(text.split())\n")
