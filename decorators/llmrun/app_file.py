@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from llmrun.decorator import collecting, spec_of
+from llmrun.errors import HookError
 from llmrun.lora import LoRA
 from llmrun.spec import ModelSpec
 from llmrun.weights import Weights
@@ -41,13 +42,20 @@ class LoadedFile:
         return [cls for cls in self.decorated if id(spec_of(cls)) not in specs]
 
     def find(self, model: str, cls: str) -> Any:
-        """Return the class of a model; if no model has this name, the class with this name. Raises AttributeError."""
+        """Return the class of a model; if no model has this name, the class with this name.
+
+        Raises HookError if there is none, or if several have it.
+        """
         for each in self.models():
             if (spec := spec_of(each)) and spec.name == model:
                 return each
+        if sum(each.__qualname__ == cls for each in self.models()) > 1:
+            raise HookError(f"several classes are named {cls}, and none is model {model!r} on this node")
         found: Any = self.module
         for part in cls.split("."):
-            found = getattr(found, part)
+            found = getattr(found, part, None)
+        if found is None:
+            raise HookError(f"{self.module.__name__} has no class {cls} on this node")
         return found
 
     def _defines(self, cls: type) -> bool:

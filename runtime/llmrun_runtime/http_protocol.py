@@ -173,6 +173,12 @@ class _UnchunkedCycle(RequestResponseCycle):
             self.expected_content_length += len(message.get("body", b""))
         await super().send(message)
 
+    async def run_asgi(self, app: Any) -> None:
+        """Run the app; reset the connection if it fails: its end would end the body as if that were whole."""
+        await super().run_asgi(app)
+        if self._unbounded and self.response_started and not self.response_complete:
+            self.transport.abort()
+
     _unbounded = False
 
 

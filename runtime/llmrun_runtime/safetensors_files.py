@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 # https://github.com/huggingface/safetensors#format
@@ -29,11 +30,14 @@ def read_shapes(file: Path) -> Shapes:
     return shapes
 
 
-def find_damaged(folder: Path) -> str:
-    """Return which safetensors file in a folder is damaged, and how; "" if none is."""
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            read_shapes(file)
-        except (OSError, ValueError) as error:
-            return f"{file} is damaged: {error}"
+def find_damaged(files: Iterable[Path]) -> str:
+    """Return which of the files is a damaged safetensors file, and how; "" if none is."""
+    for file in files:
+        if file.suffix == ".safetensors":
+            try:
+                read_shapes(file)
+            except OSError as error:
+                return f"{file} cannot be read: {error.strerror}"
+            except ValueError as error:
+                return f"{file} is damaged: {error}"
     return ""

@@ -18,7 +18,7 @@ import typer
 
 from llmrun.app_file import load_file
 from llmrun.decorator import spec_of
-from llmrun.errors import AppError, DeployError
+from llmrun.errors import AppError, DeployError, HookError
 from llmrun.wire import Event
 from llmrun_cli import deployment
 from llmrun_cli.app_files.package import CodePackage, hidden_modules, pack
@@ -128,7 +128,10 @@ def test_models_that_share_a_class_name_are_all_deployed(tmp_path: Path) -> None
     loaded = load_file(tmp_path / "app.py")
     for model in ("l0", "l1"):
         assert (spec := spec_of(loaded.find(model, "L"))) and spec.name == model
-    assert loaded.find("renamed", "L") is loaded.module.L
+    with pytest.raises(HookError, match="several classes are named L, and none is model 'renamed' on this node"):
+        loaded.find("renamed", "L")
+    with pytest.raises(HookError, match="app has no class M on this node"):
+        loaded.find("renamed", "M")
 
 
 def test_the_models_of_other_files_are_deployed_if_they_are_imported_by_name(tmp_path: Path) -> None:
@@ -175,6 +178,26 @@ def test_links_to_folders_inside_are_packed(tmp_path: Path) -> None:
     (tmp_path / "lib" / "loop").symlink_to("..")
     with pytest.raises(AppError, match=r"lib/loop: the link leads to a folder that contains it"):
         pack(tmp_path)
+    (tmp_path / "lib" / "loop").unlink()
+    (tmp_path / "lib" / "other").symlink_to("../elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "back").symlink_to("../lib")
+    with pytest.raises(AppError, match=r"back/other: the link leads to a folder that contains it"):
+        pack(tmp_path)
+
+
+def test_links_take_nothing_along_that_is_left_out(tmp_path: Path) -> None:
+    for name in ("app.py", "private/conf/x.py", "models/llama/w.safetensors", "state/admin.key", "state/logs/l.log"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "models" / "latest").symlink_to("llama")
+    (tmp_path / "logs").symlink_to("state/logs")
+    package = pack(tmp_path, exclude=[tmp_path / "models" / "llama"])
+    assert package.files == ("app.py", "private/conf/x.py") and set(package.secrets) == {"logs/", "state/"}
+    (tmp_path / ".llmrunignore").write_text("/private/\n")
+    (tmp_path / "conf").symlink_to("private/conf")
+    with pytest.raises(AppError, match=r"conf: the link leads to .*private/conf, which an ignore file leaves out"):
+        pack(tmp_path, exclude=[tmp_path / "models"])
 
 
 def test_packages_are_the_same_for_the_same_files(tmp_path: Path) -> None:

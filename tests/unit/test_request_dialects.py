@@ -17,7 +17,7 @@ import pytest
 from llmrun.wire import KeyInfo
 from llmrun_runtime.ingress.admission import encodings
 from llmrun_runtime.ingress.admission.encodings import decode
-from llmrun_runtime.ingress.admission.paths import canonical_path
+from llmrun_runtime.ingress.admission.paths import canonical_path, path_not_found
 from llmrun_runtime.ingress.admission.request import parse_request
 from llmrun_runtime.ingress.engine_errors import engine_error
 from llmrun_runtime.ingress.error_shapes import ErrorShape
@@ -138,6 +138,35 @@ def test_the_path_that_is_meant(path: str, meant: str, deployment: str) -> None:
     assert canonical_path(path, ALL) == (meant, deployment)
 
 
+@pytest.mark.parametrize(
+    "path", ["/openai/deployments/" + "a/" * 31_000 + "a\n", "/v1" * 20_000 + "/x", "/" * 60_000, "/openai" * 9000]
+)
+def test_a_long_path_takes_no_time(path: str) -> None:
+    began = time.process_time()
+    assert canonical_path(path, ALL) == (path, "")
+    assert len(path_not_found(path, ALL).message) < 500
+    assert time.process_time() - began < 0.1
+
+
+def test_a_search_for_broken_text_takes_no_memory() -> None:
+    body = json.dumps({"model": "one", "x": "😀", "k" * 100_000: [1] * 50_000}).encode()
+    tracemalloc.start()
+    assert parse_request(body).model == "one"
+    assert tracemalloc.get_traced_memory()[1] < 50 * 2**20
+    tracemalloc.stop()
+    with pytest.raises(HTTPError) as error:
+        parse_request(b'{"model": "one", "' + b"k" * 100_000 + rb'": ["\ud800"]}')
+    assert len(error.value.message) < 500
+
+
+@pytest.mark.parametrize(("encoding", "empty"), [("gzip", gz(b"")), ("zstd", zst(b""))])
+def test_many_streams_in_a_row_are_refused(encoding: str, empty: bytes) -> None:
+    began = time.process_time()
+    with pytest.raises(HTTPError, match="more than 16 streams"):
+        decode(empty * (2**20 // len(empty)), encoding, 2**20)
+    assert time.process_time() - began < 0.5
+
+
 async def test_other_spellings_of_paths_are_served(bench: Bench, engine: Engine) -> None:
     bench.table(route(engine.port, paths=ALL))
     for path in ("/chat/completions", "/v1/v1/chat/completions", CHAT + "/", "/openai" + CHAT + "?api-version=1"):
@@ -157,7 +186,10 @@ async def test_other_spellings_of_paths_are_served(bench: Bench, engine: Engine)
 
 
 async def test_any_valid_key_opens(bench: Bench, engine: Engine) -> None:
-    bench.table(route(engine.port), keys=keys(KeyInfo(name="good"), KeyInfo(name="old", expires=1)))
+    bench.table(
+        route(engine.port),
+        keys=keys(KeyInfo(name="good"), KeyInfo(name="old", expires=1), KeyInfo(name="looks", role="viewer")),
+    )
     for headers in (
         {"authorization": "bearer good"},
         {"x-api-key": "good"},
@@ -165,6 +197,7 @@ async def test_any_valid_key_opens(bench: Bench, engine: Engine) -> None:
         {"authorization": "Bearer dummy", "x-api-key": "good"},
         {"authorization": "Bearer good", "x-api-key": "dummy"},
         {"authorization": "Bearer old", "api-key": "good"},
+        {"authorization": "Bearer looks", "api-key": "good"},
     ):
         assert (await bench.post(headers=headers))[0] == 200, headers
         assert not {"authorization", "x-api-key", "api-key"} & set(engine.requests[-1].headers.keys())
@@ -354,7 +387,7 @@ async def test_responses_are_not_kept(bench: Bench, engine: Engine) -> None:
     for field, value in (("previous_response_id", "resp_1"), ("store", True), ("background", True)):
         status, _, answer = await bench.post({"model": "one", "input": "Hi", field: value}, RESPONSES)
         assert (status, answer["error"]["code"], answer["error"]["param"]) == (400, "responses_not_kept", field)
-    for body in ({"store": False}, {"previous_response_id": None}, {}):
+    for body in ({"store": False}, {"store": "false"}, {"previous_response_id": None}, {}):
         assert (await bench.post({"model": "one", "input": "Hi"} | body, RESPONSES))[0] == 200
     for method, path in (("GET", "/resp_1"), ("DELETE", "/resp_1"), ("POST", "/resp_1/cancel")):
         async with bench.session.request(method, bench.url + RESPONSES + path) as answered:
@@ -468,6 +501,20 @@ TOO_LONG = (
     "This model's maximum context length is 8192 tokens. However, your prompt contains at least 8193 input tokens, "
     "which exceeds this limit even without any output tokens. (parameter=input_tokens, value=8193)"
 )
+
+
+def test_long_messages_of_engines_take_no_time() -> None:
+    for text in ("x" + " " * 60_000 + "x", "(parameter=a, value=" * 3000):
+        began = time.process_time()
+        error = engine_error(400, [], json.dumps({"error": {"message": text}}).encode(), CHAT)
+        assert time.process_time() - began < 0.1 and len(error.message) <= 4000
+
+
+def test_a_prompt_with_too_many_characters_keeps_its_own_words() -> None:
+    text = TOO_LONG.partition("contains")[0] + "contains 99 characters (more than 9, which is for 8192 input tokens)"
+    body = json.dumps({"error": {"message": text}}).encode()
+    assert engine_error(400, [], body, CHAT).code == "context_length_exceeded"
+    assert engine_error(400, [], body, MESSAGES).message == f"prompt is too long: {text}"
 
 
 @pytest.mark.parametrize("path", sorted(ALL))

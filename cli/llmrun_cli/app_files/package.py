@@ -118,13 +118,26 @@ def _files(folder: Path, exclude: Collection[Path]) -> tuple[list[Path], list[st
         if parent == repository:
             break
 
-    def walk(current: Path, rules: Rules) -> None:
+    excluded = {path.resolve() for path in exclude}
+
+    def refuse_link(path: Path, target: Path, parents: tuple[Path, ...]) -> None:
+        """Raise AppError for a link to what is left out at its own place, or to a folder that is being walked."""
+        if target in parents:
+            raise AppError(f"{path}: the link leads to a folder that contains it, {target}. List it in .llmrunignore.")
+        rules, place = inherited, folder
+        for part in target.relative_to(top).parts:
+            rules, place = [*rules, *_rules(place)], place / part
+            if _matches(place, rules):
+                raise AppError(
+                    f"{path}: the link leads to {target}, which an ignore file leaves out. List the link there, too."
+                )
+
+    def walk(current: Path, rules: Rules, parents: tuple[Path, ...]) -> None:
         rules = [*rules, *_rules(current)]
+        parents = (*parents, current.resolve())
         for path in sorted(current.iterdir()):
             slash = "/" if path.is_dir() else ""
-            if path in exclude or any(
-                spec.match_file(path.relative_to(base).as_posix() + slash) for base, spec in rules
-            ):
+            if path in exclude or _matches(path, rules):
                 continue
             if not path.exists():  # a link to nothing
                 continue
@@ -136,21 +149,29 @@ def _files(folder: Path, exclude: Collection[Path]) -> tuple[list[Path], list[st
                     ".llmrunignore."
                 )
             # A link may have a harmless name: look at what it leads to, too.
+            inside = [path, *(place for place in (target, *target.parents) if place.is_relative_to(top))]
             if any(is_secret.match_file(of) for of in (name, target.relative_to(top).as_posix() + slash)) or any(
-                (path / file).is_file() for file in HOME_FILES
+                (place / file).is_file() for place in inside for file in HOME_FILES
             ):
                 secrets.append(name)
-            elif path.is_dir():
-                if path.is_symlink() and path.parent.resolve().is_relative_to(target):
-                    raise AppError(
-                        f"{path}: the link leads to a folder that contains it, {target}. List it in .llmrunignore."
-                    )
-                walk(path, rules)
+                continue
+            if path.is_symlink():
+                if target in excluded:
+                    continue
+                refuse_link(path, target, parents)
+            if path.is_dir():
+                walk(path, rules, parents)
             elif path.is_file():
                 files.append(path)
 
-    walk(folder, inherited)
+    walk(folder, inherited, ())
     return files, secrets
+
+
+def _matches(path: Path, rules: Rules) -> bool:
+    """Whether a rule leaves the path out."""
+    slash = "/" if path.is_dir() else ""
+    return any(spec.match_file(path.relative_to(base).as_posix() + slash) for base, spec in rules)
 
 
 def _rules(folder: Path) -> Rules:

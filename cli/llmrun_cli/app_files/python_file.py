@@ -103,7 +103,7 @@ def _inspect(path: Path) -> dict[str, Any]:
         models.append(LoadedModel(cls=cls.__qualname__, hooks=hooks_of(cls), spec=spec).model_dump(mode="json"))
     warnings = [
         f"{path}: model {spec_of(cls).name!r} is not deployed: its class is defined in {cls.__module__}. Import the "  # type: ignore[union-attr]
-        f"class {cls.__name__} by its name to deploy it"
+        f"class {cls.__name__} by its name, or assign it to a name here, to deploy it"
         for cls in file.others()
     ]
     return {"models": models, "warnings": warnings}

@@ -133,14 +133,15 @@ def list_(
     if as_json:
         print_json(rows)
         return
+    for row in rows:
+        if row.problem:
+            warn(f"{row.source}: {row.name!r} is left out: {row.problem}")
+    rows = [row for row in rows if not row.problem]
     if not rows:
         out.print(f"No adapters. Upload one with `llmrun adapter push DIR {model}:NAME`.")
         return
     table = make_table("NAME", "SOURCE", "REVISION", "SIZE", "RANK", "LAST USED", "LOADED ON")
     for row in rows:
-        if row.problem:
-            warn(f"{row.source}: {row.name!r} is left out: {row.problem}")
-            continue
         last_used = format_time(row.last_used) if row.last_used else "-"
         rank, replicas = str(row.rank or "-"), ", ".join(row.loaded_on) or "-"
         table.add_row(f"{model}:{row.name}", row.source, row.short, decimal(row.bytes), rank, last_used, replicas)

@@ -21,6 +21,7 @@ from llmrun_runtime.ingress.admission.encodings import content_encoding, decode
 from llmrun_runtime.ingress.admission.request import check_method, parse_request
 from llmrun_runtime.ingress.admission.target import model_not_found
 from llmrun_runtime.ingress.endpoints.models import MODELS, entry
+from llmrun_runtime.ingress.engine_errors import engine_error
 from llmrun_runtime.ingress.error_shapes import ErrorShape
 from llmrun_runtime.ingress.errors import HTTPError
 from llmrun_runtime.ingress.queue.keepalive import STREAM_HEADERS
@@ -68,6 +69,8 @@ class OpenAIIngress:
             response: AsyncIterator[Any] = self._models[name].ask.remote(path, parsed.normalized or body, content_type)
             head = await anext(aiter(response))
             status, media_type = head["status"], head["content_type"]
+            if status >= 400:
+                raise engine_error(status, (), b"".join([chunk async for chunk in response]), path)
             if media_type.encode().startswith(EVENT_STREAM):
                 headers = {key.decode(): value.decode() for key, value in STREAM_HEADERS}
                 return StreamingResponse(_events(name, response, shape), status, headers, media_type=media_type)

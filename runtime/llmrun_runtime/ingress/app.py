@@ -138,7 +138,7 @@ class Ingress:
             await send_bytes(send, 200, await self._metrics_page(), CONTENT_TYPE_LATEST)
         elif path.startswith(CONTROL_ROOT + "/"):
             await self._control(scope, receive, send)
-        elif path not in self._paths():
+        elif path not in USUAL_PATHS and path not in self._paths():
             await self._dispatch_canonical(scope, receive, send, record)
         else:
             check_method(method, path, "POST")

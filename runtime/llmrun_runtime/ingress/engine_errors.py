@@ -28,9 +28,10 @@ OTHER = "engine_error"
 CODES = {CONTEXT_LENGTH, NO_TEMPLATE, NO_TOOLS, OTHER, *(code for _, code in _KINDS.values())}
 """All codes that this module gives to errors."""
 _OPENAI_WORD = re.compile(r"[a-z]+(_[a-z]+)*")
-# vLLM appends these to its messages.
-_DETAILS = re.compile(r"\s*\(parameter=([\w.\[\]]+)(?:, value=.*)?\)\s*$", re.DOTALL)
-_CONTEXT = re.compile(r"maximum context length is (\d+) tokens.*?(\d+) (?:input )?tokens", re.DOTALL)
+# vLLM appends these to its messages: `(parameter=n, value=2)`.
+_DETAILS, _PARAMETER = "(parameter=", re.compile(r"[\w.\[\]]+")
+_CONTEXT = re.compile(r"maximum context length is (\d+) tokens")
+_PROMPT = re.compile(r"contains (?:at least )?(\d+) input tokens")
 _TOO_MANY = re.compile(r"max_\w+=(\d+) cannot be greater than max_model_len=(\d+)")
 _NO_TEMPLATE = re.compile(r"default chat template is no longer allowed|chat template to be used|no chat template")
 _NO_TOOLS = re.compile(r"requires --enable-auto-tool-choice")
@@ -54,8 +55,11 @@ def engine_error(status: int, headers: Iterable[tuple[bytes, bytes]], body: byte
         kind = found["type"]
     message = _text(found.get("message")) or body.decode(errors="replace").strip() or f"the engine answered {status}"
     param = found.get("param") if isinstance(found.get("param"), str) else None
-    if details := _DETAILS.search(message):
-        message, param = message[: details.start()], param or details[1]
+    message, details, rest = (
+        message[: 2 * MAX_MESSAGE].rpartition(_DETAILS) if _DETAILS in message else (message, "", "")
+    )
+    if details and (parameter := _PARAMETER.match(rest)):
+        message, param = message.rstrip(), param or parameter[0]
     message, param = message[:MAX_MESSAGE], param and param.removeprefix("body.")
     error = HTTPError(status, message, code, kind, param, _retry_after(headers))
     return _known(error, path)
@@ -66,11 +70,13 @@ def _known(error: HTTPError, path: str) -> HTTPError:
     if context := _CONTEXT.search(error.message):
         error.code, error.param = CONTEXT_LENGTH, _PROMPTS.get(path)
         if is_anthropic(path):
-            error.message = f"prompt is too long: {context[2]} tokens > {context[1]} maximum"
-    elif (tokens := _TOO_MANY.search(error.message)) and is_anthropic(path):
+            tokens = _PROMPT.search(error.message)
+            size = f"{tokens[1]} tokens > {context[1]} maximum" if tokens else error.message
+            error.message = f"prompt is too long: {size}"
+    elif (wanted := _TOO_MANY.search(error.message)) and is_anthropic(path):
         error.param = "max_tokens"
         error.message = (
-            f"max_tokens: {tokens[1]} > {tokens[2]}, which is the maximum number of tokens of this model. Lower it"
+            f"max_tokens: {wanted[1]} > {wanted[2]}, which is the maximum number of tokens of this model. Lower it"
         )
     elif _NO_TEMPLATE.search(error.message):
         error.code = NO_TEMPLATE

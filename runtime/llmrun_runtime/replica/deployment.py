@@ -125,8 +125,7 @@ class Replica:
             self._mark("ready")
             await self._read_counts()
             self._max_model_len = await engine.max_model_len()
-            warning = get_engine(self._config.spec.engine).warning
-            self._warning = await asyncio.to_thread(warning, launch, self._counts["paths"])
+            self._warning = await self._find_warning(launch)
             self._state = "ready"
             await self._report()
         except LLMRunError as error:
@@ -136,6 +135,17 @@ class Replica:
             await self._fail_start(f"{type(error).__name__}: {error}")
         else:
             await self._warm_node()
+
+    async def _find_warning(self, launch: Launch) -> str:
+        """Return the engine's warning. Engines of other packages may not have one, and it must not fail a start."""
+        warning = getattr(get_engine(self._config.spec.engine), "warning", None)
+        if not warning:
+            return ""
+        try:
+            return str(await asyncio.to_thread(warning, launch, self._counts.get("paths", ())))
+        except Exception:
+            log.exception("no warning for %s", self._config.spec.name)
+            return ""
 
     async def _launch(self) -> Launch:
         """Place the other members of a multi-node engine, and install everything that the engine needs on this node.
@@ -202,7 +212,8 @@ class Replica:
         An engine does not name the file of weights that it could not read, so look for one.
         """
         spec = self._config.spec
-        if spec.path and (damage := await asyncio.to_thread(find_damaged, Path(spec.path).expanduser())):
+        files = sorted(Path(spec.path).expanduser().glob("*")) if spec.path else []
+        if damage := await asyncio.to_thread(find_damaged, files):
             cause = f"{damage} ({cause})"
         self._failed = cause
         self._write_line(f"failed to start: {cause}")

@@ -246,6 +246,8 @@ class Fetcher:
             if name.endswith(".safetensors"):
                 try:
                     read_shapes(self._cache.path_of(entry))
+                except FileNotFoundError:
+                    return  # another process has removed it: it cannot be published, and is fetched again
                 except ValueError as error:
                     text = f"{self._pin.weights}: {name} is damaged at its source: {error}. Upload it again"
                     raise WeightsError(text) from None

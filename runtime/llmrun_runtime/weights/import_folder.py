@@ -32,7 +32,7 @@ def import_folder(cache: Cache, folder: Path, weights: Weights, keep: Collection
     except OSError as error:
         raise WeightsError(f"cannot read {folder}: {error.strerror}") from None
     files = select_files(found, weights)
-    if any(file.name.endswith(".safetensors") for file in files) and (damage := find_damaged(folder)):
+    if damage := find_damaged(folder / file.name for file in files):
         raise WeightsError(f"{damage}. Download it again")
     total = sum(file.size for file in files)
     cache.evict_for(total, keep, f"{folder} ({total:,} bytes)")

@@ -134,13 +134,13 @@ class Database:
         with self.session() as session:
             last = select(VersionRow.model, func.max(VersionRow.number).label("number")).group_by(VersionRow.model)
             newest = last.subquery()
-            query = select(VersionRow).join(
-                newest, (VersionRow.model == newest.c.model) & (VersionRow.number == newest.c.number)
-            )
+            is_newest = (VersionRow.model == newest.c.model) & (VersionRow.number == newest.c.number)
+            of_version = (PinRow.model == VersionRow.model) & (PinRow.number == VersionRow.number)
+            query = select(VersionRow, PinRow.pin).join(newest, is_newest).join(PinRow, of_version, isouter=True)
             found: dict[str, tuple[Deployed, str]] = {}
-            for version in session.scalars(query.where(VersionRow.cause.is_not(None))):
+            for version, pin in session.execute(query.where(VersionRow.cause.is_not(None))):
                 with contextlib.suppress(ValueError):  # of a later release: only what is active must be readable
-                    found[version.model] = _deployed(version.app or "", version, None), version.cause or ""
+                    found[version.model] = _deployed(version.app or "", version, pin), version.cause or ""
             return found
 
     def put_version(self, deployed: Deployed, *, active: bool, cause: str | None = None) -> None:

@@ -56,6 +56,8 @@ class MeteredRequest:
 
     def __init__(self, key: str) -> None:
         self.key = key
+        self.reached_engine = False
+        """Whether the engine has begun to work for it: what fails before that is the reading of the request."""
         self._counted = False
 
     def record(self, adapter: str = "", prompt: int = 0, completion: int = 0, cached: int = 0) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
+from PIL import Image
 from pydantic import ValidationError
 from starlette.responses import JSONResponse
 from vllm.entrypoints.serve.exception_handling import error_response, register
@@ -16,6 +17,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.media.connector import MediaConnector
 
 from llmrun_runtime.asgi import error_body
+from llmrun_runtime.engines.shim import usage_meter
 from llmrun_runtime.engines.vllm.validation import explain
 
 CREATE = "create_error_response"
@@ -47,12 +49,18 @@ def _explained(original: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(message, ValidationError):
             text, field = explain([dict(error) for error in message.errors()])
             message = VLLMValidationError(text, parameter=field or None)
-        elif isinstance(message, LookupError | AttributeError):
-            # As with ValueError and TypeError, for vLLM: what it reads before it generates is the request.
+        elif isinstance(message, LookupError | AttributeError) and _is_reading():
+            # As ValueError and TypeError are for vLLM.
             message = VLLMValidationError(f"the engine cannot read this request: {type(message).__name__}: {message}")
         return original(message, *args, **kwargs)
 
     return create
+
+
+def _is_reading() -> bool:
+    """Whether the current request has not reached the engine yet."""
+    request = usage_meter.current()
+    return request is not None and not request.reached_engine
 
 
 def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,7 +69,7 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return original(self, url, *args, **kwargs)
         except Exception as error:
-            raise _not_loaded(url, error) from error
+            raise _not_loaded(self, url, error) from error
 
     return load
 
@@ -72,16 +80,24 @@ def _loading_async(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return await original(self, url, *args, **kwargs)
         except Exception as error:
-            raise _not_loaded(url, error) from error
+            raise _not_loaded(self, url, error) from error
 
     return load
 
 
-def _not_loaded(url: Any, error: Exception) -> Exception:
-    """Return the error for an image, audio or video that cannot be loaded: the client has sent it, or its URL.
+def _not_loaded(connector: Any, url: Any, error: Exception) -> Exception:
+    """Return the error for an image, audio or video that cannot be loaded.
 
-    Pillow's error for a decompression bomb, for example, is none that vLLM knows as the client's.
+    A file that is not allowed or not there, an unknown encoding, or a decompression bomb is the client's mistake, which
+    vLLM does not know. What it knows, and what the network did, stays as it is.
     """
     if str(url).startswith("file:"):
-        return ValueError(LOCAL_FILE)
-    return error if isinstance(error, ValueError) else ValueError(f"cannot load the media: {error}")
+        return error if isinstance(error, ValueError) else ValueError(_file_problem(connector, error))
+    is_mistake = isinstance(error, Image.DecompressionBombError | NotImplementedError | RuntimeError)
+    return ValueError(f"cannot load the media: {error}") if is_mistake else error
+
+
+def _file_problem(connector: Any, error: Exception) -> str:
+    if getattr(connector, "allowed_local_media_path", None) is None:
+        return LOCAL_FILE
+    return f"cannot read the file: {getattr(error, 'strerror', None) or error}"

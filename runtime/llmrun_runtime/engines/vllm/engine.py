@@ -64,6 +64,7 @@ TASK_ARGS: dict[str, dict[str, JsonValue]] = {
 }
 
 CHAT = "/v1/chat/completions"
+OWN_TEMPLATE = {"chat_template", "tokenizer", "tokenizer_mode"}
 # vLLM's default for a whole GPU.
 MAX_MEMORY_FRACTION = 0.92
 MEMORY_ARGS = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
@@ -145,16 +146,19 @@ class VLLM:
         return ""
 
     def warning(self, launch: Launch, paths: Collection[str]) -> str:
-        """Warn of a model without a chat template: vLLM starts, and then refuses every chat."""
+        """Warn of a model without a chat template: vLLM starts, and then refuses every chat.
+
+        It has a template of its own for some models.
+        """
         weights = Path(launch.weights)
         others = (weights / "chat_template.json", weights / "tekken.json")  # a processor's, and Mistral's own format
-        if CHAT not in paths or "chat_template" in launch.engine_args:
+        if CHAT not in paths or launch.engine_args.keys() & OWN_TEMPLATE:
             return ""
         if any(map(Path.exists, others)) or chat_template(weights):
             return ""
         return (
-            "the model has no chat template, so only prompts to /v1/completions are answered. For chats, set one: "
-            'engine_args={"chat_template": "/path/of/template.jinja"}'
+            "no chat template was found in the model's files, so chats may be refused, unlike prompts to "
+            '/v1/completions. Set one: engine_args={"chat_template": "/path/of/template.jinja"}'
         )
 
     def command(self, launch: Launch) -> list[str]:

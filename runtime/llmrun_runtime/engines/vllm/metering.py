@@ -47,6 +47,8 @@ def _metered(original: Any) -> Any:
         # Each output contains either all tokens so far, or the new ones.
         cumulative = getattr(params, "output_kind", None) == RequestOutputKind.CUMULATIVE
         first, seen = True, 0
+        if request:
+            request.reached_engine = True
         # Several completions of a prompt interleave, so the time between outputs is not per token.
         stream = usage_meter.Stream(adapter) if request and getattr(params, "n", 1) == 1 else None
         try:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 Loc = tuple[str | int, ...]
+# A small body can have errors by the thousand: those of its first items say enough.
+MAX_ERRORS = 500
 # Fields by which the members of a union differ.
 TAGS = (("role",), ("type",))
 _FIELD = re.compile(r"[a-z_]+")
@@ -37,14 +40,14 @@ def explain(errors: Sequence[Mapping[str, Any]], body: Any = None) -> tuple[str,
     `errors`: pydantic's. `body`: what was validated. Of a union's members, the one that was probably meant counts:
     its tag fits, then its error is the deepest, then it has the fewest errors.
     """
-    read = [_read(error, body) for error in errors]
+    read = [_read(error, body) for error in errors[:MAX_ERRORS]]
     if not read:
         return "the request is not valid", ""
-    others = [error.members for error in read if error.is_tag]
+    counts, others = Counter(error.members for error in read), Counter(error.members for error in read if error.is_tag)
 
     def fit(error: _Error) -> tuple[int, int, int]:
-        is_other = sum(error.members[: len(members)] == members for members in others)
-        return is_other, -len(error.path), sum(each.members == error.members for each in read)
+        above = (error.members[:length] for length in range(len(error.members) + 1))
+        return sum(others[members] for members in above), -len(error.path), counts[error.members]
 
     meant = min(read, key=fit)
     field, message = _dotted(meant.path), meant.message
@@ -66,7 +69,7 @@ def _read(error: Mapping[str, Any], body: Any) -> _Error:
     value = body
     for index, part in enumerate(loc):
         is_last = index == len(loc) - 1
-        if isinstance(value, dict) and (part in value or (is_last and kind == "missing")):
+        if isinstance(value, Mapping) and (part in value or (is_last and kind == "missing")):
             path.append(part)
             value = value.get(part)
         elif isinstance(value, list) and isinstance(part, int) and part < len(value):

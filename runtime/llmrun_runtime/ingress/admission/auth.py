@@ -42,7 +42,8 @@ def authenticate(table: Table, scope: Scope, now: float, *, required: bool) -> K
     known = [key for key in keys if key]
     if not known:
         raise HTTPError(401, "invalid API key (unknown or revoked)", "invalid_api_key", "authentication_error")
-    key = next((key for key in known if not _problem(key, now)), known[0])
+    valid = [key for key in known if not _problem(key, now)]
+    key = next((key for key in valid if key.role != "viewer"), (valid or known)[0])
     if problem := _problem(key, now):
         raise problem
     # 4.

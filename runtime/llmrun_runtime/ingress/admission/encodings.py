@@ -16,6 +16,7 @@ else:
 
 ENCODINGS = ("gzip", "deflate", "zstd")
 _OTHER_NAMES = {"x-gzip": "gzip", "identity": ""}
+MAX_STREAMS = 16
 # Windows of more than 8 MiB need not be supported (RFC 9659).
 _ZSTD_WINDOW_LOG = 23
 _GZIP_WBITS = 16 + zlib.MAX_WBITS
@@ -58,7 +59,9 @@ def decode(content: bytes, encoding: str, limit: int) -> bytes:
     parts: list[bytes] = []
     size = 0
     try:
-        while content:  # both formats allow several streams in a row
+        while content:  # both formats allow several streams in a row; each copies what follows it
+            if len(parts) == MAX_STREAMS:
+                raise EOFError(f"it has more than {MAX_STREAMS} streams")
             decompressor = _decompressor(encoding, content)
             part = decompressor.decompress(content, limit + 1 - size)
             size += len(part)

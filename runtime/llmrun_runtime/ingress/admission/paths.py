@@ -12,7 +12,9 @@ from llmrun_runtime.ingress.errors import HTTPError
 
 V1 = "/v1"
 KEPT_NOWHERE = "llmrun keeps no responses. Send the whole conversation in 'input'"
-_AZURE = re.compile(r"/openai/deployments/(.+/.+)")
+_AZURE = "/openai/deployments/"
+_REPEATED_V1 = re.compile(r"^(?:/v1)+(?=/v1/)")
+MAX_SHOWN = 200
 
 
 def canonical_path(path: str, known: Collection[str]) -> tuple[str, str]:
@@ -21,14 +23,14 @@ def canonical_path(path: str, known: Collection[str]) -> tuple[str, str]:
     The path is one of `known`, `/v1/models` or below, or as it was if its meaning is not plain.
     """
     plain = re.sub(r"/{2,}", "/", path).rstrip("/")
-    if azure := _AZURE.fullmatch(plain):
+    if plain.startswith(_AZURE):
+        named = plain.removeprefix(_AZURE)
         for suffix in sorted((each.removeprefix(V1) for each in known), key=len, reverse=True):
-            deployment = azure[1].removesuffix(suffix)
-            if deployment != azure[1] and deployment:
+            deployment = named.removesuffix(suffix)
+            if deployment != named and deployment:
                 return V1 + suffix if V1 + suffix in known else suffix, deployment
     plain = plain.removeprefix("/openai")
-    while plain.startswith(V1 + V1 + "/"):
-        plain = plain.removeprefix(V1)
+    plain = _REPEATED_V1.sub("", plain)
     for meant in (plain, V1 + plain):
         if meant in known or meant == MODELS or meant.startswith(MODELS + "/"):
             return meant, ""
@@ -37,6 +39,7 @@ def canonical_path(path: str, known: Collection[str]) -> tuple[str, str]:
 
 def path_not_found(path: str, known: Collection[str]) -> HTTPError:
     """The error for a path that no model serves."""
+    path = path[:MAX_SHOWN]
     if path.startswith(RESPONSES + "/"):
         return HTTPError(404, f"{path}: {KEPT_NOWHERE}", "responses_not_kept")
     similar = similar_names(path, known, 1)

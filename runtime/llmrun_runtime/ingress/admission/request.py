@@ -30,6 +30,7 @@ PREFIX_BYTES = 1024
 ROUTING_KEYS = ("model", "stream")
 # What engines take for true in a JSON body (pydantic's rules).
 TRUE = frozenset({"1", "on", "t", "true", "y", "yes"})
+FALSE = frozenset({"0", "off", "f", "false", "n", "no", ""})
 # Of /v1/responses: what asks for a response that is kept.
 KEPT = ("previous_response_id", "conversation", "background", "store")
 # Whoever reads a header that is sent twice takes the first or the last value: two readers would see two requests.
@@ -75,7 +76,7 @@ def parse_request(body: bytes, content_type: bytes = b"application/json", deploy
     `deployment`: the model that the path names, over the one in a JSON body; "" if it names none.
     """
     if content_type.lower().startswith(b"multipart/form-data"):
-        return _parse_form(body, content_type)
+        return _parse_form(body, content_type, deployment)
     _check_size(body)
     try:
         parsed = json.loads(body)
@@ -93,13 +94,18 @@ def parse_request(body: bytes, content_type: bytes = b"application/json", deploy
         parsed["model"] = deployment
     normalized = normalize(parsed) or (parsed if is_renamed else None)
     encoded = json.dumps(normalized, ensure_ascii=False).encode() if normalized else b""
-    kept = next((name for name in KEPT if parsed.get(name)), "")
+    kept = next((name for name in KEPT if parsed.get(name) and _is_set(parsed[name])), "")
     stream = _is_true(parsed.get("stream"))
     return ParsedRequest(_model_of(parsed), stream, _prefix(body), encoded, Wanted.of(parsed), kept)
 
 
 def _is_true(value: Any) -> bool:
     return value in (True, 1) if isinstance(value, bool | int | float) else str(value).lower() in TRUE
+
+
+def _is_set(value: Any) -> bool:
+    """Whether a field asks for something: a flag may also be written as "false"."""
+    return not isinstance(value, str) or value.lower() not in FALSE
 
 
 def _check_size(body: bytes) -> None:
@@ -131,8 +137,8 @@ def _model_of(parsed: Mapping[str, Any]) -> str:
     return model
 
 
-def _parse_form(body: bytes, content_type: bytes) -> ParsedRequest:
-    """Parse the form fields in ROUTING_KEYS; the engine reads the files."""
+def _parse_form(body: bytes, content_type: bytes, deployment: str) -> ParsedRequest:
+    """Parse the form fields in ROUTING_KEYS; the engine reads the files. Raises HTTPError (400)."""
     fields: dict[str, str] = {}
 
     def on_field(field: Any) -> None:
@@ -147,6 +153,9 @@ def _parse_form(body: bytes, content_type: bytes) -> ParsedRequest:
         python_multipart.parse_form(headers, io.BytesIO(body), on_field, lambda file: file.close())
     except (python_multipart.exceptions.FormParserError, ValueError) as error:
         raise HTTPError(400, f"request body is not a valid multipart form: {error}", "invalid_form") from None
+    if deployment and fields.get("model") != deployment:
+        message = f"the form's field 'model' must be {deployment!r}, as in the path"
+        raise HTTPError(400, message, "invalid_model", param="model")
     return ParsedRequest(_model_of(fields), _is_true(fields.get("stream")))
 
 
