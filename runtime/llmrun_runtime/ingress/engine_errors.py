@@ -55,11 +55,9 @@ def engine_error(status: int, headers: Iterable[tuple[bytes, bytes]], body: byte
         kind = found["type"]
     message = _text(found.get("message")) or body.decode(errors="replace").strip() or f"the engine answered {status}"
     param = found.get("param") if isinstance(found.get("param"), str) else None
-    message, details, rest = (
-        message[: 2 * MAX_MESSAGE].rpartition(_DETAILS) if _DETAILS in message else (message, "", "")
-    )
-    if details and (parameter := _PARAMETER.match(rest)):
-        message, param = message.rstrip(), param or parameter[0]
+    details = message.rfind(_DETAILS, 0, 2 * MAX_MESSAGE)
+    if details >= 0 and (parameter := _PARAMETER.match(message, details + len(_DETAILS))):
+        message, param = message[:details].rstrip(), param or parameter[0]
     message, param = message[:MAX_MESSAGE], param and param.removeprefix("body.")
     error = HTTPError(status, message, code, kind, param, _retry_after(headers))
     return _known(error, path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 Loc = tuple[str | int, ...]
 # A small body can have errors by the thousand: those of its first items say enough.
 MAX_ERRORS = 500
+# Objects and arrays of a body, when the place of an error is searched.
+MAX_SEARCHED = 2000
 # Fields by which the members of a union differ.
 TAGS = (("role",), ("type",))
 _FIELD = re.compile(r"[a-z_]+")
@@ -27,6 +29,8 @@ class _Error:
     members: tuple[str, ...]
     kind: str
     message: str
+    value: Any
+    """What is not valid."""
 
     @property
     def is_tag(self) -> bool:
@@ -50,7 +54,10 @@ def explain(errors: Sequence[Mapping[str, Any]], body: Any = None) -> tuple[str,
         return sum(others[members] for members in above), -len(error.path), counts[error.members]
 
     meant = min(read, key=fit)
-    field, message = _dotted(meant.path), meant.message
+    path, message = meant.path, meant.message
+    if path and isinstance(path[0], int):  # pydantic validates iterables later, without their place
+        path = (*(_usual_place(meant) if body is None else _place_of(meant, body)), *path)
+    field = _dotted(path)
     if meant.kind == "missing":
         return f"{field!r} is required", field
     if _PREFIXES.match(message):
@@ -62,8 +69,8 @@ def _read(error: Mapping[str, Any], body: Any) -> _Error:
     loc: Loc = tuple(error.get("loc", ()))
     loc = loc[1:] if loc[:1] == ("body",) else loc
     kind = str(error.get("type", ""))
-    if loc and isinstance(loc[0], int):  # pydantic validates iterables later, without their place
-        loc = (*(_place_of(error.get("input"), loc, body) if body is not None else _usual_place(loc)), *loc)
+    if loc and isinstance(loc[0], int):
+        body = None
     path: list[str | int] = []
     members: list[str] = []
     value = body
@@ -79,25 +86,27 @@ def _read(error: Mapping[str, Any], body: Any) -> _Error:
             path.append(part)
         else:
             members.append(str(part))
-    return _Error(tuple(path), tuple(members), kind, str(error.get("msg", "is not valid")))
+    return _Error(tuple(path), tuple(members), kind, str(error.get("msg", "is not valid")), error.get("input"))
 
 
-def _usual_place(loc: Loc) -> Loc:
+def _usual_place(error: _Error) -> Loc:
     """Return the name of the list that vLLM validates, by its items' class."""
-    names = [part for part in loc if isinstance(part, str)]
-    return next((name for part in names for prefix, name in _LISTS.items() if part.startswith(prefix)), ())
+    return next((name for part in error.members for prefix, name in _LISTS.items() if part.startswith(prefix)), ())
 
 
-def _place_of(value: Any, loc: Loc, body: Any) -> Loc:
-    """Return the path of the list in the body whose item `loc[0]` is, or has, the invalid value; () if none does."""
-    places: list[tuple[Loc, Any]] = [((), body)]
-    while places:
-        place, found = places.pop()
+def _place_of(error: _Error, body: Any) -> Loc:
+    """Return the path of the list in the body whose item is, or has, the invalid value; () if it is not soon found."""
+    value, places = error.value, deque[tuple[Loc, Any]]([((), body)])
+    for _ in range(MAX_SEARCHED):
+        if not places:
+            break
+        place, found = places.popleft()
         items = found.items() if isinstance(found, dict) else enumerate(found) if isinstance(found, list) else ()
         for key, item in items:
-            if isinstance(found, list) and key == loc[0] and (item == value or _has(item, value)):
+            if isinstance(found, list) and key == error.path[0] and (item == value or _has(item, value)):
                 return place
-            places.append(((*place, key), item))
+            if isinstance(item, dict | list):
+                places.append(((*place, key), item))
     return ()
 
 
