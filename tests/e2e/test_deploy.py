@@ -81,7 +81,8 @@ def test_the_example_works_with_the_openai_client(cluster: Home, imported: str, 
     assert len(pieces) > 3 and "Paris" in "".join(pieces)
     completion = openai.completions.create(model="smollm2", prompt="Paris is the capital of", max_tokens=4)
     assert completion.choices[0].text
-    assert {model.id for model in openai.models.list()} == {model["name"] for model in cluster.models()}
+    names = {name for model in cluster.models() for name in (model["name"], *model["aliases"])}
+    assert {model.id for model in openai.models.list()} == names
     assert openai.models.retrieve("HuggingFaceTB/SmolLM2-135M-Instruct").object == "model"
 
 
