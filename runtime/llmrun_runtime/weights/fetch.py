@@ -15,6 +15,7 @@ import urllib3
 from pydantic import BaseModel
 
 from llmrun.errors import WeightsError
+from llmrun.lora import ADAPTER_WEIGHTS
 from llmrun_runtime.safetensors_files import read_shapes
 from llmrun_runtime.weights.cache.cache import Cache, Manifest, ManifestEntry
 from llmrun_runtime.weights.cache.digests import blob_names, hash_file, mismatch
@@ -241,9 +242,12 @@ class Fetcher:
             self._progress(self._complete_bytes, self._pin.total)
 
     def _check_sizes(self, entries: dict[str, ManifestEntry]) -> None:
-        """Raise WeightsError if a file does not have the size that its own header says: its source was cut off."""
+        """Raise WeightsError if a file does not have the size that its own header says: its source was cut off.
+
+        Not for adapters: the engine checks them, and refuses the request for a damaged one for good.
+        """
         for name, entry in entries.items():
-            if name.endswith(".safetensors"):
+            if name.endswith(".safetensors") and not name.endswith(ADAPTER_WEIGHTS):
                 try:
                     read_shapes(self._cache.path_of(entry))
                 except FileNotFoundError:
