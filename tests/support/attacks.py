@@ -84,6 +84,10 @@ def fuzz(addresses: list[tuple[str, int]], seed: int, rounds: int) -> None:
             list(pool.map(partial(send, data=data, timeout=0.3), addresses))
 
 
+# What the ingress tells everybody, as `/health` does.
+PUBLIC = '{"name": "llmrun", "version": '
+
+
 def refusals(listener: Listener) -> dict[str, str]:
     """Return the successes of a stranger at a socket, by what was asked. There should be none."""
     successes = {}
@@ -96,7 +100,7 @@ def refusals(listener: Listener) -> dict[str, str]:
             answer = httpx.request(method, url + path, content=CHAT if method == "POST" else None, timeout=3)
         except httpx.HTTPError:
             return {}  # it does not speak HTTP
-        if answer.status_code < 400:
+        if answer.status_code < 400 and not (path == "/" and answer.text.startswith(PUBLIC)):
             successes[f"{method} {path}"] = answer.text[:200]
     return successes
 
