@@ -7,12 +7,14 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from fastapi import Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from PIL import Image
 from pydantic import ValidationError
 from starlette.responses import JSONResponse
+from vllm.entrypoints.launchers import app
 from vllm.entrypoints.serve.exception_handling import error_response, register
+from vllm.entrypoints.serve.exception_handling.handlers.exception import exception_handler
 from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.media.connector import MediaConnector
 
@@ -21,6 +23,7 @@ from llmrun_runtime.engines.shim import usage_meter
 from llmrun_runtime.engines.vllm.validation import explain
 
 CREATE = "create_error_response"
+UNREAD = (LookupError, AttributeError)
 LOCAL_FILE = "local files are not read: send the file itself, as a data URL"
 
 
@@ -34,8 +37,21 @@ def report_client_errors() -> None:
     for module in list(sys.modules.values()):  # vLLM's modules import it by name
         if getattr(module, "__name__", "").startswith("vllm.") and vars(module).get(CREATE) is original:
             setattr(module, CREATE, explained)
+    app.init_exception_handler = _with_unread_requests(app.init_exception_handler)
     MediaConnector.load_from_url = _loading(MediaConnector.load_from_url)
     MediaConnector.load_from_url_async = _loading_async(MediaConnector.load_from_url_async)
+
+
+def _with_unread_requests(original: Callable[[FastAPI], None]) -> Callable[[FastAPI], None]:
+    """Have these exceptions handled where the request is still known: inside the shim, not by the outermost handler."""
+
+    @functools.wraps(original)
+    def init(app: FastAPI) -> None:
+        original(app)
+        for kind in UNREAD:
+            app.exception_handler(kind)(exception_handler)
+
+    return init
 
 
 async def _on_invalid_request(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -49,7 +65,7 @@ def _explained(original: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(message, ValidationError):
             text, field = explain([dict(error) for error in message.errors()])
             message = VLLMValidationError(text, parameter=field or None)
-        elif isinstance(message, LookupError | AttributeError) and _is_reading():
+        elif isinstance(message, UNREAD) and _is_reading():
             # As ValueError and TypeError are for vLLM.
             message = VLLMValidationError(f"the engine cannot read this request: {type(message).__name__}: {message}")
         return original(message, *args, **kwargs)
