@@ -73,7 +73,9 @@ class Sidecar:
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
-        connector = aiohttp.UnixConnector(self._socket, limit=0) if self._socket else aiohttp.TCPConnector(limit=0)
+        # A server closes a connection after an exception of its own: a request that reuses it at that moment is lost.
+        options: dict[str, Any] = {"limit": 0, "force_close": True}
+        connector = aiohttp.UnixConnector(self._socket, **options) if self._socket else aiohttp.TCPConnector(**options)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as self._session:
             while not await self._healthy():  # the replica limits the time of the whole start
                 await asyncio.sleep(HEALTH_POLL_S)
