@@ -122,5 +122,4 @@ async def _events(model: str, response: AsyncIterator[bytes], shape: ErrorShape)
                 first = first or last
                 yield last
     except HTTPError as error:
-        event = shape.event(interrupted(error.message), first, last)
-        yield event if not last or last.endswith(b"\n\n") else b"\n\n" + event
+        yield shape.event(interrupted(error.message), first, last)

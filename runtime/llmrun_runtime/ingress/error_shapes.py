@@ -51,13 +51,16 @@ class ErrorShape:
     def event(self, error: HTTPError, first: bytes = b"", last: bytes = b"") -> bytes:
         """Return the event that ends a stream, so that no client takes it for complete.
 
-        `first`, `last`: chunks of the stream that were sent before, for the numbers of its events.
+        `first`, `last`: chunks of the stream that were sent before, for the numbers of its events. An event that `last`
+        leaves incomplete is ended first.
         """
         if is_anthropic(self.path):
-            return _event("error", self.body(error))
-        if self.path == RESPONSES:
-            return _event("response.failed", self._failed_response(error, first, last))
-        return b"data: " + _json(error.body()) + b"\n\n"
+            event = _event("error", self.body(error))
+        elif self.path == RESPONSES:
+            event = _event("response.failed", self._failed_response(error, first, last))
+        else:
+            event = b"data: " + _json(error.body()) + b"\n\n"
+        return b"\n\n" + event if last and not last.endswith(b"\n\n") else event
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Return the headers with the request's id, as the API's clients read them."""

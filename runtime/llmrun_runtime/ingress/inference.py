@@ -16,6 +16,7 @@ from llmrun.settings import Settings
 from llmrun.wire import KeyInfo
 from llmrun_runtime.asgi import Receive, Scope, Send
 from llmrun_runtime.ingress.admission.admit import Admission, admit
+from llmrun_runtime.ingress.admission.auth import KEY_HEADERS
 from llmrun_runtime.ingress.admission.body import read_body
 from llmrun_runtime.ingress.admission.encodings import content_encoding, decode
 from llmrun_runtime.ingress.admission.held_bytes import HeldBody, HeldBytes
@@ -46,7 +47,7 @@ from llmrun_runtime.wire.headers import ADAPTER_HEADER, KEY_HEADER, PROBE_HEADER
 log = logging.getLogger("llmrun.ingress")
 # Headers that are never forwarded from clients: their credentials, and those that the ingress sets or acts on.
 PRIVATE = frozenset(
-    {b"authorization", b"x-api-key", b"api-key", b"x-request-id", b"content-length", b"content-encoding"}
+    {b"authorization", *KEY_HEADERS, b"x-request-id", b"content-length", b"content-encoding"}
     | {name.encode() for name in (TOKEN_HEADER, KEY_HEADER, PROBE_HEADER, ADAPTER_HEADER)}
     | {name.lower().encode() for name in (PRIORITY_HEADER, COMMENTS_HEADER)}
 )

@@ -8,6 +8,7 @@ from functools import partial
 from llmrun.wire import KeyInfo
 from llmrun_runtime.asgi import Scope
 from llmrun_runtime.ingress.admission.auth import can_access, check_may_wake
+from llmrun_runtime.ingress.admission.output_tokens import WITHOUT_TEXT
 from llmrun_runtime.ingress.admission.paths import KEPT_NOWHERE
 from llmrun_runtime.ingress.admission.rate_limits import Limit, key_limits, model_limits, output_cap
 from llmrun_runtime.ingress.admission.request import ParsedRequest, parse_comments, parse_max_wait, parse_priority
@@ -16,14 +17,6 @@ from llmrun_runtime.ingress.error_shapes import RESPONSES
 from llmrun_runtime.ingress.errors import HTTPError
 from llmrun_runtime.wire.reports import PRIORITIES
 from llmrun_runtime.wire.routing_table import Table
-
-# Paths that answer JSON even if a request says `"stream": true`, which their engines ignore.
-NEVER_STREAMED = frozenset(
-    {
-        *("/v1/embeddings", "/pooling", "/classify", "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
-        *("/tokenize", "/detokenize", "/v1/messages/count_tokens"),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -54,7 +47,7 @@ class Admission:
     @property
     def streams(self) -> bool:
         """Whether its response is an event stream."""
-        return self.request.stream and self.path not in NEVER_STREAMED
+        return self.request.stream and self.path not in WITHOUT_TEXT
 
 
 def admit(table: Table, key: KeyInfo | None, scope: Scope, request: ParsedRequest) -> Admission:

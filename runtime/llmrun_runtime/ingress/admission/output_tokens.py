@@ -21,14 +21,15 @@ FIELDS = {
     "/v1/messages": ("max_tokens",),
 }
 CHOICES = ("n", "best_of")
-# Paths that generate nothing, or nothing longer than the audio that they get.
-WITHOUT_OUTPUT = frozenset(
+# Paths that generate nothing. They answer JSON even if a request says `"stream": true`, which their engines ignore.
+WITHOUT_TEXT = frozenset(
     {
         *("/v1/embeddings", "/pooling", "/classify", "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
-        *("/v1/audio/transcriptions", "/v1/audio/translations", "/tokenize", "/detokenize"),
-        "/v1/messages/count_tokens",
+        *("/tokenize", "/detokenize", "/v1/messages/count_tokens"),
     }
 )
+# Those, and the paths that generate nothing longer than the audio that they get.
+WITHOUT_OUTPUT = WITHOUT_TEXT | {"/v1/audio/transcriptions", "/v1/audio/translations"}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 import python_multipart
 
 from llmrun_runtime.asgi import Scope
+from llmrun_runtime.ingress.admission.auth import KEY_HEADERS
 from llmrun_runtime.ingress.admission.compat import normalize
 from llmrun_runtime.ingress.admission.output_tokens import UNKNOWN, Wanted
 from llmrun_runtime.ingress.admission.text import check_text
@@ -34,7 +35,7 @@ FALSE = frozenset({"0", "off", "f", "false", "n", "no", ""})
 # Of /v1/responses: what asks for a response that is kept.
 KEPT = ("previous_response_id", "conversation", "background", "store")
 # Whoever reads a header that is sent twice takes the first or the last value: two readers would see two requests.
-SINGLE_HEADERS = (b"content-type", b"content-length", b"content-encoding", b"authorization", b"x-api-key", b"api-key")
+SINGLE_HEADERS = (b"content-type", b"content-length", b"content-encoding", b"authorization", *KEY_HEADERS)
 # Parsing more bytes than this takes so long that it would delay other requests.
 LARGE_BYTES = 256 * 2**10
 # Python's parser holds the interpreter, and with it all streams. For as many values as 32 MiB can have, that would be

@@ -57,8 +57,7 @@ class KeepaliveStream:
     async def fail(self, error: HTTPError) -> None:
         """End the stream with an error event."""
         event = self._shape.event(error, self._first, self._last)
-        is_in_event = self._last and not self._last.endswith(b"\n\n")
-        await self._send({"type": "http.response.body", "body": b"\n\n" + event if is_in_event else event})
+        await self._send({"type": "http.response.body", "body": event})
 
     async def __call__(self, message: Message) -> None:
         """Forward a message of the engine's response."""
