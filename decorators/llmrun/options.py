@@ -36,8 +36,9 @@ class LLMOptions(TypedDict, total=False):
     weights_nodes: int
     """Nodes that get the weights at the deploy. Other nodes download them, from these, when a replica first starts
     there. With 0, as many as `max_replicas` replicas need, and at least two if two could run the model."""
-    cpus: float
-    """CPU cores that Ray reserves for each replica; a fraction is allowed."""
+    cpus: float | None
+    """CPUs that Ray reserves for each replica; a fraction is allowed. By default 1. An engine without a GPU computes on
+    that many cores of its own, and by default on all cores that no other replica has reserved, except the last one."""
     lora: LoRA | Weights | str | Mapping[str, Weights | str] | None
     """LoRA adapters, served as `model:adapter`: a place with one folder per adapter, `"s3://bucket/adapters"`, or the
     source of each adapter by name, `{"legal": "acme/legal@v3"}`. `LoRA(…)` sets more options. By default the model has

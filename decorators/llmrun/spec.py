@@ -78,7 +78,7 @@ class ModelSpec(BaseModel):
     gpus: int | float | None = Field(default=None, ge=0, allow_inf_nan=False)
     nodes: int = Field(default=1, ge=1)
     weights_nodes: Annotated[int, Marker.NO_RESTART, Marker.NEEDS_CONTROL] = Field(default=0, ge=0)
-    cpus: float = Field(default=1, gt=0)
+    cpus: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     lora: Annotated[LoRA | None, BeforeValidator(as_lora)] = None
     min_replicas: Annotated[int, Marker.NO_RESTART] = Field(default=0, ge=0)
     max_replicas: Annotated[int, Marker.NO_RESTART] = Field(default=1, ge=1)
@@ -277,6 +277,11 @@ class ModelSpec(BaseModel):
             if count is not None:
                 return count
         return math.prod(self.parallel.values())
+
+    @property
+    def reserved_cpus(self) -> float:
+        """CPUs that Ray reserves for one replica on each of its nodes."""
+        return 1 if self.cpus is None else self.cpus
 
     @property
     def path(self) -> str | None:

@@ -169,6 +169,8 @@ class ReplicaStatus(Answer):
     node: str
     address: str
     in_flight: int
+    cores: tuple[int, ...] = ()
+    """The CPUs that its engine computes on; empty if llmrun did not choose them."""
 
 
 # The phases of a cold start, in order.

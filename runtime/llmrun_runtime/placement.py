@@ -84,13 +84,13 @@ def resolve(spec: ModelSpec, nodes: Sequence[Node]) -> Placement:
     gpus = spec.gpu_count / spec.nodes
     # 1.
     if spec.on_cpu or spec.gpus == 0:
-        placements = [Placement(spec.cpus, 0)]
+        placements = [Placement(spec.reserved_cpus, 0)]
     # 2.
     elif spec.accelerator is None:
-        placements = [Placement(spec.cpus, gpus if has_gpu or spec.gpus else 0, nodes=spec.nodes)]
+        placements = [Placement(spec.reserved_cpus, gpus if has_gpu or spec.gpus else 0, nodes=spec.nodes)]
     # 3.
     else:
-        placements = [Placement(spec.cpus, gpus, kind, spec.nodes) for kind in spec.accelerator.kinds]
+        placements = [Placement(spec.reserved_cpus, gpus, kind, spec.nodes) for kind in spec.accelerator.kinds]
     for placement in placements:
         if _are_enough(placement, (node for node in nodes if could_run(placement, node))):
             return placement
@@ -110,8 +110,8 @@ def _misfit(spec: ModelSpec, placements: Sequence[Placement], nodes: Sequence[No
     elif not option or any(
         p.gpus == 0 or _fits(Placement(0, p.gpus, p.accelerator), n.total) for p in placements for n in nodes
     ):  # the GPUs would fit: the CPUs do not
-        option = f"cpus={spec.cpus:g}"
-        required = f"{spec.cpus:g} CPUs" + ("" if required == "CPU" else f" and {required}")
+        option = f"cpus={spec.reserved_cpus:g}"
+        required = f"{spec.reserved_cpus:g} CPUs" + ("" if required == "CPU" else f" and {required}")
     return (
         f"{spec.name}: {option}: no node has {required}. The cluster has {inventory(nodes)}. "
         f"Change the option, or add such a node"

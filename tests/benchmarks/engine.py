@@ -114,7 +114,9 @@ def llmrun_server(folder: Path, weights: Path, options: str) -> Iterator[Server]
     home.ok("up")
     try:
         args = f"engine_args={FLAGS!r}, min_replicas=1, max_ongoing_requests=1000{options}"
-        home.ok("deploy", write_app(folder / "app" / "app.py", f"@llm({str(weights)!r}, name='m', {args})\nclass M: ...\n"))
+        home.ok(
+            "deploy", write_app(folder / "app" / "app.py", f"@llm({str(weights)!r}, name='m', {args})\nclass M: ...\n")
+        )
         key = home.run("key", "create", "bench", "--rpm", "10000000", "--tpm", "1000000000").stdout.strip()
         processes = tree(json.loads((home.path / "cluster.json").read_text())["pid"])
         target = Target(home.port, "m", f"authorization: Bearer {key}\r\n", cpu_s(processes))

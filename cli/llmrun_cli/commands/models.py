@@ -79,7 +79,9 @@ def _print_details(row: ModelStatus) -> None:
     out.print(f"waiting   {row.waiting}")
     for replica in row.details:
         node = f"node {replica.node} {replica.address}".rstrip()
-        out.print(f"replica   {replica.id} v{replica.version} {replica.state}, {replica.in_flight} in flight, {node}")
+        cores = f", CPU cores {', '.join(map(str, replica.cores))}" if replica.cores else ""
+        state = f"{replica.state}, {replica.in_flight} in flight"
+        out.print(f"replica   {replica.id} v{replica.version} {state}, {node}{cores}")
 
 
 def _print_cold_starts(starts: list[ColdStart]) -> None:

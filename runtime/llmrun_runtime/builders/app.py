@@ -76,7 +76,9 @@ def _deployment(spec: ModelSpec, file: str) -> serve.Application:
 def _placement(spec: ModelSpec) -> Placement:
     """The resources of a replica. Starts Ray if it is not running, as `serve.run` would. Raises LLMRunError."""
     if is_loading():
-        return Placement(spec.cpus, 0)  # the app file is only inspected; `serve run` builds the application again
+        return Placement(
+            spec.reserved_cpus, 0
+        )  # the app file is only inspected; `serve run` builds the application again
     if not ray.is_initialized():
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a Ray started here sends no usage reports
         ray.init(namespace=ray_internals.serve_namespace())

@@ -227,6 +227,8 @@ def _environment(settings: Settings, ray_address: str) -> dict[str, str]:
         "RAY_enable_metrics_collection": "0",
         # The same for its dashboard's process, at a fixed port, even without a dashboard. There is no other switch.
         "DASHBOARD_METRIC_PORT": "-1",
+        # Ray's default of 15 lets any other process of the machine delay engines and the ingress.
+        "RAY_worker_niceness": "0",
         **os.environ,
         "LLMRUN_HOME": str(settings.root),
         # No process of the cluster imports from the folder in which somebody typed `llmrun`.

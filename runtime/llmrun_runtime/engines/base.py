@@ -24,6 +24,9 @@ if TYPE_CHECKING:  # a process that only holds a lease needs none of these
 LEASE_ENV = "LLMRUN_LEASE"  # host:port of the replica's lease
 TOKEN_ENV = "LLMRUN_TOKEN"  # the replica's secret
 SHIM_ENV = "LLMRUN_SHIM"  # ShimConfig as JSON
+CORES_ENV = "LLMRUN_CORES"  # the CPUs to compute on, "0,1"; not set with GPUs, and if the author chose threads himself
+# The variables with which an author chooses threads or cores himself.
+THREADS_ENV = ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND")
 
 
 # The process groups of torch listen on the address of the host's name, which may be on a network, also if all their
@@ -100,6 +103,13 @@ class Launch:
     """The port on member 0's host where the members connect to each other; 0 with a single member."""
     gpu_share: float = 1
     """The engine's share of its GPU, if it has a single one."""
+    cpus: float | None = None
+    """The CPUs that the author reserves for it; None: what nobody has reserved."""
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether it is one process tree that computes on CPUs."""
+        return len(self.members) == 1 and not self.members[0].devices
 
 
 TokenLogprobs = dict[str, float]

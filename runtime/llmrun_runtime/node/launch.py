@@ -82,6 +82,7 @@ def make_launch(
         member_rank=member_rank,
         port=port,
         gpu_share=min(1.0, spec.gpu_count),
+        cpus=spec.cpus,
         engine_args=spec.engine_args,
         python=sys.executable,
         env=engine_env(spec, site, where),

@@ -322,6 +322,7 @@ class Replica:
             in_flight=counts.get("in_flight", 0),
             idle_s=counts.get("idle_s", 0),
             forked=engine.forked if engine else False,
+            cores=engine.cores if engine else (),
             moments=self._moments,
             paths=frozenset(counts.get("paths", ())),
             max_model_len=self._max_model_len,

@@ -48,6 +48,8 @@ class ReplicaReport(Message):
     idle_s: float = 0
     forked: bool = False
     """Whether the fork server created its engine."""
+    cores: tuple[int, ...] = ()
+    """The CPUs that its engine computes on; empty if llmrun did not choose them."""
     moments: dict[str, float] = field(default_factory=dict)
     """When it reached each part of its start (Unix times): those of `llmrun.wire.START_PARTS` that a replica sees."""
 

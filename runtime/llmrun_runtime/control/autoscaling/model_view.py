@@ -116,6 +116,7 @@ class ModelView:
                     node=r.node[:12],
                     address=f"{r.host}:{r.port}" if r.port else "",
                     in_flight=r.in_flight,
+                    cores=r.cores,
                 )
                 for r in self.registry.replicas_of(row.name)
             ),

@@ -86,6 +86,11 @@ class EngineProcess:
         return bool(self._started and self._started.forked)
 
     @property
+    def cores(self) -> tuple[int, ...]:
+        """The CPUs that it computes on; () if llmrun did not choose them."""
+        return self._started.cores if self._started else ()
+
+    @property
     def started_at(self) -> float:
         """The Unix time at which its process was started; 0 before."""
         return self._started.started_at if self._started else 0

@@ -20,8 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from llmrun.errors import EngineError
-from llmrun_runtime.engines.base import LEASE_ENV, LOOPBACK_ONLY, SHIM_ENV, TOKEN_ENV, Engine, Launch
+from llmrun_runtime.engines.base import (
+    CORES_ENV,
+    LEASE_ENV,
+    LOOPBACK_ONLY,
+    SHIM_ENV,
+    THREADS_ENV,
+    TOKEN_ENV,
+    Engine,
+    Launch,
+)
 from llmrun_runtime.engines.process.child import Child, Forked, ForkRefused, Spawned
+from llmrun_runtime.engines.process.cores import claim_cores
 from llmrun_runtime.engines.process.fork import fork
 from llmrun_runtime.engines.process.temp_dir import TempDir, sweep_temp_dirs
 from llmrun_runtime.logs import mark_in_use
@@ -29,7 +39,10 @@ from llmrun_runtime.logs import mark_in_use
 
 @dataclass(frozen=True)
 class StartedProcess:
-    """`log` receives its output, from the offset `log_start` on; `started_at` is in Unix time."""
+    """`log` receives its output, from the offset `log_start` on; `started_at` is in Unix time.
+
+    `cores` are the CPUs that it computes on; () if llmrun did not choose them.
+    """
 
     child: Child
     token: str
@@ -38,6 +51,7 @@ class StartedProcess:
     log: Path
     log_start: int
     started_at: float
+    cores: tuple[int, ...] = ()
 
     @property
     def forked(self) -> bool:
@@ -54,6 +68,7 @@ class StartedProcess:
             "log": str(self.log),
             "log_start": self.log_start,
             "started_at": self.started_at,
+            "cores": self.cores,
         }
         descriptors = [self.lease.fileno(), self.temp_dir.lock, *self.child.descriptors()]
         socket.send_fds(connection, [json.dumps(payload).encode()], descriptors)
@@ -77,6 +92,7 @@ class StartedProcess:
             Path(payload["log"]),
             int(payload["log_start"]),
             float(payload["started_at"]),
+            tuple(payload["cores"]),
         )
 
     def discard(self) -> None:
@@ -114,6 +130,10 @@ async def start_process(engine: Engine, launch: Launch, *, spawn: bool = True) -
             env = LOOPBACK_ONLY | env
         env |= {LEASE_ENV: f"{host}:{port}", TOKEN_ENV: token, SHIM_ENV: launch.shim.to_json()}
         env["TMPDIR"] = str(temp_dir.path)
+        cores: tuple[int, ...] = ()
+        if launch.on_cpu and not env.keys() & set(THREADS_ENV):
+            cores = await asyncio.to_thread(claim_cores, temp_dir, launch.cpus)
+            env |= {CORES_ENV: ",".join(map(str, cores))} if cores else {}
         launch.log.parent.mkdir(parents=True, exist_ok=True)
         with launch.log.open("ab", buffering=0) as log:
             mark_in_use(log)
@@ -137,7 +157,7 @@ async def start_process(engine: Engine, launch: Launch, *, spawn: bool = True) -
         if isinstance(error, OSError):
             raise _failed(engine, error) from error
         raise
-    return StartedProcess(child, token, lease, temp_dir, launch.log, log_start, time.time())
+    return StartedProcess(child, token, lease, temp_dir, launch.log, log_start, time.time(), cores)
 
 
 async def _fork(*args: Any) -> Forked:

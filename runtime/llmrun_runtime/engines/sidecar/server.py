@@ -32,6 +32,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from llmrun_runtime.asgi import error_body
+from llmrun_runtime.engines.base import CORES_ENV
 from llmrun_runtime.engines.shim import lease, usage_meter
 from llmrun_runtime.engines.shim.middleware import Shim
 from llmrun_runtime.engines.sidecar.engine import PORT, SOCKET, SidecarConfig
@@ -302,9 +303,11 @@ def _free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def _die_with_parent() -> None:
-    """Have the kernel kill this process when its parent exits. Linux only."""
+def _prepare_server() -> None:
+    """Have the kernel kill this process when its parent exits, and run it on its cores. Linux only."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if cores := os.environ.get(CORES_ENV):
+        os.sched_setaffinity(0, map(int, cores.split(",")))
 
 
 async def _until_exit(server: subprocess.Popen[bytes]) -> None:
@@ -349,7 +352,7 @@ def main() -> None:
     try:
         words = [word.replace(PORT, str(port)).replace(SOCKET, socket_path) for word in command]
         # Safe: this process has no other thread yet.
-        server = subprocess.Popen(words, stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent)  # noqa: PLW1509
+        server = subprocess.Popen(words, stdin=subprocess.DEVNULL, preexec_fn=_prepare_server)  # noqa: PLW1509
     except OSError as error:
         sys.exit(f"sidecar: error: failed to start {command[0]}: {error.strerror}")
     lease.hold(whole_group=True)

@@ -1,4 +1,6 @@
-"""Patches for bugs of vLLM that affect llmrun. vLLM calls `apply` as a plugin in each of its processes.
+"""Patches of vLLM for llmrun. vLLM calls `apply` as a plugin in each of its processes.
+
+The cores of an engine on CPU are bound in `cpu_cores`. The rest of this module is for a bug.
 
 On CPU, vLLM's LoRA kernels index the stacked adapters with -1 for rows of the base model. In Python that is the last
 slot, so in a mixed batch the base model's answers come from an adapter (vLLM 0.32, `vllm.lora.ops.torch_ops.lora_ops`).
@@ -13,12 +15,14 @@ import os
 from typing import Any
 
 from llmrun_runtime.engines.base import SHIM_ENV, ShimConfig
+from llmrun_runtime.engines.vllm.cpu_cores import bind_worker
 
 KERNELS = ("bgmv_shrink", "bgmv_expand", "bgmv_expand_slice")
 
 
 def apply() -> None:
-    """Patch vLLM in this process, if llmrun started it with adapters."""
+    """Patch vLLM in this process, if llmrun started it with cores or with adapters."""
+    bind_worker()
     if SHIM_ENV in os.environ and ShimConfig.from_json(os.environ[SHIM_ENV]).max_loaded:
         patch_cpu_kernels()
 

@@ -50,6 +50,7 @@ from vllm.v1.worker import gpu_model_runner
 
 from llmrun_runtime.engines.shim import lease
 from llmrun_runtime.engines.vllm.client_errors import report_client_errors
+from llmrun_runtime.engines.vllm.cpu_cores import tell_vllm
 from llmrun_runtime.engines.vllm.engine import VLLM, cpu_defaults
 from llmrun_runtime.engines.vllm.metering import meter_vllm
 
@@ -166,6 +167,7 @@ def run(argv: list[str]) -> None:
     if _prepared.fast and current_platform.is_cpu() and (_prepared.from_forkserver or _libraries_preloaded()):
         _fork_engine_core()
     args = _prepared.parser.parse_args(argv)
+    tell_vllm(args.tensor_parallel_size * args.pipeline_parallel_size * args.data_parallel_size)
     entry.configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     if args.headless:  # a member of a multi-node engine; member 0 serves the API

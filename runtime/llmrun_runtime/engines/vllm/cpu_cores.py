@@ -1,0 +1,55 @@
+"""Lets vLLM on CPU compute on the cores that llmrun has chosen for it (`engines.process.cores`).
+
+vLLM binds OpenMP's threads with variables that it sets before it starts a worker process. The worker that llmrun starts
+is not a process of its own, and the OpenMP of a forked one has been loaded before. So its main thread is bound here,
+and OpenMP's threads, which it starts later, inherit that.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+from llmrun_runtime.engines.base import CORES_ENV
+
+BIND_ENV = "VLLM_CPU_OMP_THREADS_BIND"
+
+
+def chosen_cores() -> list[int]:
+    """Return the CPUs that llmrun has chosen for this engine; [] if it has not."""
+    return [int(cpu) for cpu in os.environ.get(CORES_ENV, "").split(",") if cpu]
+
+
+def tell_vllm(world_size: int) -> None:
+    """Have vLLM bind a worker process to the cores. With several workers, it chooses theirs itself."""
+    if (cores := chosen_cores()) and world_size == 1:
+        os.environ[BIND_ENV] = ",".join(map(str, cores))
+
+
+def bind_worker() -> None:
+    """Bind workers that this process will create in itself."""
+    if not chosen_cores():
+        return
+    from vllm.v1.worker.cpu_worker import CPUWorker  # noqa: PLC0415 - only engines have vLLM
+
+    if hasattr(CPUWorker.__init__, "__wrapped__"):
+        return
+    original = CPUWorker.__init__
+
+    @functools.wraps(original)
+    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        if vllm_config.parallel_config.distributed_executor_backend == "uni":
+            bind(chosen_cores())
+        original(self, vllm_config, *args, **kwargs)
+
+    CPUWorker.__init__ = init
+
+
+def bind(cores: list[int]) -> None:
+    """Bind this thread, and those that it starts, to `cores`, and let torch use as many threads."""
+    import torch  # noqa: PLC0415
+
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(len(cores))
+    print(f"[llmrun] the engine computes on CPU cores {', '.join(map(str, cores))}", flush=True)
