@@ -170,6 +170,10 @@ bench-weights: setup
 bench-cold-start *args: setup _smollm2
     python -m tests.benchmarks.cold_start {{args}}
 
+# throughput and latency of vLLM's own server and of llmrun, at 1, 16 and 64 clients (70 minutes)
+bench-engine *args: setup _smollm2
+    python -m tests.benchmarks.engine {{args}}
+
 # decode speed of a forked engine, compared with a plain start (4 minutes)
 bench-forked: setup _smollm2
     python -m tests.benchmarks.forked

@@ -10,15 +10,11 @@ Serve LLM contains vLLM's detokenizer, which counts.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import json
 import os
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -26,94 +22,13 @@ import psutil
 from llmrun_runtime.engines.base import TOKEN_ENV
 from llmrun_runtime.wire.headers import TOKEN_HEADER
 from tests.benchmarks.cold_start import ray_serve_llm_process
+from tests.benchmarks.streams import Load, Result, Target, measure, summarize
 from tests.support.cluster import Home, free_port, make_tiny_weights, write_app
 
 TOKENS = 64
 # The number of clients, and the streams of each in one round.
 LEVELS = {1: 12, 16: 6, 64: 4}
 DIRECT, LLMRUN, RAY = "the engine, called directly", "llmrun", "Ray Serve LLM"
-EVENT = b"data: {"
-
-
-@dataclass
-class Result:
-    """One round of one target; all times in seconds."""
-
-    seconds: float = 0
-    first_tokens: list[float] = field(default_factory=list)
-    gaps: list[float] = field(default_factory=list)
-    events: int = 0
-    cpu: float = 0
-
-
-@dataclass(frozen=True)
-class Target:
-    """A server and the headers of requests to it; `cpu_s` returns the CPU-seconds used so far outside the engine."""
-
-    port: int
-    model: str
-    headers: str = ""
-    cpu_s: Callable[[], float] = lambda: 0.0
-
-
-class Stream(asyncio.Protocol):
-    """One connection, with little parsing: client and engine share the cores."""
-
-    def __init__(self, result: Result) -> None:
-        self._result = result
-        self._tail = b""
-        self._last = 0.0
-        self.done = asyncio.get_running_loop().create_future()
-
-    def send(self, transport: asyncio.WriteTransport, request: bytes) -> None:
-        """Start a stream."""
-        self.done = asyncio.get_running_loop().create_future()
-        self._started, self._last = time.perf_counter(), 0.0
-        transport.write(request)
-
-    def data_received(self, data: bytes) -> None:
-        """Count events; the end is the empty chunk after `[DONE]`."""
-        now, data = time.perf_counter(), self._tail + data
-        events = data.count(EVENT)
-        self._tail = data[-(len(EVENT) - 1) :]
-        if events:
-            if self._last:
-                self._result.gaps += [now - self._last] + [0.0] * (events - 1)
-            else:
-                self._result.first_tokens.append(now - self._started)
-            self._last = now
-            self._result.events += events
-        if data.endswith(b"0\r\n\r\n") and not self.done.done():
-            self._tail = b""
-            self.done.set_result(None)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        """Fail if a stream has not ended."""
-        if not self.done.done():
-            self.done.set_exception(error or ConnectionError("the connection was closed"))
-
-
-async def load(target: Target, clients: int, streams: int) -> Result:
-    """Run one round."""
-    result = Result()
-    body = {"model": target.model, "prompt": "Once upon a time", "max_tokens": TOKENS, "temperature": 0}
-    data = json.dumps({**body, "ignore_eos": True, "stream": True}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n{target.headers}"
-    request = head.encode() + f"content-length: {len(data)}\r\n\r\n".encode() + data
-
-    async def client() -> None:
-        loop = asyncio.get_running_loop()
-        transport, stream = await loop.create_connection(lambda: Stream(result), "127.0.0.1", target.port)
-        for _ in range(streams):
-            stream.send(transport, request)
-            await stream.done
-        transport.close()
-
-    cpu, started = target.cpu_s(), time.perf_counter()
-    async with asyncio.timeout(300):
-        await asyncio.gather(*(client() for _ in range(clients)))
-    result.seconds, result.cpu = time.perf_counter() - started, target.cpu_s() - cpu
-    return result
 
 
 def cluster_cpu_s(root: psutil.Process, engine: psutil.Process) -> Callable[[], float]:
@@ -172,11 +87,6 @@ def ray_target(weights: Path) -> Iterator[dict[str, Target]]:
         yield {RAY: Target(port, "m", cpu_s=cpu_s)}
 
 
-def percentile(values: list[float], share: float) -> float:
-    """Return the value below which this share of the values is."""
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
-
-
 def main() -> None:
     """Print a row for each number of clients and target and, last, the ratio at the most clients."""
     parser = argparse.ArgumentParser()
@@ -190,26 +100,25 @@ def main() -> None:
         if not any(word in RAY for word in args.skip):
             targets |= stack.enter_context(ray_target(weights))
         for target in targets.values():
-            asyncio.run(load(target, 16, 2))  # a warm-up
+            measure(target, Load(16, 2, TOKENS))  # a warm-up
         print("| clients | target | tokens/s | ratio to direct | TTFT p50, ms | TTFT p99, ms | TBT p99, ms ", end="")
-        print("| CPU-s per 1,000 events |\n" + "| --- " * 8 + "|")
+        print("| CPU-s per 1,000 tokens |\n" + "| --- " * 8 + "|")
         ratio = 0.0
         for clients, streams in LEVELS.items():
+            load = Load(clients, streams, TOKENS)
             rounds: dict[str, list[Result]] = {name: [] for name in targets}
             for number in range(args.rounds):
                 for name in sorted(targets, reverse=bool(number % 2)):
-                    rounds[name].append(asyncio.run(load(targets[name], clients, streams)))
-            rates = {name: statistics.median(r.events / r.seconds for r in results) for name, results in rounds.items()}
-            for name, results in rounds.items():
-                first_tokens = [seconds for result in results for seconds in result.first_tokens]
-                gaps = [seconds for result in results for seconds in result.gaps]
-                percentiles = statistics.median(first_tokens), percentile(first_tokens, 0.99), percentile(gaps, 0.99)
-                cpu = 1000 * sum(result.cpu for result in results) / sum(result.events for result in results)
-                cells = [str(clients), name, f"{rates[name]:.0f}", f"{rates[name] / rates[DIRECT]:.2f}×"]
+                    rounds[name].append(measure(targets[name], load))
+            summaries = {name: summarize(results, load) for name, results in rounds.items()}
+            direct = summaries[DIRECT].rate
+            for name, summary in summaries.items():
+                cells = [str(clients), name, f"{summary.rate:.0f}", f"{summary.rate / direct:.2f}×"]
+                percentiles = summary.first_p50, summary.first_p99, summary.gap_p99
                 cells += [f"{1000 * seconds:.1f}" for seconds in percentiles]
-                cells.append(f"{cpu:.3f}" if name != DIRECT else "")
+                cells.append(f"{summary.cpu:.3f}" if name != DIRECT else "")
                 print(f"| {' | '.join(cells)} |", flush=True)
-            ratio = rates[LLMRUN] / rates[DIRECT]
+            ratio = summaries[LLMRUN].rate / direct
     print(f"llmrun: {ratio:.2f}× of the engine's own throughput at {max(LEVELS)} clients")
 
 

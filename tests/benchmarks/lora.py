@@ -17,7 +17,6 @@ engines have LOADED slots for adapters. Both clusters run all the time and take 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import itertools
 import shutil
@@ -34,7 +33,8 @@ from pathlib import Path
 import httpx
 
 from tests.benchmarks.cold_start import first_token, ray_serve_llm_process
-from tests.benchmarks.ingress import LLMRUN, RAY, Target, load, percentile
+from tests.benchmarks.ingress import LLMRUN, RAY, TOKENS
+from tests.benchmarks.streams import Load, Target, measure, percentile
 from tests.support.adapters import SMOL, SMOL_LAYERS, make_adapter
 from tests.support.cluster import SMOLLM2, Home, free_port, write_app
 from tests.support.servers import AWS, S3, s3_server
@@ -106,7 +106,7 @@ def gaps(target: Target, names: list[str]) -> tuple[float, int]:
     with ThreadPoolExecutor(1) as pool:
         requests = pool.submit(request_adapters)
         try:
-            result = asyncio.run(load(target, STREAMS, 2))
+            result = measure(target, Load(STREAMS, 2, TOKENS))
         finally:
             ended.set()
         return 1000 * percentile(result.gaps, 0.99), requests.result()

@@ -15,8 +15,8 @@ PACKAGES = {"decorators": "llmrun", "cli": "llmrun_cli", "runtime": "llmrun_runt
 MAY_IMPORT = {"decorators": {"llmrun"}, "cli": {"llmrun", "llmrun_cli"}, "runtime": {"llmrun", "llmrun_runtime"}}
 RUNTIME = REPO / "runtime" / "llmrun_runtime"
 # Each folder of the runtime is one process role, or one thing on a node. What two of them exchange is in `wire`.
-SHARED = {"actors", "asgi", "http", "http_protocol", "listening", "logs", "metric_labels", "placement", "rate_window"}
-SHARED |= {"ray_internals", "ray_nodes", "safetensors_files", "supervise"}
+SHARED = {"actors", "asgi", "http", "http_protocol", "listening", "logs", "metric_labels", "niceness", "placement"}
+SHARED |= {"rate_window", "ray_internals", "ray_nodes", "safetensors_files", "supervise"}
 FOLDERS = {
     "wire": {"weights"},
     "link": set[str](),

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llmrun_runtime.engines.vllm import patches
+from llmrun_runtime.engines.base import CORES_ENV
+from llmrun_runtime.engines.vllm import cpu_cores, patches
 from llmrun_runtime.engines.vllm.tool_parsers import BY_TEMPLATE, BY_TYPE
 
 
@@ -45,3 +46,20 @@ def test_rows_of_the_base_model_are_not_changed_by_an_adapter() -> None:
         assert out[:, 0].tolist() == [1, 5, 9]
         kernel(torch.ones(7, 4), stacked, rest := torch.ones(7, 5), indices, *more)
         assert rest.tolist() == torch.ones(7, 5).tolist(), "rows with an unspecified adapter"
+
+
+@pytest.mark.parametrize(
+    ("ours", "authors", "cores"),
+    [
+        ("", "", []),
+        ("0,2", "", [0, 2]),
+        ("0", "1-3,6", [1, 2, 3, 6]),
+        ("", "auto", []),
+        ("", "nobind", []),
+        ("", "0-1|2-3", []),
+    ],
+)
+def test_the_cores_of_a_worker(monkeypatch: pytest.MonkeyPatch, ours: str, authors: str, cores: list[int]) -> None:
+    monkeypatch.setenv(CORES_ENV, ours)
+    monkeypatch.setenv(cpu_cores.BIND_ENV, authors)
+    assert cpu_cores.chosen_cores() == cores

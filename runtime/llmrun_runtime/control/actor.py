@@ -19,6 +19,7 @@ from llmrun_runtime.control.control_plane import ControlPlane
 from llmrun_runtime.control.ingresses import keep_ingresses
 from llmrun_runtime.control.state.connection import describe_error
 from llmrun_runtime.logs import log_to_file
+from llmrun_runtime.niceness import run_at_normal_priority
 from llmrun_runtime.supervise import supervise
 from llmrun_runtime.weights.adapters import Adapter
 from llmrun_runtime.weights.fetch import Peer
@@ -41,6 +42,7 @@ class Control:
     """The actor's class. Replicas, node agents and ingresses call its public methods."""
 
     async def __init__(self, actors: ClusterActors) -> None:  # type: ignore[misc] # Ray awaits it
+        run_at_normal_priority()
         # Nothing here may fail for a while: Ray never restarts an actor whose constructor raised.
         self._actors = actors
         self._settings, self._url = Settings.model_validate(actors.settings), actors.listening.url

@@ -38,6 +38,7 @@ from llmrun_runtime.ingress.handover import receive_sockets, send_sockets
 from llmrun_runtime.ingress.queue.request_queue import RequestQueue
 from llmrun_runtime.ingress.readiness import Readiness
 from llmrun_runtime.logs import log_to_file
+from llmrun_runtime.niceness import run_at_normal_priority
 from llmrun_runtime.supervise import supervise
 from llmrun_runtime.wire.reports import AdapterRevision
 from llmrun_runtime.wire.routing_table import share_of
@@ -57,6 +58,7 @@ class IngressActor:
     """The actor's class. It serves from its last routing table while control is not reachable."""
 
     async def __init__(self, actors: ClusterActors, name: str) -> None:  # type: ignore[misc] # Ray awaits it
+        run_at_normal_priority()
         # Nothing here may fail for a while: Ray never restarts an actor whose constructor raised.
         self._actors, self._name = actors, name
         self._settings = Settings.model_validate(actors.settings)

@@ -2,7 +2,8 @@
 
 A frame is the length of its payload (4 bytes), its request number (4), its kind (1) and the payload. All frames queued
 in one turn of the event loop are written at once, so the tokens that an engine produces in one step cost one write and
-one read in total, not one each. Standard library only: engines import this module.
+one read in total, not one each. In a long turn, with many new requests, they are written meanwhile: the other end can
+work on the first ones. Standard library only: engines import this module.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import json
 import socket
 import struct
+import time
 from typing import Any, cast
 
 # From the ingress: HEADERS (JSON: method, path, query, headers) and BODY, then END, or CANCEL if the client left.
@@ -25,6 +27,7 @@ CHUNK_BYTES = 2**16
 # HEADERS is always one frame, so this also limits the size of headers.
 MAX_PAYLOAD_BYTES = 2**18
 BATCH_BYTES = 2**18
+BATCH_S = 0.0005
 
 
 def new_socket(host: str) -> socket.socket:
@@ -46,6 +49,7 @@ class Link(asyncio.Protocol):
         self._unparsed = b""
         self._outgoing: list[bytes] = []
         self._outgoing_bytes = 0
+        self._outgoing_since = 0.0
         self._writable = asyncio.Event()
         self._writable.set()
 
@@ -63,12 +67,17 @@ class Link(asyncio.Protocol):
         raise NotImplementedError
 
     def send_frame(self, number: int, kind: int, payload: bytes = b"") -> None:
-        """Queue a frame until the end of this turn of the event loop; do nothing on a closed connection."""
+        """Queue a frame until the end of this turn of the event loop; do nothing on a closed connection.
+
+        Write what is queued at BATCH_BYTES, and if it has waited for BATCH_S.
+        """
+        now = time.perf_counter()
         if not self._outgoing:
             self._loop.call_soon(self._flush)
+            self._outgoing_since = now
         self._outgoing.append(_PREFIX.pack(len(payload), number, kind) + payload)
         self._outgoing_bytes += len(payload)
-        if self._outgoing_bytes >= BATCH_BYTES:
+        if self._outgoing_bytes >= BATCH_BYTES or now - self._outgoing_since > BATCH_S:
             self._flush()
 
     def send_headers(self, number: int, value: Any) -> None:

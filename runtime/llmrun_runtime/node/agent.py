@@ -26,6 +26,7 @@ from llmrun_runtime.engines.forkserver.supervisor import ForkServerSupervisor, f
 from llmrun_runtime.engines.process.temp_dir import sweep_temp_dirs
 from llmrun_runtime.engines.registry import get_engine
 from llmrun_runtime.logs import log_path, read_logs, remove_logs, trim_periodically
+from llmrun_runtime.niceness import run_at_normal_priority
 from llmrun_runtime.node.disk_space import Disk, lack_of_space, measure_disks
 from llmrun_runtime.node.environments import Environments
 from llmrun_runtime.node.launch import find_weights, make_launch
@@ -46,6 +47,7 @@ class NodeAgent:
     """A node's API for control and for replicas. Failures are LLMRunErrors that name the node."""
 
     async def __init__(self) -> None:  # type: ignore[misc] # Ray awaits it
+        run_at_normal_priority()
         settings = Settings()
         settings.open_home()
         self._root = settings.root

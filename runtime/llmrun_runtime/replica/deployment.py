@@ -28,6 +28,7 @@ from llmrun_runtime.engines.process.engine_process import EngineProcess, ForkFai
 from llmrun_runtime.engines.process.start import StartedProcess
 from llmrun_runtime.engines.registry import get_engine
 from llmrun_runtime.logs import write_log
+from llmrun_runtime.niceness import run_at_normal_priority
 from llmrun_runtime.node.agent import agent_on
 from llmrun_runtime.ray_internals import serve_replica_grpc_on
 from llmrun_runtime.replica.drain import LINGER_S, UNRESPONSIVE_S, wait_until_drained
@@ -53,6 +54,7 @@ class Replica:
     """One replica of a version of a model."""
 
     def __init__(self, config: dict[str, Any]) -> None:
+        run_at_normal_priority()
         self._config = ReplicaConfig.model_validate(config)
         self._control = ControlClient()
         self._provisioner = Provisioner(self._config, self._write_line, self._mark)

@@ -20,6 +20,7 @@ from llmrun_runtime.engines.base import Member
 from llmrun_runtime.engines.process.engine_process import EngineProcess
 from llmrun_runtime.engines.registry import get_engine
 from llmrun_runtime.logs import write_log
+from llmrun_runtime.niceness import run_at_normal_priority
 from llmrun_runtime.replica.provisioner import Provisioner
 from llmrun_runtime.wire.replica_config import ReplicaConfig
 
@@ -34,6 +35,7 @@ class MemberActor:
     """The actor of one member of an engine, with member rank 1 or higher."""
 
     def __init__(self, config: dict[str, Any], member_rank: int) -> None:
+        run_at_normal_priority()
         self._config = ReplicaConfig.model_validate(config)
         self._member_rank = member_rank
         self._provisioner = Provisioner(self._config, self._write_line, lambda part: None)

@@ -26,6 +26,7 @@ from typing import Any
 
 from llmrun.errors import LLMRunError, NotFound
 from llmrun.settings import Settings
+from llmrun_runtime.niceness import run_in_background
 from llmrun_runtime.weights.adapter_listing import list_adapters
 from llmrun_runtime.weights.cache.cache import Cache, Manifest, open_cache
 from llmrun_runtime.weights.fetch import Fetcher, Progress
@@ -144,6 +145,7 @@ def send(message: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run the tasks from standard input until it closes."""
+    run_in_background()
     threading.Thread(target=_exit_with_agent, daemon=True).start()
     while line := sys.stdin.readline():
         try:

@@ -7,6 +7,7 @@ and OpenMP's threads, which it starts later, inherit that.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from typing import Any
@@ -17,14 +18,19 @@ BIND_ENV = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 def chosen_cores() -> list[int]:
-    """Return the CPUs that llmrun has chosen for this engine; [] if it has not."""
-    return [int(cpu) for cpu in os.environ.get(CORES_ENV, "").split(",") if cpu]
+    """Return the CPUs that the author has chosen for this engine (BIND_ENV, `0-3,6`), or llmrun; [] if nobody has."""
+    cores: list[int] = []
+    with contextlib.suppress(ValueError):  # vLLM's `auto` and `nobind`, or one list for each of several workers
+        for part in (os.environ.get(BIND_ENV) or os.environ.get(CORES_ENV, "")).split(","):
+            first, _, last = part.partition("-")
+            cores += range(int(first), int(last or first) + 1)
+    return cores
 
 
 def tell_vllm(world_size: int) -> None:
     """Have vLLM bind a worker process to the cores. With several workers, it chooses theirs itself."""
-    if (cores := chosen_cores()) and world_size == 1:
-        os.environ[BIND_ENV] = ",".join(map(str, cores))
+    if (cores := os.environ.get(CORES_ENV)) and world_size == 1:
+        os.environ.setdefault(BIND_ENV, cores)
 
 
 def bind_worker() -> None:
