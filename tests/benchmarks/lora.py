@@ -33,7 +33,7 @@ from pathlib import Path
 import httpx
 
 from tests.benchmarks.cold_start import first_token, ray_serve_llm_process
-from tests.benchmarks.ingress import LLMRUN, RAY, TOKENS
+from tests.benchmarks.ingress import LLMRUN, RAY
 from tests.benchmarks.streams import Load, Target, measure, percentile
 from tests.support.adapters import SMOL, SMOL_LAYERS, make_adapter
 from tests.support.cluster import SMOLLM2, Home, free_port, write_app
@@ -106,7 +106,7 @@ def gaps(target: Target, names: list[str]) -> tuple[float, int]:
     with ThreadPoolExecutor(1) as pool:
         requests = pool.submit(request_adapters)
         try:
-            result = measure(target, Load(STREAMS, 2, TOKENS))
+            result = measure(target, Load(STREAMS, 2))
         finally:
             ended.set()
         return 1000 * percentile(result.gaps, 0.99), requests.result()
