@@ -1,6 +1,6 @@
 """Two models on room for one: the time from a request for the one that is away to its first token.
 
-`just bench-swap [--rounds N]` deploys two tiny Llamas that each reserve all CPUs, and asks for them in turn. The other
+`just bench-swap [--rounds N] [--pause S]` deploys two tiny Llamas that each reserve all CPUs, and asks for them in turn. The other
 model's replica must end first. Beside them, the wake of a model alone: from zero, with room.
 """
 
@@ -25,6 +25,7 @@ def main() -> None:
     """Print the medians."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--pause", type=float, default=3, help="seconds between an answer and the next request")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="llmrun-bench-") as temp:
         folder = Path(temp)
@@ -38,7 +39,7 @@ def main() -> None:
             times: dict[str, list[float]] = {"swap": [], "alone": []}
             for number in range(args.rounds + 1):
                 for name in NAMES:
-                    time.sleep(PAUSE_S)
+                    time.sleep(args.pause)
                     seconds = first_token(home.url, name)
                     if number:  # the first round is a warm-up
                         times["swap"].append(seconds)
@@ -47,7 +48,7 @@ def main() -> None:
                 home.ok("unload", NAMES[1])
                 until(lambda: not home.engines(NAMES[1]), 60, "the engine has exited")
                 time.sleep(PAUSE_S)
-                times["alone"].append(first_token(home.url, NAMES[0]))
+                times["alone"].append(first_token(home.url, NAMES[1]))
         finally:
             home.ok("down")
     for name, values in times.items():

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from llmrun_runtime.engines.base import CORES_ENV
@@ -50,6 +52,19 @@ def bind_worker() -> None:
         original(self, vllm_config, *args, **kwargs)
 
     CPUWorker.__init__ = init
+
+
+def leave_to_workers(processes: Iterable[int]) -> None:
+    """Move the threads of these processes that are not bound away from the cores: a worker then has them for itself.
+
+    Without this, the kernel often wakes the API server on the core of the worker that has just produced a token.
+    """
+    cores = set(chosen_cores())
+    for process in processes if cores else ():
+        for thread in Path(f"/proc/{process}/task").iterdir():
+            with contextlib.suppress(OSError):  # it has just ended
+                if rest := os.sched_getaffinity(int(thread.name)) - cores:
+                    os.sched_setaffinity(int(thread.name), rest)
 
 
 def bind(cores: list[int]) -> None:

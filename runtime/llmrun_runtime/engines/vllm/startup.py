@@ -50,7 +50,7 @@ from vllm.v1.worker import gpu_model_runner
 
 from llmrun_runtime.engines.shim import lease
 from llmrun_runtime.engines.vllm.client_errors import report_client_errors
-from llmrun_runtime.engines.vllm.cpu_cores import tell_vllm
+from llmrun_runtime.engines.vllm.cpu_cores import leave_to_workers, tell_vllm
 from llmrun_runtime.engines.vllm.engine import VLLM, cpu_defaults
 from llmrun_runtime.engines.vllm.metering import meter_vllm
 
@@ -299,6 +299,7 @@ async def _serve(address: str, sock: socket.socket, args: Namespace) -> None:
     )
     waiter.join()
     llm.engine_core.resources.engine_manager = launch.engine_manager
+    leave_to_workers([os.getpid(), *(process.pid for process in launch.engine_manager.processes)])
     llm.engine_core.start_engine_core_monitor()
     build = entry.build_app
     entry.build_app = lambda *args: app if app and tuple(args[1]) == CHAT_TASKS else build(*args)
