@@ -114,6 +114,11 @@ class Control:
                 plane.autoscaler.replica_ready(report)
             plane.autoscaler.kick()
 
+    async def draining(self, report: ReplicaReport) -> None:
+        """Receive the report of a replica that will stop. Return when no ingress sends it requests any more."""
+        await self.report(report)
+        await self._plane.autoscaler.wait_until_unrouted(report)
+
     async def failed(self, report: ReplicaReport, cause: str) -> None:
         """Receive the last report of a replica that failed to start."""
         await self.start()

@@ -120,7 +120,8 @@ class ControlPlane:
         self.autoscaler.on_wake = self._prestart
 
     def _prestart(self, row: Deployed) -> None:
-        prestart(row.placement, self.autoscaler.nodes_for(row), self.serve_apps.replica_config(row))
+        nodes, freed = self.autoscaler.nodes_for(row), self.autoscaler.freed_nodes(row)
+        prestart(row.placement, nodes, self.serve_apps.replica_config(row), freed)
 
     async def load(self) -> None:
         """Restore the stored state, adopt running applications, delete those of versions that are not active.

@@ -44,6 +44,8 @@ log = logging.getLogger("ray.serve")
 CONTROL_TIMEOUT_S = 10
 # Control removes a replica that has not reported for LEASE_S, so there is time for another report.
 REPORT_TIMEOUT_S = 0.4 * LEASE_S
+# For `draining`, which returns after ROUTED_S at the latest.
+ROUTED_TIMEOUT_S = 5
 # After the drain: at most 23 s until the engine has ended, 30 s more for members on other nodes, and the last reports.
 STOP_S = 70
 # Serve replaces a replica after three failed health checks.
@@ -85,12 +87,12 @@ class Replica:
                 task.result()
 
     async def __del__(self) -> None:
-        """Drain: leave the routing table, linger, wait until nothing is in flight, stop the engine."""
+        """Drain: leave the ingresses' routing tables, wait until nothing is in flight, stop the engine."""
         was_ready, self._state = self._state == "ready", "draining"
         self._write_line("draining")
-        await self._report()
+        unrouted = await self._call_control("draining", self._make_report(), timeout=ROUTED_TIMEOUT_S)
         if was_ready and not self._failed:
-            await self._drain()
+            await self._drain(0 if unrouted else LINGER_S)
         self._starting.cancel()
         await asyncio.gather(self._starting, return_exceptions=True)
         await self._end_engine()  # it still reports: control ends replicas that are silent, and this can take 53 s
@@ -99,8 +101,8 @@ class Replica:
         self._write_line("stopped")
         await self._call_control("stopped", self._make_report())
 
-    async def _drain(self) -> None:
-        """Return when the engine may be stopped."""
+    async def _drain(self, linger: float) -> None:
+        """Return when the engine may be stopped; `linger`: see `wait_until_drained`."""
         hangs = False
 
         async def in_flight(leave: bool) -> int | None:
@@ -114,7 +116,7 @@ class Replica:
                 self._write_line(cause)
             return int(self._counts["in_flight"])
 
-        if cause := await wait_until_drained(in_flight, self._config.drain_timeout - LINGER_S):
+        if cause := await wait_until_drained(in_flight, self._config.drain_timeout - LINGER_S, linger):
             self._write_line(cause)
 
     async def _start(self) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
-# The ingress learns of a deregistration through its long poll; until then it may route requests by the old table.
+# Ingresses may route requests by the old table for as long, if control cannot tell that all have a newer one.
 LINGER_S = 1.0
 # An engine that has not responded for this long counts as dead.
 UNRESPONSIVE_S = 120.0
@@ -26,7 +26,7 @@ async def wait_until_drained(
     itself have been delayed.
     """
     started = responded = time.monotonic()
-    idle_since: float | None = None
+    idle_since = None if linger else started
     while (now := time.monotonic()) - started < timeout:
         lingered = idle_since is not None and now - idle_since >= linger
         count = await in_flight(lingered)

@@ -266,6 +266,16 @@ class Autoscaler:
 
         await self._wait_for_ingresses(is_routed)
 
+    async def wait_until_unrouted(self, report: ReplicaReport) -> None:
+        """Return when all ingresses have a table without this draining replica, or after ROUTED_S."""
+
+        def is_gone() -> bool:
+            route = self.table.models.get(report.model)
+            return route is None or all(replica.id != report.id for replica in route.replicas)
+
+        self.kick_now()
+        await self._wait_for_ingresses(is_gone)
+
     async def wait_until_keys_are_routed(self) -> None:
         """Return when all ingresses have a table with the current keys, or after ROUTED_S."""
         await self._wait_for_ingresses(
@@ -466,6 +476,11 @@ class Autoscaler:
     def nodes_for(self, row: Deployed) -> list[Node]:
         """See `Capacity.nodes_for`."""
         return self._capacity.nodes_for(row)
+
+    def freed_nodes(self, row: Deployed) -> frozenset[str]:
+        """The ids of the nodes on which replicas have just ended for this model; Ray may not count that as free yet."""
+        search = self._states[row.name].search
+        return search.room if search.freed else frozenset()
 
     def shortage(self, row: Deployed, nodes: list[Node] | None = None) -> str:
         """See `Capacity.shortage`."""

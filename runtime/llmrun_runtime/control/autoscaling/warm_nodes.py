@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import ray
 
@@ -76,12 +76,12 @@ class WarmNodes:
         self._last_used = {node: when for node, when in self._last_used.items() if any(n.id == node for n in nodes)}
 
 
-def prestart(placement: Placement, nodes: list[Node], config: ReplicaConfig) -> None:
+def prestart(placement: Placement, nodes: list[Node], config: ReplicaConfig, freed: Collection[str] = ()) -> None:
     """Start a model's first engine before Ray has started its replica, if only one node can hold it.
 
-    Not for engines with devices: Ray chooses those.
+    Not for engines with devices: Ray chooses those. `freed`: the ids of nodes on which replicas have ended for it.
     """
-    nodes = [node for node in nodes if node.id and has_capacity(placement, [node])]
+    nodes = [node for node in nodes if node.id and (node.id in freed or has_capacity(placement, [node]))]
     if len(nodes) == 1 and not placement.gpus:
         agent_on(nodes[0].id).prestart.remote(config.to_dict())
 
