@@ -144,7 +144,11 @@ async def test_an_idle_replica_is_evicted_for_a_model_that_wakes(cluster: Cluste
     cluster.report("idle", "ready")
     cluster.report("kept", "ready")
     cluster.report_waiting(one=1)
+    prepared, woken = [], []
+    cluster.autoscaler.on_eviction = prepared.append
+    cluster.autoscaler.on_wake = lambda row: woken.append(row.name)
     await cluster.tick()
+    assert prepared == [frozenset({cluster.registry.replicas["idle-r"][0].node})] and not woken
     assert cluster.serve.targets == {"idle": 0, "kept": 1, "one": 1}
     assert cluster.status("idle") == ("hot", "evicted to free resources for one")
     state, cause = cluster.status("one")
@@ -152,9 +156,13 @@ async def test_an_idle_replica_is_evicted_for_a_model_that_wakes(cluster: Cluste
     await cluster.tick()
     assert cluster.status("one")[1] == "waiting for the eviction of idle"
     cluster.registry.remove("idle-r")
+    await cluster.tick()
+    # Its engine is gone, though Ray does not count that as free yet: the other one can start.
+    assert woken == ["one"] and cluster.autoscaler.freed_nodes(cluster.models.deployed["one"]) == prepared[0]
     cluster.free = 1
     await cluster.tick()
     assert cluster.status("one") == ("waking", "") and cluster.serve.targets["one"] == 1
+    assert woken == ["one"] and len(prepared) == 1
 
 
 async def test_a_failed_start_is_counted_and_its_cause_published(cluster: Cluster) -> None:
@@ -321,6 +329,26 @@ async def test_a_deploy_waits_until_every_ingress_has_the_new_table(
     monkeypatch.setattr(autoscaler_module, "ROUTED_S", 0.05)
     cluster.deploy("other")  # its table is never published
     await asyncio.wait_for(autoscaler.wait_until_routed("other"), 0.5)
+
+
+async def test_a_draining_replica_waits_until_no_ingress_routes_to_it(cluster: Cluster) -> None:
+    autoscaler = cluster.autoscaler
+    cluster.deploy("one")
+    cluster.serve.targets = {"one": 1}
+    cluster.report_waiting(one=0)  # there is an ingress
+    cluster.report("one", "ready")
+    await cluster.tick()
+    old = autoscaler.table
+    assert len(old.models["one"].replicas) == 1
+    waiting = asyncio.create_task(autoscaler.wait_until_unrouted(cluster.report("one", "draining")))
+    polls = [asyncio.create_task(autoscaler.watch(old.epoch, old.number, 1))]
+    await asyncio.sleep(0.01)
+    await cluster.tick()
+    new = await polls[0]
+    assert not new.models["one"].replicas and not waiting.done(), "the ingress may not have applied the table yet"
+    polls.append(asyncio.create_task(autoscaler.watch(new.epoch, new.number, 1)))  # it asks for the next one
+    await asyncio.wait_for(waiting, 0.5)
+    polls[1].cancel()
 
 
 async def test_a_draining_replica_does_not_count_as_placed(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,6 +38,12 @@ async def test_an_engine_that_stays_idle_is_drained() -> None:
     assert engine.leave_calls[-1] and not any(engine.leave_calls[:-1])
 
 
+async def test_an_engine_that_gets_no_more_requests_need_not_linger() -> None:
+    engine = Counts([0])
+    assert await wait_until_drained(engine, 5, linger=0) == ""
+    assert engine.leave_calls == [True], "it refuses requests of an ingress that is late"
+
+
 async def test_a_delayed_process_does_not_stop_a_busy_engine() -> None:
     """Elapsed time since the last poll once counted as idle time, and stopped an engine that had a request."""
     engine = Counts([1, 1, 0, 1, 0], blocked_s=0.15)

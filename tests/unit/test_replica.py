@@ -49,7 +49,7 @@ async def test_a_replica_reports_until_its_engine_has_ended() -> None:
     async def forever() -> None:
         await asyncio.Event().wait()
 
-    async def done(*_: Any) -> None:
+    async def done(*_: Any, timeout: float = 0) -> None:
         pass
 
     async def end_engine() -> None:

@@ -15,7 +15,7 @@ from llmrun_runtime.control.audit import AuditLog
 from llmrun_runtime.control.autoscaling.autoscaler import Autoscaler
 from llmrun_runtime.control.autoscaling.cold_starts import ColdStarts
 from llmrun_runtime.control.autoscaling.serve_apps import ServeApps
-from llmrun_runtime.control.autoscaling.warm_nodes import WarmNodes, prestart
+from llmrun_runtime.control.autoscaling.warm_nodes import WarmNodes, expect_replica, prestart
 from llmrun_runtime.control.catalog.adapters import AdaptersCatalog
 from llmrun_runtime.control.catalog.node_agents import call_each
 from llmrun_runtime.control.catalog.weights import WeightsCatalog
@@ -118,6 +118,7 @@ class ControlPlane:
         self.autoscaler.on_proven = self._store_proven
         self._storing: set[asyncio.Task[None]] = set()
         self.autoscaler.on_wake = self._prestart
+        self.autoscaler.on_eviction = expect_replica
 
     def _prestart(self, row: Deployed) -> None:
         nodes, freed = self.autoscaler.nodes_for(row), self.autoscaler.freed_nodes(row)

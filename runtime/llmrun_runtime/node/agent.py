@@ -98,6 +98,10 @@ class NodeAgent:
             self._supervisors[engine_name] = ForkServerSupervisor(engine, path, output, engine_env({}, self._where()))
         self._supervisors[engine_name].start()
 
+    async def expect_replica(self) -> None:
+        """Start a worker now: Ray places a replica here as soon as another one has ended."""
+        await keep_spare_worker(delay=0)
+
     async def prestart(self, config: dict[str, Any]) -> None:
         """Start the engine of a replica before Ray has placed the replica here.
 

@@ -19,9 +19,12 @@ CALL_TIMEOUT_S = 5
 DELAY_S = 5
 
 
-async def keep_spare_worker() -> None:
-    """Ensure that this node has an idle worker, which Serve's next replica here uses. Never raises."""
-    await asyncio.sleep(DELAY_S)
+async def keep_spare_worker(delay: float = DELAY_S) -> None:
+    """Ensure after `delay` seconds that this node has an idle worker, which Serve's next replica here uses.
+
+    Never raises.
+    """
+    await asyncio.sleep(delay)
     try:
         await asyncio.to_thread(_prestart_worker)
     except Exception as error:  # noqa: BLE001 - Ray's private API may change: replicas start without a spare worker

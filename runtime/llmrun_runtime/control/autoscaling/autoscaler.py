@@ -69,7 +69,9 @@ class Autoscaler:
         self.on_proven: Callable[[Deployed], None] = lambda row: None
         """Called when an unproven version's first replica is ready."""
         self.on_wake: Callable[[Deployed], None] = lambda row: None
-        """Called when a request raises a model's target from zero."""
+        """Called when a request raises a model's target from zero, and again when others have ended for its replica."""
+        self.on_eviction: Callable[[frozenset[str]], None] = lambda nodes: None
+        """Called with the ids of the nodes on which replicas begin to end for another model's."""
         self.on_error: Callable[[str], None] = lambda task: None
         """Called with "autoscaler" for each exception of a tick."""
         self.unreadable: dict[str, str] = {}
@@ -392,6 +394,7 @@ class Autoscaler:
         target, wanted = demand.target, decide(limits, demand).target
         for name, lower in self._capacity.search(row, demand, wanted).items():
             self._start_setting(self._models.deployed[name], lower)
+            self.on_eviction(state.search.room)
         desired = wanted
         if text := self._capacity.held(row, demand, wanted):
             desired, state.search.shortage = min(wanted, demand.placed), text
@@ -407,6 +410,9 @@ class Autoscaler:
             self._start_setting(row, desired)
             if desired > target == 0 and demand.waiting and not state.search.shortage:
                 self.on_wake(row)
+        if state.search.freed and not state.search.announced:
+            state.search.announced = True
+            self.on_wake(row)
 
     def _read_reports(self, row: Deployed, state: ModelState) -> Deployed:
         """Take over what ready replicas report. Return the row, now proven if a replica is ready."""

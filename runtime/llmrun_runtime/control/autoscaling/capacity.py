@@ -139,7 +139,8 @@ class Capacity:
         nodes = self.nodes_for(row)
         victims = choose_evictions(row.placement, nodes, self._candidates(row, demand, nodes))
         search.victims = {victim.id: victim for victim in victims}
-        search.started, search.freed, search.room = now, 0, frozenset(victim.node for victim in victims)
+        search.started, search.freed, search.announced = now, 0, False
+        search.room = frozenset(victim.node for victim in victims)
         return self._targets_without(victims, row, now - search.unplaced_since)
 
     def _check_victims(self, search: RoomSearch, now: float) -> None:

@@ -29,6 +29,8 @@ class RoomSearch:
     """When the last of them was gone."""
     room: frozenset[str] = frozenset()
     """The nodes of the victims."""
+    announced: bool = False
+    """Whether `Autoscaler.on_wake` was called after they were gone."""
 
     def reserves(self, now: float) -> bool:
         """Whether `room` is for this model's replica: its victims end, or Ray may not have placed the replica yet."""

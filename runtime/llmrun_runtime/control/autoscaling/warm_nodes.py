@@ -86,6 +86,12 @@ def prestart(placement: Placement, nodes: list[Node], config: ReplicaConfig, fre
         agent_on(nodes[0].id).prestart.remote(config.to_dict())
 
 
+def expect_replica(nodes: Collection[str]) -> None:
+    """Have the agents of these nodes (ids) prepare for a replica that takes the room of another one."""
+    for node in nodes:
+        agent_on(node).expect_replica.remote()
+
+
 def stop_agent(node: str) -> None:
     """Stop a node's agent, if it is running."""
     with contextlib.suppress(ValueError):
