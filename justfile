@@ -178,6 +178,10 @@ bench-engine *args: setup _smollm2
 bench-forked: setup _smollm2
     python -m tests.benchmarks.forked
 
+# how long one model takes to give way to another on room for one (4 minutes)
+bench-swap *args: setup _smollm2
+    python -m tests.benchmarks.swap {{args}}
+
 # starts, decode speed and memory on a GPU, next to `vllm serve`
 bench-gpu *args:
     python -m tests.benchmarks.gpu {{args}}

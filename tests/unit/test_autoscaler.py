@@ -144,7 +144,8 @@ async def test_an_idle_replica_is_evicted_for_a_model_that_wakes(cluster: Cluste
     cluster.report("idle", "ready")
     cluster.report("kept", "ready")
     cluster.report_waiting(one=1)
-    prepared, woken = [], []
+    prepared: list[frozenset[str]] = []
+    woken: list[str] = []
     cluster.autoscaler.on_eviction = prepared.append
     cluster.autoscaler.on_wake = lambda row: woken.append(row.name)
     await cluster.tick()
