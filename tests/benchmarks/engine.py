@@ -35,10 +35,10 @@ VLLM, LLMRUN = "vLLM's server", "llmrun"
 KINDS = ("chat", "completions")
 TINY, SMALL = "tiny", "smollm2"
 # Requests of each client in one round, by model and clients: some seconds on 2 cores.
-REQUESTS = {TINY: {1: 12, 16: 6, 64: 3}, SMALL: {1: 2, 16: 1, 64: 1}}
+REQUESTS = {TINY: {1: 12, 16: 6, 64: 3}, SMALL: {1: 2, 16: 2, 64: 1}}
 TOKENS = {TINY: 64, SMALL: 32}
 START_TIMEOUT_S = 300
-SETTLE_S = 1.5  # what was stopped catches up with its timers
+SETTLE_S = 5  # what was stopped catches up with its timers
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Two models on room for one: the time from a request for the one that is away to its first token.
 
-`just bench-swap [--rounds N] [--pause S]` deploys two tiny Llamas that each reserve all CPUs, and asks for them in turn.
-The other model's replica must end first. Beside them, the wake of a model alone: from zero, with room.
+`just bench-swap [--rounds N] [--pause S]` deploys two tiny Llamas that each reserve all CPUs, and asks for them in
+turn. The other model's replica must end first. Beside them, the wake of a model alone: from zero, with room.
 """
 
 from __future__ import annotations
