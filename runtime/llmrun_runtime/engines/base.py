@@ -24,7 +24,9 @@ if TYPE_CHECKING:  # a process that only holds a lease needs none of these
 LEASE_ENV = "LLMRUN_LEASE"  # host:port of the replica's lease
 TOKEN_ENV = "LLMRUN_TOKEN"  # the replica's secret
 SHIM_ENV = "LLMRUN_SHIM"  # ShimConfig as JSON
-CORES_ENV = "LLMRUN_CORES"  # the CPUs to compute on, "0,1"; not set with GPUs, and if the author chose threads himself
+CORES_ENV = (
+    "LLMRUN_CORES"  # the CPUs to compute on, "0,1"; only set if `Launch.gets_cores`, and not if the author chose
+)
 # The variables with which an author chooses threads or cores himself.
 THREADS_ENV = ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND")
 
@@ -106,10 +108,13 @@ class Launch:
     cpus: float | None = None
     """The CPUs that the author reserves for it; None: what nobody has reserved."""
 
+    workers: int = 1
+    """The processes that compute: the product of its parallel sizes."""
+
     @property
-    def on_cpu(self) -> bool:
-        """Whether it is one process tree that computes on CPUs."""
-        return len(self.members) == 1 and not self.members[0].devices
+    def gets_cores(self) -> bool:
+        """Whether llmrun chooses the cores that it computes on: it has a single worker, and no device."""
+        return len(self.members) == self.workers == 1 and not self.members[0].devices
 
 
 TokenLogprobs = dict[str, float]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import sys
@@ -83,6 +84,7 @@ def make_launch(
         port=port,
         gpu_share=min(1.0, spec.gpu_count),
         cpus=spec.cpus,
+        workers=math.prod(spec.parallel.values()),
         engine_args=spec.engine_args,
         python=sys.executable,
         env=engine_env(spec, site, where),

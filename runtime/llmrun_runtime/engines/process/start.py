@@ -131,7 +131,7 @@ async def start_process(engine: Engine, launch: Launch, *, spawn: bool = True) -
         env |= {LEASE_ENV: f"{host}:{port}", TOKEN_ENV: token, SHIM_ENV: launch.shim.to_json()}
         env["TMPDIR"] = str(temp_dir.path)
         cores: tuple[int, ...] = ()
-        if launch.on_cpu and not env.keys() & set(THREADS_ENV):
+        if launch.gets_cores and not env.keys() & set(THREADS_ENV):
             cores = await asyncio.to_thread(claim_cores, temp_dir, launch.cpus)
             env |= {CORES_ENV: ",".join(map(str, cores))} if cores else {}
         launch.log.parent.mkdir(parents=True, exist_ok=True)

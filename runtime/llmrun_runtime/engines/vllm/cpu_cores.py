@@ -29,17 +29,19 @@ def chosen_cores() -> list[int]:
     return cores
 
 
-def tell_vllm(world_size: int) -> None:
-    """Have vLLM bind a worker process to the cores. With several workers, it chooses theirs itself."""
-    if (cores := os.environ.get(CORES_ENV)) and world_size == 1:
+def tell_vllm() -> None:
+    """Have vLLM bind a worker process to the cores, if it starts one."""
+    if cores := os.environ.get(CORES_ENV):
         os.environ.setdefault(BIND_ENV, cores)
 
 
 def bind_worker() -> None:
     """Bind workers that this process will create in itself."""
-    if not chosen_cores():
+    from vllm.platforms import current_platform  # noqa: PLC0415 - only engines have vLLM
+
+    if not chosen_cores() or not current_platform.is_cpu():  # it may be built for other devices
         return
-    from vllm.v1.worker.cpu_worker import CPUWorker  # noqa: PLC0415 - only engines have vLLM
+    from vllm.v1.worker.cpu_worker import CPUWorker  # noqa: PLC0415
 
     if hasattr(CPUWorker.__init__, "__wrapped__"):
         return

@@ -167,7 +167,7 @@ def run(argv: list[str]) -> None:
     if _prepared.fast and current_platform.is_cpu() and (_prepared.from_forkserver or _libraries_preloaded()):
         _fork_engine_core()
     args = _prepared.parser.parse_args(argv)
-    tell_vllm(args.tensor_parallel_size * args.pipeline_parallel_size * args.data_parallel_size)
+    tell_vllm()
     entry.configure_logging_from_args(args)
     validate_parsed_serve_args(args)
     if args.headless:  # a member of a multi-node engine; member 0 serves the API
