@@ -71,7 +71,7 @@ def test_a_plan_has_the_kind_of_change_of_each_model() -> None:
     assert [(c.model, c.kind, c.lines) for c in planned.changes] == [
         ("a", "same", ()),
         ("b", "tune", ("max_replicas 1 → 2",)),
-        ("c", "change", ("cpus 1 → 2",)),
+        ("c", "change", ("cpus None → 2",)),
         ("e", "add", ("org/model",)),
         ("d", "remove", ()),
     ]
