@@ -1,7 +1,7 @@
 """The same model behind vLLM's own server, as a person starts it, and behind llmrun.
 
-`just bench-engine [--rounds N] [--models tiny,smollm2] [--clients 1,16,64] [--only WORD] [--markdown]` sends the same
-requests to both in turns. vLLM's server has its defaults, but for the flags that llmrun's engine has too (FLAGS), and
+`just bench-engine [--rounds N] [--models tiny,smollm2] [--clients 1,16,64] [--only streams]` sends the same requests to
+both in turns. vLLM's server has its defaults, but for the flags that llmrun's engine has too (FLAGS), and
 runs in a session of its own. Only one of the two is there at a time: all processes of the other are stopped (SIGSTOP),
 Ray's too. The rounds alternate, and ratios are of medians.
 

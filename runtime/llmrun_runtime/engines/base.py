@@ -24,9 +24,7 @@ if TYPE_CHECKING:  # a process that only holds a lease needs none of these
 LEASE_ENV = "LLMRUN_LEASE"  # host:port of the replica's lease
 TOKEN_ENV = "LLMRUN_TOKEN"  # the replica's secret
 SHIM_ENV = "LLMRUN_SHIM"  # ShimConfig as JSON
-CORES_ENV = (
-    "LLMRUN_CORES"  # the CPUs to compute on, "0,1"; only set if `Launch.gets_cores`, and not if the author chose
-)
+CORES_ENV = "LLMRUN_CORES"  # the CPUs to compute on, "0,1"; only for `Launch.gets_cores` without THREADS_ENV
 # The variables with which an author chooses threads or cores himself.
 THREADS_ENV = ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND")
 
@@ -107,7 +105,6 @@ class Launch:
     """The engine's share of its GPU, if it has a single one."""
     cpus: float | None = None
     """The CPUs that the author reserves for it; None: what nobody has reserved."""
-
     workers: int = 1
     """The processes that compute: the product of its parallel sizes."""
 

@@ -392,8 +392,10 @@ class Autoscaler:
             self._capacity.set_nodes_aside(row, now)
         limits, demand = self._measure(row, state, now)
         target, wanted = demand.target, decide(limits, demand).target
-        for name, lower in self._capacity.search(row, demand, wanted).items():
+        lowered = self._capacity.search(row, demand, wanted)
+        for name, lower in lowered.items():
             self._start_setting(self._models.deployed[name], lower)
+        if lowered:
             self.on_eviction(state.search.room)
         desired = wanted
         if text := self._capacity.held(row, demand, wanted):

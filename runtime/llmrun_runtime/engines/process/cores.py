@@ -123,14 +123,21 @@ def quota(file: Path = QUOTA) -> int:
         return os.cpu_count() or 1
 
 
-def _read_list(file: Path) -> set[int]:
-    """The numbers of a list like `0-3,8`; empty if the file does not exist."""
-    numbers: set[int] = set()
-    with contextlib.suppress(OSError, ValueError):
-        for part in file.read_text().strip().split(","):
-            first, _, last = part.partition("-")
-            numbers |= set(range(int(first), int(last or first) + 1))
+def parse_cpus(text: str) -> list[int]:
+    """The numbers of a list like `0-3,8`, in its order. Raises ValueError."""
+    numbers: list[int] = []
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        numbers += range(int(first), int(last or first) + 1)
     return numbers
+
+
+def _read_list(file: Path) -> set[int]:
+    """The numbers of a file's list; empty if the file does not exist."""
+    try:
+        return set(parse_cpus(file.read_text()))
+    except (OSError, ValueError):
+        return set()
 
 
 @contextlib.contextmanager

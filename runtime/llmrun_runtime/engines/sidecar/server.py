@@ -33,6 +33,7 @@ from starlette.routing import Route
 
 from llmrun_runtime.asgi import error_body
 from llmrun_runtime.engines.base import CORES_ENV
+from llmrun_runtime.engines.process.cores import parse_cpus
 from llmrun_runtime.engines.shim import lease, usage_meter
 from llmrun_runtime.engines.shim.middleware import Shim
 from llmrun_runtime.engines.sidecar.engine import PORT, SOCKET, SidecarConfig
@@ -307,7 +308,7 @@ def _prepare_server() -> None:
     """Have the kernel kill this process when its parent exits, and run it on its cores. Linux only."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if cores := os.environ.get(CORES_ENV):
-        os.sched_setaffinity(0, map(int, cores.split(",")))
+        os.sched_setaffinity(0, parse_cpus(cores))
 
 
 async def _until_exit(server: subprocess.Popen[bytes]) -> None:

@@ -15,18 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from llmrun_runtime.engines.base import CORES_ENV
+from llmrun_runtime.engines.process.cores import parse_cpus
 
 BIND_ENV = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 def chosen_cores() -> list[int]:
     """Return the CPUs that the author has chosen for this engine (BIND_ENV, `0-3,6`), or llmrun; [] if nobody has."""
-    cores: list[int] = []
-    with contextlib.suppress(ValueError):  # vLLM's `auto` and `nobind`, or one list for each of several workers
-        for part in (os.environ.get(BIND_ENV) or os.environ.get(CORES_ENV, "")).split(","):
-            first, _, last = part.partition("-")
-            cores += range(int(first), int(last or first) + 1)
-    return cores
+    try:
+        return parse_cpus(os.environ.get(BIND_ENV) or os.environ.get(CORES_ENV, ""))
+    except ValueError:  # vLLM's `auto` and `nobind`, or one list for each of several workers
+        return []
 
 
 def tell_vllm() -> None:
@@ -37,9 +36,11 @@ def tell_vllm() -> None:
 
 def bind_worker() -> None:
     """Bind workers that this process will create in itself."""
+    if not chosen_cores():
+        return
     from vllm.platforms import current_platform  # noqa: PLC0415 - only engines have vLLM
 
-    if not chosen_cores() or not current_platform.is_cpu():  # it may be built for other devices
+    if not current_platform.is_cpu():  # it may be built for other devices
         return
     from vllm.v1.worker.cpu_worker import CPUWorker  # noqa: PLC0415
 
